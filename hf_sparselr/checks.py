@@ -1,0 +1,52 @@
+"""Checks of user input: every error names the field, the value and what is allowed."""
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+
+def check_integer(field: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{field}={value!r}: expected an integer >= {least}")
+    if value < least:
+        raise ValueError(f"{field}={value!r}: expected an integer >= {least}")
+
+
+def check_number(field: str, value: Any, least: float, *, exclusive: bool = False) -> None:
+    allowed = f"a finite number {'>' if exclusive else '>='} {least:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{field}={value!r}: expected {allowed}")
+    if not (least < value if exclusive else least <= value) or value == float("inf"):
+        raise ValueError(f"{field}={value!r}: expected {allowed}")
+
+
+def check_numbers(field: str, value: Any, length: int, least: float) -> tuple[float, ...]:
+    if not isinstance(value, (tuple, list)) or len(value) != length:
+        raise TypeError(f"{field}={value!r}: expected {length} numbers >= {least:g}")
+    for item in value:
+        check_number(field, item, least)
+    return tuple(value)
+
+
+def check_choice(field: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{field}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+
+
+def reject_unknown(what: str, names: list[str], known: list[str]) -> None:
+    for name in set(names) - set(known):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise TypeError(f"{what} has no field {name!r}{hint} (it has {', '.join(known)})")
+
+
+def build_options(field: str, value: Any, cls: type) -> Any:
+    """An options dataclass out of itself, a dict, or None (its defaults)."""
+    if value is None:
+        return cls()
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, dict):
+        raise TypeError(f"{field}={value!r}: expected a dict or {cls.__module__}.{cls.__qualname__}")
+    reject_unknown(field, list(value), [option.name for option in fields(cls)])
+    return cls(**value)

@@ -1,0 +1,76 @@
+"""Gram matrices of layer inputs: accumulation, damping, scaling, factorisation.
+
+The layer problem measures an error E (out x in) by tr(E H E^T) with H = X^T X over the calibration inputs X.
+Solvers work on `ScaledGram`: H damped and scaled to a unit diagonal, shared by all layers that see the same
+input, with one eigendecomposition behind every (G + rho I)^-1 they ask for.
+"""
+
+from functools import cached_property
+
+import torch
+
+
+class GramAccumulator:
+    """Sums X^T X over batches in FP32.
+
+    Args:
+        in_features: number of inputs n.
+        device: where the n x n sum lives.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.rows = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Adds one batch of inputs (..., n), any float dtype."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.gram.device, torch.float32)
+        self.gram.addmm_(rows.T, rows)
+        self.rows += rows.shape[0]
+
+
+class ScaledGram:
+    """A damped Gram matrix in coordinates where its diagonal is one.
+
+    H <- H + damping[0] diag(H) + damping[1] mean(diag H) I; s = sqrt(diag H); G = H / (s s^T). A dead input
+    (zero diagonal) gets 1 on the diagonal before damping; solvers set its weights to zero.
+
+    Args:
+        gram: (n, n) H, FP32.
+        damping: (relative to each diagonal entry, relative to their mean), both >= 0.
+
+    Attributes:
+        matrix: (n, n) G.
+        scale: (n,) s. A weight W in these coordinates is W * s, so |W * s| is the Wanda score.
+        dead: (n,) bool.
+
+    Raises:
+        ValueError: `gram` holds NaN or Inf.
+    """
+
+    def __init__(self, gram: torch.Tensor, damping: tuple[float, float] = (0.005, 0.005)) -> None:
+        if not bool(torch.isfinite(gram).all()):
+            raise ValueError("the Gram matrix of the layer's inputs holds NaN or Inf")
+        gram = gram.float()
+        diagonal = gram.diagonal().clone()
+        self.dead = diagonal <= 0
+        diagonal[self.dead] = 1.0
+        damped = diagonal * (1 + damping[0]) + damping[1] * diagonal.mean()
+        self.scale = damped.sqrt()
+        self.matrix = gram / self.scale[:, None] / self.scale[None, :]
+        self.matrix.fill_diagonal_(1.0)
+
+    @cached_property
+    def _eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        values, vectors = torch.linalg.eigh(self.matrix)
+        return values.clamp_(min=0.0), vectors  # G is positive semidefinite: below zero is rounding
+
+    def inverse(self, rho: float) -> torch.Tensor:
+        """(G + rho I)^-1, (n, n). One eigendecomposition serves every rho and every layer."""
+        values, vectors = self._eigen
+        return (vectors / (values + rho)) @ vectors.T
+
+
+def squared_error(error: torch.Tensor, gram: torch.Tensor) -> float:
+    """tr(E H E^T) for an error E (out, in) and a Gram matrix H (in, in)."""
+    return float(((error @ gram) * error).sum(dtype=torch.float64))

@@ -1,0 +1,216 @@
+"""The transformers quantizer: compress while loading, load packed, save packed.
+
+Importing this module registers `quant_method="sparselr"`; `autoload` does that as soon as transformers is imported.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from ..blocks import linear_layers, plan_layers, weight_shape
+from ..config import QUANT_METHOD, SparseLRConfig
+from ..modules import SparseLRLinear
+from ..packing import SENTINEL, Entry, FormatError, check_layer, float_dtype, group_layers, read_headers
+from ..report import Report
+
+
+class SparseLRQuantizer(HfQuantizer):
+    """transformers' hooks for sparse plus low-rank weights.
+
+    `pre_quantized` False: the checkpoint is dense and is compressed once it is in memory. True: it is packed; its
+    linear layers are replaced by `SparseLRLinear` of the shapes in the files' headers before anything is read.
+    """
+
+    requires_calibration = False  # True would make transformers refuse dense checkpoints
+    quantization_config: SparseLRConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        config = self.quantization_config
+        requested = vars(config).pop("_requested", None)
+        if self.pre_quantized:
+            self._reject_other_settings(requested)
+            return
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if places & {"disk"} or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                f"device_map={device_map!r} offloads weights, which cannot be compressed while loading: load without "
+                "offloading, or use hf_sparselr.compress(name, config, output_dir=...), which keeps the model on the "
+                "CPU and works on one block at a time on the GPU"
+            )
+
+    def _reject_other_settings(self, requested: SparseLRConfig | None) -> None:
+        differences = requested.differences(self.quantization_config) if requested else {}
+        if differences:
+            shown = ", ".join(
+                f"{k}={mine!r} (stored: {stored!r})" for k, (mine, stored) in differences.items()
+            )
+            raise ValueError(
+                f"the checkpoint is already compressed with other settings: {shown}; load it without "
+                "quantization_config, or compress the original dense model"
+            )
+
+    # -- before the weights are read
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "tp_plan / distributed_config: tensor parallelism is not supported for sparselr models; "
+                'use device_map="auto"'
+            )
+        with torch.device("cpu"):  # transformers builds the skeleton in a meta context; this reads real data
+            if self.pre_quantized:
+                self._build_packed(model, checkpoint_files)
+            else:
+                from ..offline import load_calibration
+
+                plan_layers(model, self.quantization_config)
+                self._windows = load_calibration(model, self.quantization_config, model.config.name_or_path)
+        return model
+
+    def _build_packed(self, model: nn.Module, files: list[str] | None) -> None:
+        """Replaces the linear layers that the checkpoint holds packed by empty modules of the right shapes."""
+        if not files:
+            raise FormatError("a compressed checkpoint is read from .safetensors files, but none were given")
+        entries = read_headers(files)
+        names = _names_in_model(model, entries)
+        layers, packed = linear_layers(model), {}
+        for stored, parts in group_layers(entries).items():
+            name = names[stored]
+            if name not in layers:
+                where = next(iter(parts.values())).file
+                raise FormatError(
+                    f"{where}: tensor {stored}.mask is unexpected: the model has no such linear layer"
+                )
+            packed[name] = parts
+            check_layer(stored, parts, *weight_shape(layers[name]), bias=layers[name].bias is not None)
+        _check_complete(model, layers, packed, entries, names)
+        for name, parts in packed.items():
+            model.set_submodule(name, _empty_layer(model, name, layers[name], parts))
+        # The zero-element `weight` entries are for readers without this package.
+        model._keys_to_ignore_on_load_unexpected |= {rf"{re.escape(name)}\.{SENTINEL}$" for name in packed}
+        self._directory = Path(files[0]).parent
+
+    # -- after the weights are read
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not self.pre_quantized:
+            from ..offline import compress_in_memory
+
+            return compress_in_memory(model, self.quantization_config, self._windows, keep_dense=False)
+        for module in packed_layers(model).values():
+            for name in ("values", "A", "B", "bias"):
+                parameter = getattr(module, name)
+                if parameter is None:
+                    continue
+                parameter.requires_grad_(False)
+                if parameter.dtype != module.dtype and not parameter.is_meta:
+                    parameter.data = parameter.data.to(module.dtype)  # 5.17 keeps the file's dtype in places
+        model.sparselr_report = Report.load(self._directory)
+        return model
+
+    # -- saving and the rest of the interface
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict, dict]:
+        """The state dict with a zero-element `weight` per packed layer: stock transformers refuses such a file."""
+        state = dict(model.state_dict())
+        for name, module in packed_layers(model).items():
+            # A slice of one element: empty tensors of their own would all look tied to one another.
+            state[f"{name}.{SENTINEL}"] = torch.zeros(1, dtype=module.dtype)[:0]
+        return state, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, module in packed_layers(model).items():
+            model.set_submodule(name, module.to_dense().to(dtype))
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def packed_layers(model: nn.Module) -> dict[str, SparseLRLinear]:
+    """All packed layers of a model: {dotted name: layer}."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLRLinear)}
+
+
+def attach(model: nn.Module, config: SparseLRConfig, report: Report) -> nn.Module:
+    """Makes an in-memory compressed model save, push and report like a loaded one."""
+    quantizer = SparseLRQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config
+    model.config._is_quantized = True
+    model.sparselr_report = report
+    model.add_model_tags(["sparselr", "compressed"])
+    return model
+
+
+def _names_in_model(model: nn.Module, entries: dict[str, Entry]) -> dict[str, str]:
+    """Names of the modules in the file -> in the model: prefixes and renamings differ between classes."""
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    state = model.state_dict()
+
+    def rename(module: str) -> str:
+        key, _ = rename_source_key(f"{module}.weight", renamings, [], model.base_model_prefix, state)
+        return key.removesuffix(".weight")
+
+    return {module: rename(module) for module in {name.rpartition(".")[0] for name in entries}}
+
+
+def _check_complete(
+    model, layers: dict, packed: dict, entries: dict[str, Entry], names: dict[str, str]
+) -> None:
+    """A linear layer that is neither packed nor dense in the files would silently start from random weights."""
+    if any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(model)):
+        return  # dense names in such files are not the model's; transformers reports what it misses
+    present = {names[module] for module in names if f"{module}.weight" in entries}
+    for name in layers:
+        if name not in packed and name not in present:
+            where = Path(next(iter(entries.values())).file).parent
+            raise FormatError(f"{where}: tensor {name}.mask is missing")
+
+
+def _empty_layer(model: nn.Module, name: str, dense: nn.Module, parts: dict[str, Entry]) -> SparseLRLinear:
+    in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+    keep = any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in in_fp32)
+    stored = float_dtype(parts["values"])
+    wanted = dense.weight.dtype if dense.weight.dtype.is_floating_point else stored
+    return SparseLRLinear(
+        *reversed(weight_shape(dense)),
+        nonzeros=parts["values"].shape[0],
+        rank=parts["A"].shape[0] if "A" in parts else 0,
+        bias=dense.bias is not None,
+        transposed=isinstance(dense, Conv1D),
+        device="meta",
+        dtype=torch.float32 if keep else wanted,
+    )
+
+
+def _register() -> None:
+    if QUANT_METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    auto.register_quantization_config(QUANT_METHOD)(SparseLRConfig)
+    auto.register_quantizer(QUANT_METHOD)(SparseLRQuantizer)
+    # Lets a config passed for a packed checkpoint reach `validate_environment` (see get_loading_attributes).
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, SparseLRConfig)
+
+
+_register()

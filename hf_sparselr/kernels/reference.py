@@ -1,0 +1,47 @@
+"""The plain path: unpack S for the length of one call, in forward and again in backward."""
+
+import torch
+
+from ..packing import unpack, unpack_mask
+
+
+class _SparseLinear(torch.autograd.Function):
+    """y = x S^T. Saves the packed S only, so no dense copy outlives a call."""
+
+    @staticmethod
+    def forward(ctx, inputs, mask, values, in_features):
+        ctx.in_features = in_features
+        ctx.save_for_backward(inputs if ctx.needs_input_grad[2] else None, mask, values)
+        return torch.nn.functional.linear(inputs, unpack(mask, values, in_features))
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs, mask, values = ctx.saved_tensors
+        grad_inputs = grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_inputs = grad @ unpack(mask, values, ctx.in_features)
+        if ctx.needs_input_grad[2]:
+            dense = grad.flatten(0, -2).T @ inputs.flatten(0, -2)
+            grad_values = dense[unpack_mask(mask, ctx.in_features)]
+        return grad_inputs, None, grad_values, None
+
+
+def sparse_linear(
+    inputs: torch.Tensor, mask: torch.Tensor, values: torch.Tensor, in_features: int
+) -> torch.Tensor:
+    """x S^T from the packed S, differentiable in x and the values. Follows autocast, as F.linear does.
+
+    Args:
+        inputs: (..., in).
+        mask: uint8 (out, ceil(in / 8)), see `packing`.
+        values: (nonzeros,), same dtype and device as the inputs.
+        in_features: in.
+
+    Returns:
+        (..., out).
+    """
+    kind = inputs.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        inputs, values = inputs.to(dtype), values.to(dtype)
+    return _SparseLinear.apply(inputs, mask, values, in_features)

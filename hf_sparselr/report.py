@@ -1,0 +1,78 @@
+"""What a compression run did: one row a layer, one row a block, printed and saved as JSON."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FILE_NAME = "sparselr_report.json"
+
+
+@dataclass
+class Report:
+    """The result of a run; `model.sparselr_report`.
+
+    Attributes:
+        settings: the config as stored in config.json.
+        layers: a dict a layer: name, shape, pattern, rank, sparsity (share of zeros), relative_error
+            (tr(E H E^T) / tr(W H W^T) on the calibration inputs, before refinement), iterations, seconds, ...
+        blocks: a dict a block: name, tm (loss_before, loss_after, ...; None without refinement), seconds.
+        sizes: bytes of the model dense and packed, {"dense": ..., "packed": ...}.
+        base_model: the dense model's name.
+        perplexity: what was measured, {"dense": ..., "compressed": ...}, empty where nothing was.
+        seconds: the whole run.
+        peak_memory: bytes on the GPU, None on the CPU.
+    """
+
+    settings: dict
+    layers: list[dict] = field(default_factory=list)
+    blocks: list[dict] = field(default_factory=list)
+    sizes: dict = field(default_factory=dict)
+    base_model: str | None = None
+    perplexity: dict = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_memory: int | None = None
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes `sparselr_report.json` into a directory."""
+        path = Path(directory) / FILE_NAME
+        path.write_text(json.dumps(vars(self), indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Report | None":
+        """The report beside a checkpoint, or None where there is none."""
+        path = Path(directory) / FILE_NAME
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "pattern", "rank", "zeros", "error", "iterations", "seconds")]
+        for row in self.layers:
+            rows.append(
+                (
+                    row["name"],
+                    "x".join(map(str, row["shape"])),
+                    row["pattern"],
+                    str(row["rank"]),
+                    f"{row['sparsity']:.4f}",
+                    f"{row['relative_error']:.5f}",
+                    str(row.get("iterations", "-")),
+                    f"{row['seconds']:.2f}",
+                )
+            )
+        return table(rows)
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows of text in aligned columns; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def layer_line(row: dict) -> str:
+    """One log line for a layer."""
+    return (
+        f"{row['name']}: relative error {row['relative_error']:.5f}, pattern {row['pattern']} "
+        f"({row['sparsity']:.2%} zeros), rank {row['rank']}, {row.get('iterations', 0)} iterations, "
+        f"{row['seconds']:.2f} s"
+    )
