@@ -4,7 +4,7 @@ Nothing here names an architecture: blocks are found by structure, their argumen
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -175,14 +175,14 @@ def record_calls(model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Te
     """Runs the model up to the blocks and records how it calls each of them.
 
     Blocks do not compute while recording: each hands its hidden states on, so the pass is cheap, and the pass ends
-    at the last block. Where the model cannot live with that (it raises ValueError or TypeError), a real forward
-    pass is recorded instead. Everything outside the blocks runs in FP32.
+    at the last block. Where the model cannot live with that (it raises ValueError or TypeError, or a block does not
+    receive what the one before it handed on), a real forward pass is recorded instead. All of it runs in FP32.
 
     Args:
         batches: token ids (batch, length), on the CPU.
     """
     recording = Recording([], [[] for _ in blocks])
-    with _upcast_outside(model, blocks), torch.no_grad():
+    with _upcast(_halves_outside(model, blocks)), torch.no_grad():
         for ids in batches:
             marks = len(recording.inputs)
             try:
@@ -197,18 +197,24 @@ def record_calls(model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Te
 
 def _record(model, blocks, ids: torch.Tensor, recording: Recording, compute: bool) -> None:
     last = len(blocks) - 1
+    handed_on = None
 
     def recorder(index: int, forward):
         def record(*args, **kwargs):
+            nonlocal handed_on
             args, kwargs = _without_caches(args), _without_caches(kwargs)
             hidden, *args = args if args else (kwargs.pop("hidden_states"),)
             if index == 0:
                 recording.inputs.append(hidden)
+            elif not compute and hidden is not handed_on:
+                raise TypeError("the model takes the outputs of its blocks apart")
             recording.calls[index].append((tuple(args), kwargs))
-            if compute:
-                return forward(hidden, *args, **kwargs)
             if index == last:
                 raise _Recorded
+            if compute:
+                with _upcast(_halves(blocks[index])):
+                    return forward(hidden, *args, **kwargs)
+            handed_on = hidden
             return hidden
 
         return record
@@ -217,10 +223,8 @@ def _record(model, blocks, ids: torch.Tensor, recording: Recording, compute: boo
         inputs = {"input_ids": ids.to(_input_device(model)), "use_cache": False}
         if getattr(model.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = inputs["input_ids"]
-        try:
+        with suppress(_Recorded):
             model(**inputs)
-        except _Recorded:
-            pass
 
 
 @contextmanager
@@ -238,20 +242,25 @@ def _instance_forwards(blocks: nn.ModuleList, make) -> Iterator[None]:
                 block.forward = forward
 
 
-@contextmanager
-def _upcast_outside(model: nn.Module, blocks: nn.ModuleList) -> Iterator[None]:
-    """Runs what surrounds the blocks in FP32, so that masks and position embeddings are recorded in FP32."""
-    inside = {id(tensor) for tensor in (*blocks.parameters(), *blocks.buffers())}
-    halves = [
-        tensor
-        for tensor in (*model.parameters(), *model.buffers())
-        if tensor.dtype in (torch.float16, torch.bfloat16) and id(tensor) not in inside
-    ]
+def _halves(module: nn.Module) -> list[torch.Tensor]:
+    tensors = (*module.parameters(), *module.buffers())
+    return [tensor for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
+
+
+def _halves_outside(model: nn.Module, blocks: nn.ModuleList) -> list[torch.Tensor]:
+    """Half-precision tensors around the blocks: in FP32, so are the masks and position embeddings they make."""
+    skipped = {id(tensor) for tensor in _halves(blocks)}
     output = model.get_output_embeddings()
     if output is not None and output.weight is not model.get_input_embeddings().weight:
-        halves = [tensor for tensor in halves if tensor is not output.weight]  # never reached, and large
-    kept = [(tensor, tensor.data) for tensor in halves]
-    for tensor in halves:
+        skipped.add(id(output.weight))  # never reached, and large
+    return [tensor for tensor in _halves(model) if id(tensor) not in skipped]
+
+
+@contextmanager
+def _upcast(tensors: list[torch.Tensor]) -> Iterator[None]:
+    """Turns tensors into FP32 in place, and puts back their own data."""
+    kept = [(tensor, tensor.data) for tensor in tensors]
+    for tensor in tensors:
         tensor.data = tensor.data.float()
     try:
         yield

@@ -66,7 +66,7 @@ def check_source(calibration: Any) -> None:
     if isinstance(calibration, str):
         if not _STRING.fullmatch(calibration):
             raise ValueError(f"{source} names no source: {_ALLOWED}")
-    elif _is_dataset(calibration):
+    elif is_dataset(calibration):
         _column(calibration.column_names or _COLUMNS, source)
         if getattr(calibration, "num_rows", 1) == 0:
             raise ValueError(f"{source} has no rows: {_ALLOWED}")
@@ -154,9 +154,10 @@ def _show(calibration: Any) -> str:
     return f"calibration=<{type(calibration).__name__}{size}>"
 
 
-def _is_dataset(calibration: Any) -> bool:
+def is_dataset(data: Any) -> bool:
+    """Whether data are a `datasets.Dataset` or `IterableDataset`."""
     datasets = sys.modules.get("datasets")  # nobody holds a Dataset without having imported the library
-    return datasets is not None and isinstance(calibration, datasets.Dataset | datasets.IterableDataset)
+    return datasets is not None and isinstance(data, datasets.Dataset | datasets.IterableDataset)
 
 
 def _column(columns: Iterable[str], source: str) -> str:
@@ -198,39 +199,58 @@ def _kind(item: Any) -> str | None:
 
 def _load(data: Any, draw: _Draw) -> list[torch.Tensor]:
     if isinstance(data, str) and data.startswith("file:"):
-        return _from_text("texts", _read_files(data), draw)
+        return _from_text("texts", read_files(data, draw.source), draw)
     if isinstance(data, str):
         _need_tokenizer(draw)  # before a download that may take long
         if data == DEFAULT:
             return _draw_windows(_load_hub(data, data_files={"train": _C4_SHARD})["text"], draw)
         data = _load_hub(data)
-    if _is_dataset(data):
+    if is_dataset(data):
         return _from_dataset(data, draw)
     kind = _kind(data[0]) if isinstance(data, list | tuple) else "token ids"
     return _from_ids(data, draw) if kind == "token ids" else _from_text(kind, data, draw)
 
 
 def _load_hub(calibration: str, **options: Any) -> Any:
+    return load_split(calibration, "train", _show(calibration), f'calibration="self", {_INSTEAD}', **options)
+
+
+def load_split(name: str, split: str, where: str, instead: str, **options: Any) -> Any:
+    """One split of a Hub data set "id" or "id:config".
+
+    Args:
+        where: the field and value that an error names.
+        instead: what an error says to pass.
+        options: for `datasets.load_dataset`.
+
+    Raises:
+        OSError: it cannot be loaded, whatever the reason.
+    """
     from datasets import load_dataset
 
-    name, _, config = calibration.partition(":")
+    path, _, config = name.partition(":")
     try:
-        return load_dataset(name, config or None, split="train", **options)
+        return load_dataset(path, config or None, split=split, **options)
     except Exception as error:  # the library raises many unrelated types for "not there" and "no network"
-        what = f"{_show(calibration)}: the train split of this Hub data set cannot be loaded ({error})"
-        raise OSError(f'{what}: pass calibration="self", {_INSTEAD}') from error
+        what = f"{where}: the {split} split of this Hub data set cannot be loaded ({error})"
+        raise OSError(f"{what}: pass {instead}") from error
 
 
-def _read_files(calibration: str) -> list[str]:
-    paths = sorted(filter(os.path.isfile, glob.glob(calibration.removeprefix("file:"), recursive=True)))
+def read_files(name: str, where: str) -> list[str]:
+    """The texts of the UTF-8 files that "file:GLOB" matches, in the order of their paths.
+
+    Raises:
+        ValueError: starting with `where`; no file matches, or one is not UTF-8.
+    """
+    paths = sorted(filter(os.path.isfile, glob.glob(name.removeprefix("file:"), recursive=True)))
     if not paths:
-        raise ValueError(f"{_show(calibration)} matches no file: pass a glob of UTF-8 text files")
+        raise ValueError(f"{where} matches no file: pass a glob of UTF-8 text files")
     texts = []
     for path in paths:
         try:
             texts.append(Path(path).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{_show(calibration)}: {path} is not UTF-8: pass only text files") from error
+            raise ValueError(f"{where}: {path} is not UTF-8: pass only text files") from error
     return texts
 
 
@@ -287,7 +307,7 @@ def _cut(stream: torch.Tensor, draw: _Draw) -> list[torch.Tensor]:
 
 
 def _from_ids(items: Iterable[Any], draw: _Draw) -> list[torch.Tensor]:
-    rows = (row for i, item in enumerate(items) for row in _rows(item, f"{draw.source} item {i}"))
+    rows = (row for i, item in enumerate(items) for row in token_rows(item, f"{draw.source} item {i}"))
     windows = [row[: draw.seq_len].long() for row in itertools.islice(rows, draw.num_samples)]
     if len(windows) < draw.num_samples:
         has = f"{draw.source} has {len(windows)} samples, {sum(map(len, windows))} tokens"
@@ -296,14 +316,22 @@ def _from_ids(items: Iterable[Any], draw: _Draw) -> list[torch.Tensor]:
     return windows
 
 
-def _rows(item: Any, where: str) -> Iterator[torch.Tensor]:
-    """The unpadded rows of a tensor, array or list of ids, or of a mapping's input_ids."""
+def token_rows(item: Any, where: str) -> Iterator[torch.Tensor]:
+    """The unpadded rows of a tensor, array or list of ids, or of a mapping's input_ids.
+
+    Yields:
+        1-D integer CPU tensors of at least 2 ids.
+
+    Raises:
+        TypeError, ValueError: starting with `where`; no ids, no integers, or fewer than 2 ids in a row.
+    """
     batch = item if isinstance(item, Mapping) else {"input_ids": item}
     try:
         ids = torch.atleast_2d(torch.as_tensor(batch.get("input_ids")).cpu())
         mask = torch.as_tensor(batch.get("attention_mask", True)).cpu().bool().expand(ids.shape)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{where} is {reprlib.repr(item)}, not a tensor of token ids: {_ALLOWED}") from error
+        what = f"{where} is {reprlib.repr(item)}, not a tensor of token ids"
+        raise TypeError(f"{what}: pass integers of shape (tokens,) or (rows, tokens)") from error
     _check_ids(ids, where, ndims=(2,))
     for row, kept in zip(ids, mask, strict=True):
         _check_ids(row[kept], where)
@@ -336,18 +364,26 @@ def _start_ids(model: Any, tokenizer: Any, num_samples: int, seed: int) -> torch
 @contextmanager
 def _isolated(model: Any, seed: int) -> Iterator[None]:
     """Eval mode and seeded random state inside; these and the generation config are restored after."""
-    modes = {module: module.training for module in model.modules()}
     config = model.generation_config
     gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=gpus):
+        with eval_mode(model), torch.random.fork_rng(devices=gpus):
             # torch.manual_seed would also reseed GPUs that are not forked.
             torch.default_generator.manual_seed(seed)
             for gpu in gpus:
                 torch.cuda.default_generators[gpu].manual_seed(seed)
-            model.eval()
             yield
     finally:
         model.generation_config = config
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside; after it every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
         for module, training in modes.items():
             module.training = training

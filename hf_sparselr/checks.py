@@ -35,7 +35,7 @@ def check_choice(field: str, value: Any, allowed: tuple) -> None:
 
 def reject_unknown(what: str, names: list[str], known: list[str]) -> None:
     for name in set(names) - set(known):
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(str(name), known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise TypeError(f"{what} has no field {name!r}{hint} (it has {', '.join(known)})")
 

@@ -78,7 +78,8 @@ class SparseLRConfig(QuantizationConfigMixin):
         **stored: Any,
     ) -> None:
         version = stored.pop("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        check_integer("format_version", version, 1)
+        if version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version={version!r}: this hf_sparselr reads checkpoints up to version "
                 f"{FORMAT_VERSION}; upgrade it to read this one"
@@ -98,7 +99,7 @@ class SparseLRConfig(QuantizationConfigMixin):
         self.seed = seed
         self.targets = _regex_list("targets", targets)
         self.ignore = _regex_list("ignore", ignore)
-        self.overrides = overrides or {}
+        self.overrides = {} if overrides is None else overrides
         self.on_incompatible = on_incompatible
         self.tokenizer = tokenizer
         self.device = device
@@ -177,7 +178,11 @@ class SparseLRConfig(QuantizationConfigMixin):
 
 def matches(pattern: str, name: str) -> bool:
     """Whether a regular expression matches a dotted module name or the end of it, as PEFT's patterns do."""
-    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+    return re.fullmatch(_anchored(pattern), name) is not None
+
+
+def _anchored(pattern: str) -> str:
+    return rf"(?:.*\.)?(?:{pattern})"
 
 
 def _argument_names() -> list[str]:
@@ -190,6 +195,7 @@ def _check_regex(field: str, pattern: Any) -> None:
         raise TypeError(f"{field}={pattern!r}: expected a regular expression over module names")
     try:
         re.compile(pattern)
+        re.compile(_anchored(pattern))  # refuses global flags such as (?i)
     except re.error as error:
         raise ValueError(f"{field}={pattern!r}: not a regular expression ({error})") from error
 
@@ -218,7 +224,7 @@ def _check_override(pattern: Any, override: Any) -> None:
     if override.get("skip") and len(override) > 1:
         raise ValueError(f"{field}={override!r}: skip=True contradicts sparsity and rank")
     if "sparsity" in override:
-        parse(override["sparsity"])
+        parse(override["sparsity"], f"{field}['sparsity']")
     if "rank" in override:
         check_integer(f"{field}['rank']", override["rank"], 0)
 

@@ -66,6 +66,11 @@ class WorkingLinear(nn.Module):
         out = F.linear(inputs, self.S, self.bias)
         return out if self.A is None else out + F.linear(F.linear(inputs, self.A), self.B)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """S + B A: some blocks read a layer's weight, or its dtype (T5)."""
+        return self.S if self.A is None else self.S + self.B @ self.A
+
     def decomposition(self) -> Decomposition:
         factors = (None, None) if self.A is None else (self.A.detach(), self.B.detach())
         return Decomposition(self.S.detach(), self.mask, *factors)
@@ -110,20 +115,19 @@ def match_block(
         on_pass: called after every pass with its mean relative loss.
 
     Returns:
-        loss_before, loss_after (mean squared errors, FP32), best_pass (0: the start), steps, seconds.
+        loss_before, loss_after (mean squared errors, FP32), best_pass (0: the start), passes, seconds.
     """
     started = time.perf_counter()
     parameters = trainable(block)
     start = best = _snapshot(parameters)
     before = after = mean_squared_error(block, inputs, targets, calls)
-    best_loss, best_pass, steps = math.inf, 0, 0
+    best_loss, best_pass, passes = math.inf, 0, 0
     if before > 0:
-        for number, (loss, steps) in enumerate(
-            _train(block, parameters, inputs, targets, calls, options, seed, before), start=1
-        ):
+        for loss in _train(block, parameters, inputs, targets, calls, options, seed, before):
+            passes += 1
             on_pass(loss)
             if loss < best_loss:
-                best, best_loss, best_pass = _snapshot(parameters), loss, number
+                best, best_loss, best_pass = _snapshot(parameters), loss, passes
         _restore(parameters, best)
         after = mean_squared_error(block, inputs, targets, calls)
     if not after < before:  # NaN included
@@ -133,29 +137,30 @@ def match_block(
         "loss_before": before,
         "loss_after": after,
         "best_pass": best_pass,
-        "steps": steps,
+        "passes": passes,
         "seconds": time.perf_counter() - started,
     }
 
 
 def _train(block, parameters, inputs, targets, calls, options: TMOptions, seed: int, scale: float):
-    """Yields (mean loss relative to `scale`, steps so far) after every pass; ends early on NaN.
+    """Yields the mean loss, relative to `scale`, after every pass; ends early on NaN.
 
     The relative loss keeps gradients far above Adam's epsilon, whatever the size of the block's error.
     """
     device = inputs[0].device
     chunks = _chunks(inputs, options.batch_size)
     generator = torch.Generator().manual_seed(seed)
-    flags = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    flags = {parameter: parameter.requires_grad for parameter in block.parameters()}
+    trained = set(parameters)
+    for parameter in flags:  # layers that stay dense would collect gradients too
+        parameter.requires_grad_(parameter in trained)
     total = options.passes * len(chunks)
     optimizer = torch.optim.Adam(parameters, lr=options.lr, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _cosine(step / total, options.final_lr)
     )
     with torch.enable_grad():
-        for number in range(1, options.passes + 1):
+        for _ in range(options.passes):
             losses = torch.zeros((), device=device)
             for index in torch.randperm(len(chunks), generator=generator).tolist():
                 size = sum(targets[batch].numel() for batch in chunks[index]) * scale
@@ -171,8 +176,8 @@ def _train(block, parameters, inputs, targets, calls, options: TMOptions, seed: 
             mean = float(losses) / len(chunks)
             if not math.isfinite(mean):
                 break
-            yield mean, number * len(chunks)
-    for parameter, flag in zip(parameters, flags, strict=True):
+            yield mean
+    for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
 
 

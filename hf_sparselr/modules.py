@@ -88,17 +88,23 @@ class SparseLRLinear(nn.Linear):
         return dense
 
     @property
+    def qweight(self) -> torch.Tensor:
+        """The tensor from which PEFT takes the device; without it PEFT reads `weight`, which densifies."""
+        return self.values
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         return self.values.dtype
 
     def sparse_forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """x S^T + bias, without the low-rank part."""
         out = sparse_linear(inputs, self.mask, self.values, self.in_features)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, low_rank: bool = True) -> torch.Tensor:
+        """x: (..., in) to (..., out); `low_rank=False` leaves out A and B, for adapters that replace them."""
         out = self.sparse_forward(inputs)
-        if self.rank:
+        if low_rank and self.rank:
             out = out + F.linear(F.linear(inputs, self.A), self.B)
         return out
 

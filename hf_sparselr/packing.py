@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 PAYLOAD = ("mask", "values", "A", "B", "bias")
 SENTINEL = "weight"
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class FormatError(ValueError):
@@ -143,8 +143,3 @@ def check_layer(
     kept = int(mask.sum())
     if kept != parts["values"].shape[0]:
         fail("values", f"holds {parts['values'].shape[0]} values, but the mask keeps {kept}")
-
-
-def float_dtype(entry: Entry) -> torch.dtype:
-    """The torch dtype of a float tensor in a file."""
-    return _FLOATS[entry.dtype]

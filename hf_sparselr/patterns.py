@@ -80,26 +80,26 @@ class Unstructured:
 Pattern = NM | Unstructured
 
 
-def parse(sparsity: str | float) -> Pattern:
+def parse(sparsity: str | float, field: str = "sparsity") -> Pattern:
     """Reads "n:m" (keep n of m) or the fraction of zeros in [0, 1).
 
     Raises:
-        TypeError, ValueError: naming the field `sparsity`, the value and what is allowed.
+        TypeError, ValueError: naming the field, the value and what is allowed.
     """
     allowed = (
         f'"n:m" with 0 < n < m <= {MAX_M} (n of every m inputs are kept), or a fraction of zeros in [0, 1)'
     )
     if isinstance(sparsity, bool) or not isinstance(sparsity, (str, int, float)):
-        raise TypeError(f"sparsity={sparsity!r}: expected {allowed}")
+        raise TypeError(f"{field}={sparsity!r}: expected {allowed}")
     if isinstance(sparsity, str):
         n, colon, m = sparsity.partition(":")
         if not (colon and n.strip().isdecimal() and m.strip().isdecimal()):
-            raise ValueError(f"sparsity={sparsity!r}: expected {allowed}")
+            raise ValueError(f"{field}={sparsity!r}: expected {allowed}")
         if not 0 < int(n) < int(m) <= MAX_M:
-            raise ValueError(f"sparsity={sparsity!r}: expected {allowed}")
+            raise ValueError(f"{field}={sparsity!r}: expected {allowed}")
         return NM(int(n), int(m))
     if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity={sparsity!r}: expected {allowed}")
+        raise ValueError(f"{field}={sparsity!r}: expected {allowed}")
     return Unstructured(float(sparsity))
 
 

@@ -76,3 +76,33 @@ def layer_line(row: dict) -> str:
         f"({row['sparsity']:.2%} zeros), rank {row['rank']}, {row.get('iterations', 0)} iterations, "
         f"{row['seconds']:.2f} s"
     )
+
+
+def plot(report: Report, directory: str | Path) -> Path:
+    """Draws the relative error of every layer, a line a kind of layer, to `sparselr_report.png`.
+
+    Raises:
+        ImportError: matplotlib is not installed (the `plot` extra).
+    """
+    from matplotlib.figure import Figure
+
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for index, block in enumerate(report.blocks):
+        for row in report.layers:
+            if row["name"].startswith(f"{block['name']}."):
+                kind = row["name"].removeprefix(f"{block['name']}.")
+                kinds.setdefault(kind, []).append((index, row["relative_error"]))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for kind, points in kinds.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=kind)
+    axes.set(xlabel="block", ylabel="relative error of the layer's output", yscale="log")
+    axes.set_title(
+        f"{report.settings['method']}, sparsity {report.settings['sparsity']}, rank {report.settings['rank']}"
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    path = Path(directory) / "sparselr_report.png"
+    figure.savefig(path, dpi=150)
+    return path

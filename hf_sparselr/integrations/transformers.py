@@ -17,8 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..blocks import linear_layers, plan_layers, weight_shape
 from ..config import QUANT_METHOD, SparseLRConfig
+from ..hub import hook_saving
 from ..modules import SparseLRLinear
-from ..packing import SENTINEL, Entry, FormatError, check_layer, float_dtype, group_layers, read_headers
+from ..packing import SENTINEL, Entry, FormatError, check_layer, group_layers, read_headers
 from ..report import Report
 
 
@@ -31,6 +32,10 @@ class SparseLRQuantizer(HfQuantizer):
 
     requires_calibration = False  # True would make transformers refuse dense checkpoints
     quantization_config: SparseLRConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        hook_saving()  # not on import: transformers.modeling_utils, which it changes, imports the quantizers
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -98,6 +103,7 @@ class SparseLRQuantizer(HfQuantizer):
             model.set_submodule(name, _empty_layer(model, name, layers[name], parts))
         # The zero-element `weight` entries are for readers without this package.
         model._keys_to_ignore_on_load_unexpected |= {rf"{re.escape(name)}\.{SENTINEL}$" for name in packed}
+        self._dtypes = {name: _stored_dtype(model, name, p.dtype) for name, p in model.named_parameters()}
         self._directory = Path(files[0]).parent
 
     # -- after the weights are read
@@ -107,14 +113,16 @@ class SparseLRQuantizer(HfQuantizer):
             from ..offline import compress_in_memory
 
             return compress_in_memory(model, self.quantization_config, self._windows, keep_dense=False)
+        for name, parameter in model.named_parameters():
+            # 5.17 gives tensors whose key was renamed the file's dtype.
+            if (
+                parameter.is_floating_point()
+                and not parameter.is_meta
+                and parameter.dtype != self._dtypes[name]
+            ):
+                parameter.data = parameter.data.to(self._dtypes[name])
         for module in packed_layers(model).values():
-            for name in ("values", "A", "B", "bias"):
-                parameter = getattr(module, name)
-                if parameter is None:
-                    continue
-                parameter.requires_grad_(False)
-                if parameter.dtype != module.dtype and not parameter.is_meta:
-                    parameter.data = parameter.data.to(module.dtype)  # 5.17 keeps the file's dtype in places
+            module.requires_grad_(False)
         model.sparselr_report = Report.load(self._directory)
         return model
 
@@ -189,10 +197,6 @@ def _check_complete(
 
 
 def _empty_layer(model: nn.Module, name: str, dense: nn.Module, parts: dict[str, Entry]) -> SparseLRLinear:
-    in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
-    keep = any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in in_fp32)
-    stored = float_dtype(parts["values"])
-    wanted = dense.weight.dtype if dense.weight.dtype.is_floating_point else stored
     return SparseLRLinear(
         *reversed(weight_shape(dense)),
         nonzeros=parts["values"].shape[0],
@@ -200,8 +204,17 @@ def _empty_layer(model: nn.Module, name: str, dense: nn.Module, parts: dict[str,
         bias=dense.bias is not None,
         transposed=isinstance(dense, Conv1D),
         device="meta",
-        dtype=torch.float32 if keep else wanted,
+        dtype=_stored_dtype(model, name, dense.weight.dtype),
     )
+
+
+def _stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which transformers loads a parameter: the skeleton's, unless the model keeps it in FP32."""
+    kept = model._get_dtype_plan(
+        torch.get_default_dtype()
+    )  # its keys are globs, which match anywhere in a name
+    keep = any(re.search(glob.replace("*", ".*"), name) for glob in kept)
+    return torch.float32 if keep and dtype.is_floating_point else dtype
 
 
 def _register() -> None:

@@ -21,7 +21,7 @@ class _SparseLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_inputs = grad @ unpack(mask, values, ctx.in_features)
         if ctx.needs_input_grad[2]:
-            dense = grad.flatten(0, -2).T @ inputs.flatten(0, -2)
+            dense = grad.reshape(-1, grad.shape[-1]).T @ inputs.reshape(-1, ctx.in_features)
             grad_values = dense[unpack_mask(mask, ctx.in_features)]
         return grad_inputs, None, grad_values, None
 
