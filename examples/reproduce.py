@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--refine", nargs="+", default=["none", "tm"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--solver", type=json.loads, default={}, help="JSON options of the layer solver")
+    parser.add_argument("--dtype", default="auto", help="of the checkpoint that is written")
     parser.add_argument("--tm", type=json.loads, default={}, help="JSON options of transformer matching")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", help="append one JSON line a run to this file")
@@ -59,11 +61,12 @@ def main() -> None:
                     num_samples=len(calibration),
                     seq_len=calibration.shape[1],
                     seed=seed,
+                    solver=args.solver,
                     tm=args.tm,
                     device=args.device,
                 )
                 started = time.perf_counter()
-                model = hf_sparselr.compress(args.model, config)
+                model = hf_sparselr.compress(args.model, config, dtype=args.dtype)
                 seconds = time.perf_counter() - started
                 with tempfile.TemporaryDirectory() as folder:
                     model.save_pretrained(folder)

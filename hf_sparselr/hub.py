@@ -60,10 +60,11 @@ def _report_of(model: Any) -> Report | None:
     """The model's report; for one from the Hub, which transformers loads without it, the report beside it there."""
     report = getattr(model, "sparselr_report", None)
     name = hub_id(model.config.name_or_path)
-    if report is not None or name is None:
+    snapshot = getattr(model.hf_quantizer, "_directory", None)
+    if report is not None or name is None or snapshot is None:
         return report
     try:
-        path = hf_hub_download(name, FILE_NAME, revision=model.config._commit_hash)
+        path = hf_hub_download(name, FILE_NAME, revision=snapshot.name)
         return Report.load(Path(path).parent)
     except Exception as error:  # as for the licence: never a reason not to save
         logger.debug("no report from %s: %r", name, error)

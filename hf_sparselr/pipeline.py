@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from .config import SparseLRConfig
 
 logger = logging.getLogger("hf_sparselr")
+
+
+class _Reached(Exception):  # noqa: N818 (not an error: the rest of the block is not needed)
+    pass
+
 
 Sink = Callable[[nn.ModuleList, int, nn.Module], None]  # (stack, index, finished block)
 
@@ -74,7 +80,7 @@ def run(model: nn.Module, config: "SparseLRConfig", windows: list[torch.Tensor],
     bar = transformers_logging.tqdm(
         total=sum(map(len, stacks.values())), desc="Compressing blocks", unit="block"
     )
-    training = model.training
+    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     model.eval()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -85,12 +91,13 @@ def run(model: nn.Module, config: "SparseLRConfig", windows: list[torch.Tensor],
             for index in range(len(stack)):
                 worker = _BlockWorker(f"{name}.{index}", stack[index], plan, config, report)
                 block, hidden = worker.work(hidden, recording.calls[index])
+                _set_modes(stack[index], f"{name}.{index}", modes)  # the sink may bring it back
                 sink(stack, index, block)
                 recording.calls[index] = []
                 bar.update()
     finally:
         bar.close()
-        model.train(training)
+        _set_modes(model, "", modes)
     report.seconds = time.perf_counter() - started
     report.peak_memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return report
@@ -111,6 +118,12 @@ def _micro_batch(config: "SparseLRConfig") -> int:
     if config.refine is None:
         return config.batch_size
     return math.gcd(config.batch_size, config.tm.batch_size)
+
+
+def _set_modes(module: nn.Module, name: str, modes: dict[str, bool]) -> None:
+    """Puts every part of a module into the mode, train or eval, that stands beside its name."""
+    for inner, part in module.named_modules(prefix=name):
+        part.training = modes[inner]
 
 
 def _check_weights(model: nn.Module, plan: dict[str, Layer]) -> None:
@@ -150,11 +163,11 @@ class _BlockWorker:
         hidden = [batch.to(self.device, torch.float32) for batch in hidden]
         row = {"name": self.name, "tm": None}
         if self.layers:
-            grams, targets = self._capture(hidden, calls)
-            self._solve(grams)
+            targets, groups = self._dense_pass(hidden, calls)
+            self._solve(groups, hidden, calls)
             if self.config.refine == "tm":
                 row["tm"] = self._match(hidden, targets, calls)
-            del targets, grams
+            del targets
         self._round()
         with torch.no_grad():
             hidden = [replay(self.block, batch, call) for batch, call in zip(hidden, calls, strict=True)]
@@ -163,70 +176,91 @@ class _BlockWorker:
         self.report.blocks.append(row)
         return self.block, hidden
 
-    def _capture(self, hidden: list[torch.Tensor], calls: list) -> tuple[dict, list[torch.Tensor]]:
-        """One forward pass of the dense block: a Gram matrix for every distinct layer input, and the outputs."""
-        grams: dict[str, GramAccumulator] = {}
-        first_inputs: dict[tuple, tuple[str, torch.Tensor]] = {}
-        leader: dict[str, str] = {}  # layer -> the layer whose Gram matrix it shares
+    @torch.no_grad()
+    def _dense_pass(
+        self, hidden: list[torch.Tensor], calls: list
+    ) -> tuple[list[torch.Tensor], list[list[str]]]:
+        """The dense block's outputs, and its layers in the order of their calls, grouped by common input."""
+        groups: dict[tuple, list[str]] = {}
+        alive: list[torch.Tensor] = []  # while they live, equal addresses mean the same tensor
 
         def hook(layer: str):
-            def collect(module, args):
-                inputs = args[0]
-                if layer not in leader:
-                    # The inputs of the first batch are kept alive meanwhile: equal addresses mean the same tensor.
-                    key = (inputs.data_ptr(), inputs.shape, inputs.stride())
-                    leader[layer] = first_inputs.setdefault(key, (layer, inputs))[0]
-                    if leader[layer] == layer:
-                        grams[layer] = GramAccumulator(inputs.shape[-1], inputs.device)
-                if leader[layer] == layer:
-                    grams[layer].add(inputs)
+            def note(module, args):
+                key = (args[0].data_ptr(), args[0].shape, args[0].stride())
+                groups.setdefault(key, []).append(layer)
+                alive.append(args[0])
 
-            return collect
+            return note
 
         handles = [
             self.block.get_submodule(layer).register_forward_pre_hook(hook(layer)) for layer in self.layers
         ]
         outputs = []
-        try:
-            with torch.no_grad():
-                for batch, call in zip(hidden, calls, strict=True):
-                    outputs.append(replay(self.block, batch, call))
-                    first_inputs.clear()
-        finally:
-            for handle in handles:
+        for batch, call in zip(hidden, calls, strict=True):
+            outputs.append(replay(self.block, batch, call))
+            for handle in handles:  # one batch shows it
                 handle.remove()
-        unused = [f"{self.name}.{layer}" for layer in self.layers if layer not in leader]
+            alive.clear()
+        called = [layer for group in groups.values() for layer in group]
+        unused = [layer for layer in self.layers if layer not in called]
         if unused:
             raise ValueError(
-                f"{unused[0]} saw no calibration input ({len(unused)} such layers): ignore it, or pass other data"
+                f"{self.name}.{unused[0]} saw no calibration input ({len(unused)} such layers): ignore it, or pass "
+                "other data"
             )
-        return {layer: (leader[layer], grams[leader[layer]].gram) for layer in self.layers}, outputs
+        return outputs, [list(dict.fromkeys(group)) for group in groups.values()]
 
-    def _solve(self, grams: dict[str, tuple[str, torch.Tensor]]) -> None:
-        """Replaces every planned layer by its decomposition. Layers that share a Gram matrix share `ScaledGram`."""
-        config, method = self.config, METHODS[self.config.method]
-        prepared: dict[str, ScaledGram] = {}
+    @torch.no_grad()
+    def _gram(self, layer: str, hidden: list[torch.Tensor], calls: list) -> torch.Tensor:
+        """X^T X of a layer's inputs in the block as it now is, up to that layer."""
+        module = self.block.get_submodule(layer)
+        accumulator = GramAccumulator(weight_shape(module)[1], self.device)
+
+        def collect(module, args):
+            accumulator.add(args[0])
+            raise _Reached
+
+        handle = module.register_forward_pre_hook(collect)
+        try:
+            for batch, call in zip(hidden, calls, strict=True):
+                with suppress(_Reached):
+                    replay(self.block, batch, call)
+        finally:
+            handle.remove()
+        return accumulator.gram
+
+    def _solve(self, groups: list[list[str]], hidden: list[torch.Tensor], calls: list) -> None:
+        """Replaces every planned layer by its decomposition, group after group.
+
+        The layers of a group share a Gram matrix and its factorisation, of inputs that already passed the compressed
+        layers before them.
+        """
         bar = transformers_logging.tqdm(
-            self.layers.items(), desc="  solving layers", leave=False, unit="layer"
+            total=len(self.layers), desc="  solving layers", leave=False, unit="layer"
         )
-        for inner, layer in bar:
-            started = time.perf_counter()
-            leader, gram = grams[inner]
-            if leader not in prepared:
-                try:
-                    prepared[leader] = ScaledGram(gram, config.damping)
-                except ValueError as error:
-                    raise ValueError(f"{layer.name}: {error}") from error
-            module = self.block.get_submodule(inner)
-            weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
-            result = method.solve(
-                weight, prepared[leader], layer.pattern, layer.rank, config.solver, seed=config.seed
-            )
-            error = squared_error(weight - result.dense(), gram) / max(squared_error(weight, gram), 1e-30)
-            self._add_row(layer, weight_shape(module), result, error, time.perf_counter() - started)
-            working = WorkingLinear(result, module.bias)
-            working.transposed = isinstance(module, Conv1D)
-            self.block.set_submodule(inner, working)
+        for group in groups:
+            gram = self._gram(group[0], hidden, calls)
+            try:
+                scaled = ScaledGram(gram, self.config.damping)
+            except ValueError as error:
+                raise ValueError(f"{self.name}.{group[0]}: {error}") from error
+            for layer in group:
+                self._solve_layer(layer, gram, scaled)
+                bar.update()
+        bar.close()
+
+    def _solve_layer(self, inner: str, gram: torch.Tensor, scaled: ScaledGram) -> None:
+        started = time.perf_counter()
+        layer, config = self.layers[inner], self.config
+        module = self.block.get_submodule(inner)
+        weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+        solve = METHODS[config.method].solve
+        result = solve(weight, scaled, layer.pattern, layer.rank, config.solver, seed=config.seed)
+        error = squared_error(weight - result.dense(), gram) / max(squared_error(weight, gram), 1e-30)
+        self._add_row(layer, weight_shape(module), result, error, time.perf_counter() - started)
+        working = WorkingLinear(result, module.bias)
+        working.transposed = isinstance(module, Conv1D)
+        self.block.set_submodule(inner, working)
 
     def _add_row(self, layer: Layer, shape, result, error: float, seconds: float) -> None:
         row = {

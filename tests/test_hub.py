@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from huggingface_hub import ModelCard
 from hub_server import HubServer, run_client
+from huggingface_hub import ModelCard
+from peft import LoraConfig
 
 from hf_sparselr import SparseLRConfig, card, compress
 from hf_sparselr.card import is_generated
 from hf_sparselr.hub import model_card, write_extras
 from hf_sparselr.report import FILE_NAME, Report
 
+FAST = {"min_iterations": 10, "max_iterations": 20}
 IDS = torch.randint(3, 64, (4, 32), generator=torch.Generator().manual_seed(0))
 BASE_CARD = "---\nlicense: apache-2.0\n---\n\n# Base\n"
 OWN_CARD = "---\nlicense: mit\ntags:\n- mine\n---\n\n# My words\n"
@@ -27,7 +29,7 @@ LAYER = {
 
 
 def small_config(**changes) -> SparseLRConfig:
-    fields = {"sparsity": "2:4", "rank": 4, "refine": None, "num_samples": 4, "seq_len": 32}
+    fields = {"sparsity": "2:4", "rank": 4, "refine": None, "num_samples": 4, "seq_len": 32, "solver": FAST}
     return SparseLRConfig(**{**fields, "calibration": IDS, **changes})
 
 
@@ -201,12 +203,10 @@ def test_generated_card_is_updated_and_keeps_added_tags(tmp_path):
 def test_other_saves_write_nothing(tmp_path):
     compressed = compress(dense_model(), small_config())
     compressed.save_pretrained(tmp_path / "worker", is_main_process=False)
-    compressed._hf_peft_config_loaded = True
-    from hf_sparselr.hub import _is_ours
-
-    assert not _is_ours(compressed)
+    compressed.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    compressed.save_pretrained(tmp_path / "adapter")
     dense_model().save_pretrained(tmp_path / "dense")
-    for name in ("worker", "dense"):
+    for name in ("worker", "adapter", "dense"):
         assert not {"README.md", FILE_NAME} & {path.name for path in (tmp_path / name).iterdir()}
 
 

@@ -1,12 +1,14 @@
 """Tiny random models, one a family, and the settings that compress them in a moment."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers as tf
 
 from hf_sparselr.config import SparseLRConfig
 
+PYLM = Path(__file__).parents[1] / "examples" / "pylm-4m"  # a small trained model
 VOCAB = 96
 IDS = torch.randint(3, VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))
 FAST = {"min_iterations": 10, "max_iterations": 20}
@@ -81,6 +83,13 @@ def build(name: str, dtype: torch.dtype = torch.float32, **changes) -> tf.PreTra
     return model.eval()
 
 
+def tokenizer() -> tf.PreTrainedTokenizerBase:
+    """A real one with 4096 tokens, and a chat template."""
+    result = tf.AutoTokenizer.from_pretrained(PYLM)
+    result.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return result
+
+
 def settings(**changes) -> SparseLRConfig:
     """2:4 and rank 4 on 4 x 32 tokens."""
     fields = {
@@ -109,7 +118,9 @@ def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """Equal names, dtypes and bits."""
+    """Equal names, dtypes and bits (NaN equals NaN)."""
     return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+        left[name].dtype == right[name].dtype
+        and torch.equal(left[name].reshape(-1).view(torch.uint8), right[name].reshape(-1).view(torch.uint8))
+        for name in left
     )

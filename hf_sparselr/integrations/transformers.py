@@ -102,7 +102,10 @@ class SparseLRQuantizer(HfQuantizer):
         for name, parts in packed.items():
             model.set_submodule(name, _empty_layer(model, name, layers[name], parts))
         # The zero-element `weight` entries are for readers without this package.
-        model._keys_to_ignore_on_load_unexpected |= {rf"{re.escape(name)}\.{SENTINEL}$" for name in packed}
+        names_on_either_side = {*packed, *group_layers(entries)}
+        model._keys_to_ignore_on_load_unexpected |= {
+            rf"{re.escape(name)}\.{SENTINEL}$" for name in names_on_either_side
+        }
         self._dtypes = {name: _stored_dtype(model, name, p.dtype) for name, p in model.named_parameters()}
         self._directory = Path(files[0]).parent
 
@@ -189,7 +192,8 @@ def _check_complete(
     """A linear layer that is neither packed nor dense in the files would silently start from random weights."""
     if any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(model)):
         return  # dense names in such files are not the model's; transformers reports what it misses
-    present = {names[module] for module in names if f"{module}.weight" in entries}
+    sizes = {module: entries[f"{module}.weight"].shape for module in names if f"{module}.weight" in entries}
+    present = {names[module] for module, size in sizes.items() if size != (0,)}
     for name in layers:
         if name not in packed and name not in present:
             where = Path(next(iter(entries.values())).file).parent

@@ -47,11 +47,19 @@ def range_step(error: torch.Tensor, gram: torch.Tensor, basis: torch.Tensor) -> 
     return torch.linalg.qr(error @ (gram @ (error.T @ basis))).Q
 
 
-def start_basis(error: torch.Tensor, gram: torch.Tensor, rank: int, seed: int) -> torch.Tensor:
-    """An (out, rank) orthonormal basis from a random sketch of E G, the same for a seed on every device."""
+def start_basis(
+    error: torch.Tensor, gram: torch.Tensor, rank: int, seed: int, steps: int = 5
+) -> torch.Tensor:
+    """An (out, rank) orthonormal basis near the leading eigenvectors of E G E^T.
+
+    A random sketch, the same for a seed on every device, and a few steps of subspace iteration.
+    """
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(error.shape[1], rank, generator=generator).to(error.device)
-    return torch.linalg.qr(error @ (gram @ sketch)).Q
+    basis = torch.linalg.qr(error @ (gram @ sketch)).Q
+    for _ in range(steps):
+        basis = range_step(error, gram, basis)
+    return basis
 
 
 def balanced_factors(basis: torch.Tensor, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,202 @@
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer, run_client
+from safetensors import safe_open
+from tiny import build
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_sparselr import cli
+from hf_sparselr.config import SparseLRConfig
+from hf_sparselr.evaluate import perplexity
+from hf_sparselr.inspect_checkpoint import inspect_checkpoint
+from hf_sparselr.offline import compress
+
+PYLM = Path(__file__).parents[1] / "examples" / "pylm-4m"
+SOLVER = '{"min_iterations": 5, "max_iterations": 10}'
+SMALL = ["--num-samples", "4", "--seq-len", "32", "--rank", "4", "--solver", SOLVER]
+LAYERS = 14
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A tiny dense model with a tokenizer in `dense`, texts in `text.txt`, a compressed one in `packed`."""
+    home = tmp_path_factory.mktemp("cli")
+    build("llama", torch.bfloat16, vocab_size=4096, bos_token_id=0, eos_token_id=0).save_pretrained(
+        home / "dense"
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(PYLM / name, home / "dense")
+    (home / "text.txt").write_text(
+        "\n".join(f"def f{i}(x): return x + {i}" for i in range(60)), encoding="utf-8"
+    )
+    assert cli.main(compress_args(home, "packed", "--refine", "none")) == 0
+    return home
+
+
+def compress_args(home: Path, output: str, *options: str) -> list[str]:
+    data = ["--output", str(home / output), "--calibration", f"file:{home}/*.txt"]
+    return ["compress", str(home / "dense"), *data, *SMALL, *options]
+
+
+def payload(file: Path) -> dict[str, int]:
+    """Bytes of every tensor in a safetensors file, from the tensors themselves."""
+    with safe_open(file, framework="pt") as reader:
+        return {name: reader.get_tensor(name).nbytes for name in reader.keys()}  # noqa: SIM118
+
+
+def test_compress_writes_and_tells(home, capsys):
+    tm = '{"passes": 1}'
+    overrides = r'{"mlp\\.up_proj": {"sparsity": 0.25, "rank": 0}}'
+    args = compress_args(home, "tm", "--sparsity", "0.5", "--tm", tm, "--overrides", overrides, "--seed", "3")
+    assert cli.main([*args, "--ignore", "o_proj", "k_proj", "--dtype", "float32", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "model.layers.0.mlp.up_proj: relative error" in err
+    assert "transformer matching took" in err
+    report = AutoModelForCausalLM.from_pretrained(home / "tm").sparselr_report
+    assert str(report) in out
+    assert f"{report.sizes['dense']:,} bytes dense, {report.sizes['packed']:,} packed" in out
+    assert len(report.layers) == LAYERS - 4
+    settings = inspect_checkpoint(home / "tm").settings
+    assert (settings["sparsity"], settings["seed"], settings["tm"]["passes"]) == (0.5, 3, 1)
+    assert settings["damping"] == list(SparseLRConfig().damping)
+    assert {layer["dtype"] for layer in inspect_checkpoint(home / "tm").layers} == {"F32"}
+
+
+def test_compress_leaves_logging_alone(home, capsys):
+    logger = logging.getLogger("hf_sparselr")
+    before = (logger.level, list(logger.handlers))
+    assert cli.main(compress_args(home, "none", "--targets", "nothing")) == 2
+    assert (logger.level, list(logger.handlers)) == before
+    assert capsys.readouterr().err.startswith("hf-sparselr: error: ")
+
+
+@pytest.mark.parametrize("name", ["dense", "packed"])
+def test_eval(home, capsys, name):
+    path, data = str(home / name), f"file:{home}/*.txt"
+    capsys.readouterr()
+    args = ["eval", path, "--data", data, "--seq-len", "32", "--stride", "16", "--device", "cpu"]
+    assert cli.main([*args, "--dtype", "float32", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    expected = perplexity(model, data, AutoTokenizer.from_pretrained(path), seq_len=32, stride=16)
+    assert result["perplexity"] == pytest.approx(expected)
+    assert (result["model"], result["data"], result["stride"]) == (path, data, 16)
+    assert cli.main([*args, "--dtype", "float32"]) == 0
+    assert f"perplexity {expected:.4f} on {data}" in capsys.readouterr().out
+
+
+def test_inspect_counts_the_bytes_of_the_files(home, capsys):
+    capsys.readouterr()
+    assert cli.main(["inspect", str(home / "packed"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sizes, dense = (payload(home / name / "model.safetensors") for name in ("packed", "dense"))
+    assert found["totals"]["model"] == {"packed": sum(sizes.values()), "dense": sum(dense.values())}
+    assert found["format_version"] == 1
+    assert found["settings"]["rank"] == 4
+    assert len(found["layers"]) == LAYERS
+    for layer in found["layers"]:
+        own = [size for name, size in sizes.items() if name.startswith(f"{layer['name']}.")]
+        assert layer["bytes"] == sum(own)
+        assert layer["dense_bytes"] == dense[f"{layer['name']}.weight"] == 2 * math.prod(layer["shape"])
+        assert (layer["pattern"], layer["zeros"], layer["rank"], layer["dtype"]) == ("2:4", 0.5, 4, "BF16")
+        assert layer["nonzeros"] == math.prod(layer["shape"]) // 2
+
+
+def test_inspect_prints_tables(home, capsys):
+    capsys.readouterr()
+    assert cli.main(["inspect", str(home / "packed")]) == 0
+    out = capsys.readouterr().out
+    assert 'sparsity: "2:4"' in out
+    assert "model.layers.1.mlp.down_proj" in out
+    assert f"{inspect_checkpoint(home / 'packed').totals['model']['packed']:,}" in out
+
+
+def test_inspect_reads_shards_and_finds_shapes_without_factors(home, tmp_path):
+    changes = {"vocab_size": 4096, "intermediate_size": 51, "attention_bias": True, "bos_token_id": 0}
+    dense = build("llama", **changes)
+    shapes = {name: list(p.shape) for name, p in dense.named_parameters() if p.ndim == 2 and "layers" in name}
+    config = SparseLRConfig(
+        sparsity=0.3,
+        rank=0,
+        refine=None,
+        calibration=torch.arange(64).view(4, 16),
+        num_samples=4,
+        seq_len=16,
+        solver=json.loads(SOLVER),
+    )
+    compress(dense, config).save_pretrained(tmp_path, max_shard_size="100KB")
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1
+    found = inspect_checkpoint(tmp_path)
+    assert {f"{layer['name']}.weight": layer["shape"] for layer in found.layers} == shapes
+    assert found.totals["model"]["packed"] == sum(sum(payload(file).values()) for file in files)
+    files[0].unlink()
+    with pytest.raises(ValueError, match=rf"{files[0].name} is missing"):
+        inspect_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["inspect", "{home}/dense"], "no quantization_config, expected quant_method='sparselr'"),
+        (["inspect", "{home}"], "config.json"),
+        (["inspect", "no/such/thing"], "no/such/thing"),
+        (["eval", "{home}/dense", "--data", "file:{home}/*.none"], "matches no file"),
+        (["eval", "{home}/dense", "--data", "file:{home}/*.txt", "--stride", "99"], "stride=99: expected"),
+        (["eval", "{home}/none"], "none"),
+        (["eval", "{home}/dense", "--device", "abacus"], "device='abacus': cannot be used here"),
+        (["compress", "{home}/packed", "--output", "{home}/x"], "already quantised (sparselr)"),
+        (["compress", "{home}/dense", "--output", "{home}/x", "--rank", "-1"], "rank=-1: expected"),
+        (
+            ["compress", "{home}/dense", "--output", "{home}/x", "--sparsity", "lots"],
+            "sparsity='lots': expected",
+        ),
+        (["compress", "{home}/dense", "--output", "{home}/x", "--tm", "{"], "tm='{': expected a JSON object"),
+        (
+            ["compress", "{home}/dense", "--output", "{home}/x", "--tm", '{"pases": 1}'],
+            "did you mean 'passes'",
+        ),
+        (
+            ["compress", "{home}/dense", "--output", "{home}/x", "--device", "abacus"],
+            "device='abacus': cannot",
+        ),
+    ],
+)
+def test_errors_are_one_line(home, capsys, args, message):
+    capsys.readouterr()
+    assert cli.main([arg.replace("{home}", str(home)) for arg in args]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    last = err.splitlines()[-1]  # before it, transformers may warn
+    assert last.startswith("hf-sparselr: error: ") and message in last
+    assert "Traceback" not in err
+    assert not (home / "x").exists()
+
+
+@pytest.mark.parametrize("args", [[], ["compress", "name"], ["eval", "name", "--dtype", "int8"], ["shrink"]])
+def test_unknown_arguments(capsys, args):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(args)
+    assert exit_.value.code == 2
+    assert "usage: hf-sparselr" in capsys.readouterr().err
+
+
+def test_help_shows_the_defaults_of_the_config(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["compress", "--help"])
+    assert f"(default: {SparseLRConfig().num_samples})" in capsys.readouterr().out
+
+
+def test_push_and_inspect_on_the_hub(home, tmp_path):
+    args = compress_args(home, "pushed", "--refine", "none", "--push", "me/tiny")
+    code = f"from hf_sparselr.cli import main; assert main({args!r}) == 0; assert main(['inspect', 'me/tiny']) == 0"
+    with HubServer() as server:
+        out = run_client(server, tmp_path, code)
+    assert "pushed to me/tiny" in out
+    assert str(inspect_checkpoint(home / "pushed").totals["model"]["packed"]) in out.replace(",", "")

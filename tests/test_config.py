@@ -1,0 +1,298 @@
+"""SparseLRConfig: JSON round trips, runtime objects, and what it refuses."""
+
+import copy
+import json
+import sys
+import threading
+
+import pytest
+import torch
+
+from hf_sparselr.config import CUSTOM, FORMAT_VERSION, SparseLRConfig, matches
+from hf_sparselr.matching import TMOptions
+from hf_sparselr.patterns import NM, Unstructured
+from hf_sparselr.solvers.threebasil import Options
+
+FULL = {
+    "sparsity": 0.6,
+    "rank": 16,
+    "refine": None,
+    "calibration": "file:data/*.txt",
+    "num_samples": 32,
+    "seq_len": 512,
+    "batch_size": 2,
+    "seed": 7,
+    "targets": ["q_proj", r"mlp\..*"],
+    "ignore": ["layers.0.mlp.up_proj"],
+    "overrides": {"down_proj": {"sparsity": "4:8", "rank": 0}, "k_proj": {"skip": True}},
+    "on_incompatible": "skip",
+    "solver": {"rho": 0.2, "growth": [1.2, 1.1, 1.0]},
+    "tm": {"passes": 3, "lr": 1e-4},
+    "damping": (0.01, 0),
+}
+
+
+class Unserialisable:
+    """Neither JSON nor copy.deepcopy can take it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+def texts():
+    yield "a generator can be read once"
+
+
+# JSON
+
+
+@pytest.mark.parametrize("fields", [{}, FULL, {"solver": Options(rho=0.3), "tm": TMOptions(passes=2)}])
+def test_json_round_trip(fields: dict) -> None:
+    config = SparseLRConfig(**fields)
+    for back in (
+        SparseLRConfig.from_dict(json.loads(config.to_json_string())),
+        SparseLRConfig.from_dict(config.to_dict()),
+        SparseLRConfig(**dict(config)),
+        config.stored(),
+    ):
+        assert back == config and back.to_dict() == config.to_dict()
+        assert (back.solver, back.tm, back.damping) == (config.solver, config.tm, config.damping)
+        for name in ("layers.1.mlp.down_proj", "layers.1.k_proj"):
+            assert back.layer_settings(name) == config.layer_settings(name)
+
+
+@pytest.mark.parametrize("field", FULL)
+def test_every_field_is_stored(field: str) -> None:
+    config = SparseLRConfig(**{field: FULL[field]})
+    assert config != SparseLRConfig()
+    assert config.to_dict()[field] != SparseLRConfig().to_dict()[field]
+    assert config.stored() == config
+
+
+def test_stores_resolved_options_and_identity() -> None:
+    stored = SparseLRConfig(**FULL).to_dict()
+    assert stored["quant_method"] == "sparselr" and stored["format_version"] == FORMAT_VERSION
+    assert stored["solver"]["rho"] == 0.2 and stored["solver"]["max_iterations"] == Options().max_iterations
+    assert stored["tm"]["passes"] == 3 and stored["tm"]["batch_size"] == TMOptions().batch_size
+    assert json.loads(json.dumps(stored)) == stored
+
+
+def test_to_dict_shares_nothing_with_the_config() -> None:
+    config = SparseLRConfig(**FULL)
+    config.to_dict()["overrides"]["down_proj"]["rank"] = 99
+    config.to_dict()["targets"].append("x")
+    assert config == SparseLRConfig(**FULL)
+
+
+# Runtime objects
+
+
+@pytest.mark.parametrize(
+    "data",
+    [texts, lambda: ["one", "two"], lambda: torch.ones(2, 8, dtype=torch.int64)],
+    ids="generator list tensor".split(),
+)
+def test_runtime_objects_are_neither_stored_nor_copied(data) -> None:
+    calibration, tokenizer, device = data(), Unserialisable(), torch.device("cpu")
+    config = SparseLRConfig(calibration=calibration, tokenizer=tokenizer, device=device)
+    stored = json.loads(config.to_json_string())
+    assert stored["calibration"] == CUSTOM
+    assert not {"tokenizer", "device"} & stored.keys()
+    clone = copy.deepcopy(config)
+    assert clone.calibration is calibration and clone.tokenizer is tokenizer and clone.device is device
+    assert clone == config
+    back = SparseLRConfig.from_dict(stored)
+    assert back.calibration == CUSTOM and back.tokenizer is None and back.device is None
+    repr(config)
+
+
+def test_a_generator_is_not_consumed() -> None:
+    source = texts()
+    config = SparseLRConfig(calibration=source)
+    config.to_json_string()
+    copy.deepcopy(config)
+    assert next(source) == "a generator can be read once"
+
+
+def test_deepcopy_is_independent() -> None:
+    config = SparseLRConfig(overrides={"q_proj": {"rank": 1}})
+    clone = copy.deepcopy(config)
+    clone.rank = 3
+    clone.overrides["q_proj"]["rank"] = 2
+    assert config.rank == 64 and config.overrides == {"q_proj": {"rank": 1}}
+
+
+# Errors
+
+
+INVALID = [
+    ("method", "2basil", ValueError, "'3basil'"),
+    ("method", None, ValueError, "'3basil'"),
+    ("sparsity", "4:2", ValueError, "0 < n < m"),
+    ("sparsity", "half", ValueError, "0 < n < m"),
+    ("sparsity", 1.0, ValueError, "[0, 1)"),
+    ("sparsity", -0.1, ValueError, "[0, 1)"),
+    ("sparsity", None, TypeError, "[0, 1)"),
+    ("rank", -1, ValueError, ">= 0"),
+    ("rank", 1.5, TypeError, ">= 0"),
+    ("rank", True, TypeError, ">= 0"),
+    ("rank", "64", TypeError, ">= 0"),
+    ("refine", "TM", ValueError, "'tm', None"),
+    ("refine", False, ValueError, "'tm', None"),
+    ("num_samples", 0, ValueError, ">= 1"),
+    ("num_samples", 2.0, TypeError, ">= 1"),
+    ("seq_len", 1, ValueError, ">= 2"),
+    ("batch_size", 0, ValueError, ">= 1"),
+    ("seed", -1, ValueError, ">= 0"),
+    ("seed", None, TypeError, ">= 0"),
+    ("targets", [], TypeError, "list of regular expressions"),
+    ("targets", {"q_proj"}, TypeError, "list of regular expressions"),
+    ("ignore", 3, TypeError, "list of regular expressions"),
+    ("overrides", [], TypeError, "{regex: {sparsity, rank, skip}}"),
+    ("overrides", "q_proj", TypeError, "{regex: {sparsity, rank, skip}}"),
+    ("on_incompatible", "warn", ValueError, "'error', 'skip'"),
+    ("solver", "fast", TypeError, "a dict or hf_sparselr.solvers.threebasil.Options"),
+    ("solver", TMOptions(), TypeError, "a dict or hf_sparselr.solvers.threebasil.Options"),
+    ("tm", 20, TypeError, "a dict or hf_sparselr.matching.TMOptions"),
+    ("damping", 0.01, TypeError, "2 numbers >= 0"),
+    ("damping", (0.01,), TypeError, "2 numbers >= 0"),
+    ("format_version", 0, ValueError, ">= 1"),
+    ("format_version", "1", TypeError, ">= 1"),
+    ("format_version", FORMAT_VERSION + 1, ValueError, f"up to version {FORMAT_VERSION}"),
+    ("quant_method", "gptq", ValueError, "'sparselr'"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "kind", "allowed"), INVALID)
+def test_errors_name_field_value_and_allowed(field: str, value, kind: type[Exception], allowed: str) -> None:
+    with pytest.raises(kind) as caught:
+        SparseLRConfig(**{field: value})
+    assert str(caught.value).startswith(f"{field}={value!r}") and allowed in str(caught.value)
+
+
+NESTED = [
+    ({"solver": {"rho": 0}}, ValueError, "solver.rho=0: expected a finite number > 0"),
+    ({"solver": {"cg_steps": 1.5}}, TypeError, "solver.cg_steps=1.5: expected an integer >= 1"),
+    ({"solver": {"max_iterations": 50}}, ValueError, "solver.max_iterations=50: expected at least"),
+    ({"tm": {"passes": 0}}, ValueError, "tm.passes=0: expected an integer >= 1"),
+    (
+        {"tm": {"precision": "fp16"}},
+        ValueError,
+        "tm.precision='fp16': expected one of 'fp32', 'bf16'",
+    ),
+    ({"damping": (-1, 0)}, ValueError, "damping=-1: expected a finite number >= 0"),
+    ({"damping": (0, float("nan"))}, ValueError, "damping=nan: expected a finite number >= 0"),
+    ({"damping": ("a", 0)}, TypeError, "damping='a': expected a finite number >= 0"),
+    ({"targets": ["q_proj", "("]}, ValueError, "targets='(': not a regular expression"),
+    ({"ignore": "*"}, ValueError, "ignore='*': not a regular expression"),
+    ({"ignore": [None]}, TypeError, "ignore=None: expected a regular expression"),
+    ({"overrides": {"[": {"rank": 1}}}, ValueError, "overrides='[': not a regular expression"),
+    ({"overrides": {1: {"rank": 1}}}, TypeError, "overrides=1: expected a regular expression"),
+    (
+        {"overrides": {"q": {}}},
+        TypeError,
+        "overrides['q']={}: expected a dict with some of sparsity, rank, skip",
+    ),
+    ({"overrides": {"q": 4}}, TypeError, "overrides['q']=4: expected a dict"),
+    ({"overrides": {"q": {"rank": -1}}}, ValueError, "overrides['q']['rank']=-1: expected an integer >= 0"),
+    ({"overrides": {"q": {"sparsity": 2}}}, ValueError, "overrides['q']['sparsity']=2: expected"),
+    ({"overrides": {"q": {"skip": 1}}}, TypeError, "overrides['q']['skip']=1: expected True or False"),
+    ({"overrides": {"q": {"skip": True, "rank": 1}}}, ValueError, "skip=True contradicts sparsity and rank"),
+    ({"calibration": ""}, ValueError, "calibration='' names no source"),
+    ({"calibration": 5}, TypeError, "calibration=<int> is not calibration data"),
+    ({"calibration": []}, ValueError, "calibration=<list> is empty"),
+]
+
+
+@pytest.mark.parametrize(("fields", "kind", "message"), NESTED)
+def test_errors_inside_groups(fields: dict, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as caught:
+        SparseLRConfig(**fields)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sparcity": "2:4"}, "SparseLRConfig has no field 'sparcity'; did you mean 'sparsity'?"),
+        ({"bits": 4}, "SparseLRConfig has no field 'bits' (it has method, sparsity, rank"),
+        ({"solver": {"rhoo": 1}}, "solver has no field 'rhoo'; did you mean 'rho'?"),
+        ({"solver": {1: 1}}, "solver has no field 1 (it has rho"),
+        ({"tm": {"epochs": 1}}, "tm has no field 'epochs' (it has passes"),
+        ({"overrides": {"q": {"ranks": 1}}}, "overrides['q'] has no field 'ranks'; did you mean 'rank'?"),
+    ],
+)
+def test_unknown_fields(fields: dict, message: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        SparseLRConfig(**fields)
+    assert message in str(caught.value)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="earlier versions accept global flags anywhere")
+@pytest.mark.parametrize("fields", [{"targets": ["(?i)q_proj"]}, {"overrides": {"(?i)q": {"rank": 1}}}])
+def test_refuses_a_regex_that_would_fail_later(fields: dict) -> None:
+    with pytest.raises(ValueError, match="not a regular expression"):
+        SparseLRConfig(**fields)
+    assert matches("(?i:q_proj)", "layers.0.Q_proj")
+
+
+# Meaning
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("q_proj", "model.layers.0.self_attn.q_proj", True),
+        ("q_proj", "q_proj", True),
+        ("proj", "layers.0.q_proj", False),
+        ("q_proj", "layers.0.q_proj.lora", False),
+        ("layers.0", "model.layers.0.q_proj", False),
+        (r"layers\.0\..*", "model.layers.0.q_proj", True),
+        (r"layers\.1\..*", "model.layers.11.q_proj", False),
+        ("q_proj|k_proj", "layers.3.k_proj", True),
+        ("q_proj|k_proj", "layers.3.xk_proj", False),
+        (r"model\.layers\.\d+\.mlp\.up", "model.layers.12.mlp.up", True),
+        (".*", "anything.at.all", True),
+    ],
+)
+def test_matches_whole_names_at_the_end(pattern: str, name: str, expected: bool) -> None:
+    assert matches(pattern, name) is expected
+
+
+def test_first_matching_override_wins() -> None:
+    config = SparseLRConfig(
+        sparsity="2:4",
+        rank=8,
+        overrides={
+            r"layers\.0\.q_proj": {"rank": 2},
+            "q_proj": {"sparsity": 0.5},
+            "k_proj": {"skip": True},
+            "[kv]_proj": {"sparsity": "1:4", "rank": 0, "skip": False},
+        },
+    )
+    assert config.layer_settings("m.layers.0.q_proj") == (NM(2, 4), 2)
+    assert config.layer_settings("m.layers.1.q_proj") == (Unstructured(0.5), 8)
+    assert config.layer_settings("m.layers.1.k_proj") is None
+    assert config.layer_settings("m.layers.1.v_proj") == (NM(1, 4), 0)
+    assert config.layer_settings("m.layers.1.o_proj") == (NM(2, 4), 8)
+
+
+def test_one_pattern_may_stand_for_a_list() -> None:
+    assert SparseLRConfig(targets="q_proj") == SparseLRConfig(targets=("q_proj",))
+
+
+def test_differences_are_what_was_asked_for_and_is_not_so() -> None:
+    stored = SparseLRConfig(sparsity="4:8", rank=8, solver={"rho": 0.2})
+    assert SparseLRConfig().differences(stored) == {}
+    assert SparseLRConfig(sparsity="4:8", rank=8).differences(stored) == {}
+    assert SparseLRConfig(rank=16, seed=3).differences(stored) == {"rank": (16, 8), "seed": (3, 0)}
+    assert SparseLRConfig(tokenizer=object(), device="cpu").differences(stored) == {}
+    asked = SparseLRConfig(solver={"rho": 0.3}).differences(stored)
+    assert asked.keys() == {"solver"} and [side["rho"] for side in asked["solver"]] == [0.3, 0.2]
+
+
+def test_behaves_like_the_dict_transformers_takes_it_for() -> None:
+    config = SparseLRConfig(rank=3)
+    assert config.get("rank") == 3 and config.get("load_in_8bit", False) is False
+    assert dict(config) == config.to_dict()
+    assert config != config.to_dict()

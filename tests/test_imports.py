@@ -1,0 +1,159 @@
+"""What importing the package, torch and transformers does to one another; every test is a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from hf_sparselr import compress
+
+ROOT = Path(__file__).parents[1]
+AUTOLOAD = "from hf_sparselr.integrations.autoload import autoload; autoload()\n"
+REGISTERED = """
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from hf_sparselr.config import SparseLRConfig
+from hf_sparselr.integrations.transformers import SparseLRQuantizer
+assert AUTO_QUANTIZER_MAPPING["sparselr"] is SparseLRQuantizer
+assert AUTO_QUANTIZATION_CONFIG_MAPPING["sparselr"] is SparseLRConfig
+"""
+
+
+def run(code, *paths, cwd):
+    """Runs code in a new interpreter without the installed entry point; `paths` lead its import path."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # the tests call what the entry point calls
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=cwd, capture_output=True, text=True, timeout=100
+    )
+
+
+def check(code, *paths, cwd):
+    result = run(code, *paths, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_the_package_imports_only_the_standard_library(tmp_path):
+    code = """
+import sys
+before = set(sys.modules)
+import hf_sparselr
+hf_sparselr.integrations.autoload.autoload()
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert new <= {"hf_sparselr"} | sys.stdlib_module_names, new
+assert set(dir(hf_sparselr)) >= {"SparseLRConfig", "compress", "lora_config", "as_peft_model", "__version__"}
+try:
+    hf_sparselr.absent
+except AttributeError as error:
+    assert "hf_sparselr" in str(error) and "absent" in str(error)
+"""
+    check(code, ROOT, cwd=tmp_path)
+
+
+def test_import_torch_stays_as_light_as_it_was(tmp_path):
+    code = f"""
+import sys
+{AUTOLOAD}
+import torch
+torch.zeros(1)
+assert not {{"transformers", "peft", "hf_sparselr.config", "hf_sparselr.modules"}} & set(sys.modules)
+"""
+    check(code, ROOT, cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoints")
+    model = compress(tiny.build("llama"), tiny.settings(), output_dir=path / "single")
+    model.save_pretrained(path / "shards", max_shard_size="10KB")
+    assert len(list((path / "shards").glob("*.safetensors"))) > 1
+    return path
+
+
+def test_a_packed_checkpoint_loads_without_importing_the_package(checkpoints, tmp_path):
+    code = f"""
+{AUTOLOAD}
+import torch
+from transformers import AutoModelForCausalLM
+for name in ("single", "shards"):
+    model = AutoModelForCausalLM.from_pretrained({str(checkpoints)!r} + "/" + name)
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "SparseLRLinear"
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+"""
+    check(code, ROOT, cwd=tmp_path)
+
+
+def test_a_packed_checkpoint_is_refused_without_the_package(checkpoints, tmp_path):
+    code = f"""
+import sys
+from transformers import AutoModelForCausalLM
+for name in ("single", "shards"):
+    try:
+        AutoModelForCausalLM.from_pretrained({str(checkpoints)!r} + "/" + name)
+    except Exception as error:
+        assert "size" in str(error), error
+    else:
+        raise AssertionError(f"{{name}} was loaded")
+assert not any(name.startswith("hf_sparselr") for name in sys.modules)
+"""
+    check(code, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from hf_sparselr.config import SparseLRConfig",
+        "import hf_sparselr.blocks",
+        "import transformers, hf_sparselr",
+        "from hf_sparselr import SparseLRLinear, compress, lora_config",
+    ],
+)
+def test_every_import_order_registers(first, tmp_path):
+    result = check(f"{first}\n{REGISTERED}", ROOT, cwd=tmp_path)
+    assert "could not register" not in result.stderr
+
+
+@pytest.mark.parametrize("first", ["import peft, hf_sparselr", AUTOLOAD + "import peft"])
+def test_peft_is_extended_in_either_order(first, tmp_path):
+    code = f"{first}\nimport sys\nassert 'hf_sparselr.integrations.peft' in sys.modules\n{REGISTERED}"
+    assert "could not register" not in check(code, ROOT, cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])
+def test_import_torch_survives_broken_hosts(error, tmp_path):
+    for host in ("transformers", "peft"):
+        (tmp_path / host).mkdir()
+        (tmp_path / host / "__init__.py").write_text(f"raise {error}('broken on purpose')\n")
+    code = f"""
+{AUTOLOAD}
+import torch
+torch.zeros(1)
+for host in ("transformers", "transformers.quantizers", "peft"):
+    try:
+        __import__(host)
+    except {error} as error:
+        assert "broken on purpose" in str(error)
+    else:
+        raise AssertionError(host)
+import hf_sparselr
+"""
+    check(code, tmp_path, ROOT, cwd=tmp_path)
+
+
+def test_broken_glue_leaves_transformers_usable(tmp_path):
+    code = f"""
+{AUTOLOAD}
+import sys
+sys.modules["hf_sparselr.modules"] = None  # importing it raises ImportError
+import transformers.quantizers
+from transformers import LlamaConfig
+"""
+    assert "could not register itself with transformers.quantizers" in check(code, ROOT, cwd=tmp_path).stderr
