@@ -141,6 +141,7 @@ OFFLOAD = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 def test_disk_offload_of_a_packed_model(packed, tmp_path):
     path, expected = packed
     model = load(path, device_map=OFFLOAD, offload_folder=tmp_path / "offload")
