@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .checks import matches
 from .patterns import Pattern
 
 if TYPE_CHECKING:
@@ -82,8 +83,6 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
         ValueError: a pattern that matches nothing, a layer that fits neither pattern nor rank, experts that would
             stay dense, no layer left.
     """
-    from .config import matches
-
     layers = linear_layers(model)
     for field in ("targets", "overrides"):
         for pattern in getattr(config, field) or ():
@@ -131,8 +130,6 @@ def _misfit(name: str, shape: tuple[int, int], pattern: Pattern, rank: int) -> s
 
 
 def _reject_experts(model: nn.Module, config: "SparseLRConfig") -> None:
-    from .config import matches
-
     experts = {
         f"{stack}.{name}".removesuffix(".")
         for stack, blocks in find_stacks(model).items()

@@ -1,6 +1,7 @@
 """Checks of user input: every error names the field, the value and what is allowed."""
 
 import difflib
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -50,3 +51,12 @@ def build_options(field: str, value: Any, cls: type) -> Any:
         raise TypeError(f"{field}={value!r}: expected a dict or {cls.__module__}.{cls.__qualname__}")
     reject_unknown(field, list(value), [option.name for option in fields(cls)])
     return cls(**value)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a regular expression matches a dotted module name or the end of it, as PEFT's patterns do."""
+    return re.fullmatch(anchored(pattern), name) is not None
+
+
+def anchored(pattern: str) -> str:
+    return rf"(?:.*\.)?(?:{pattern})"

@@ -8,7 +8,15 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import calibration as calibration_sources
-from .checks import build_options, check_choice, check_integer, check_numbers, reject_unknown
+from .checks import (
+    anchored,
+    build_options,
+    check_choice,
+    check_integer,
+    check_numbers,
+    matches,
+    reject_unknown,
+)
 from .matching import TMOptions
 from .patterns import Pattern, parse
 from .solvers import METHODS
@@ -176,15 +184,6 @@ class SparseLRConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a regular expression matches a dotted module name or the end of it, as PEFT's patterns do."""
-    return re.fullmatch(_anchored(pattern), name) is not None
-
-
-def _anchored(pattern: str) -> str:
-    return rf"(?:.*\.)?(?:{pattern})"
-
-
 def _argument_names() -> list[str]:
     code = SparseLRConfig.__init__.__code__
     return list(code.co_varnames[1 : code.co_argcount])
@@ -195,7 +194,7 @@ def _check_regex(field: str, pattern: Any) -> None:
         raise TypeError(f"{field}={pattern!r}: expected a regular expression over module names")
     try:
         re.compile(pattern)
-        re.compile(_anchored(pattern))  # refuses global flags such as (?i)
+        re.compile(anchored(pattern))  # refuses global flags such as (?i)
     except re.error as error:
         raise ValueError(f"{field}={pattern!r}: not a regular expression ({error})") from error
 

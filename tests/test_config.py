@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 
-from hf_sparselr.config import CUSTOM, FORMAT_VERSION, SparseLRConfig, matches
+from hf_sparselr.checks import matches
+from hf_sparselr.config import CUSTOM, FORMAT_VERSION, SparseLRConfig
 from hf_sparselr.matching import TMOptions
 from hf_sparselr.patterns import NM, Unstructured
 from hf_sparselr.solvers.threebasil import Options
