@@ -63,6 +63,11 @@ class SparseLRConfig(QuantizationConfigMixin):
         TypeError, ValueError: naming the field, the value and what is allowed.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "SparseLRConfig":
+        self = super().__new__(cls)
+        self._given = {*_argument_names()[: len(args)], *kwargs}  # for `differences`: a default may be meant
+        return self
+
     def __init__(
         self,
         method: str = "3basil",
@@ -142,7 +147,8 @@ class SparseLRConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only: nested options resolved, data as "custom", no runtime objects."""
-        stored = {name: value for name, value in self.__dict__.items() if name not in ("tokenizer", "device")}
+        runtime = ("tokenizer", "device")
+        stored = {k: v for k, v in self.__dict__.items() if k not in runtime and not k.startswith("_")}
         stored["calibration"] = calibration_sources.describe(self.calibration)
         stored["solver"] = asdict(self.solver)
         stored["tm"] = asdict(self.tm)
@@ -153,12 +159,12 @@ class SparseLRConfig(QuantizationConfigMixin):
         return SparseLRConfig(**self.to_dict())
 
     def differences(self, other: "SparseLRConfig") -> dict[str, tuple[Any, Any]]:
-        """Fields that are set here (not the default) and are not what `other` has: {name: (here, there)}."""
-        mine, theirs, default = self.to_dict(), other.to_dict(), SparseLRConfig(method=self.method).to_dict()
+        """Fields that were passed to this config and are not what `other` has: {name: (here, there)}."""
+        mine, theirs = self.to_dict(), other.to_dict()
         return {
             name: (value, theirs[name])
             for name, value in mine.items()
-            if value != default[name] and value != theirs[name]
+            if name in self._given and value != theirs[name]
         }
 
     def get_loading_attributes(self) -> dict[str, Any]:

@@ -287,6 +287,9 @@ def test_differences_are_what_was_asked_for_and_is_not_so() -> None:
     assert SparseLRConfig().differences(stored) == {}
     assert SparseLRConfig(sparsity="4:8", rank=8).differences(stored) == {}
     assert SparseLRConfig(rank=16, seed=3).differences(stored) == {"rank": (16, 8), "seed": (3, 0)}
+    assert SparseLRConfig(rank=64).differences(stored) == {"rank": (64, 8)}  # the default, but asked for
+    assert SparseLRConfig("3basil", "2:4").differences(stored) == {"sparsity": ("2:4", "4:8")}
+    assert copy.deepcopy(SparseLRConfig(rank=64)).differences(stored) == {"rank": (64, 8)}
     assert SparseLRConfig(tokenizer=object(), device="cpu").differences(stored) == {}
     asked = SparseLRConfig(solver={"rho": 0.3}).differences(stored)
     assert asked.keys() == {"solver"} and [side["rho"] for side in asked["solver"]] == [0.3, 0.2]
