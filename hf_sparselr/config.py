@@ -1,7 +1,10 @@
 """SparseLRConfig: everything a user can say, checked before any model is loaded, JSON in and out."""
 
 import copy
+import functools
+import inspect
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +29,17 @@ FORMAT_VERSION = 1
 CUSTOM = "custom"  # what config.json says of calibration data that is not a string
 
 _OVERRIDE_KEYS = ("sparsity", "rank", "skip")
+
+
+def _noting_arguments(init: Callable) -> Callable:
+    """Notes in `_given` which arguments a config was made with: for `differences`, a default may be meant."""
+
+    @functools.wraps(init)
+    def noting(self, *args: Any, **kwargs: Any) -> None:
+        self._given = {*_argument_names()[: len(args)], *kwargs}
+        init(self, *args, **kwargs)
+
+    return noting
 
 
 class SparseLRConfig(QuantizationConfigMixin):
@@ -63,11 +77,7 @@ class SparseLRConfig(QuantizationConfigMixin):
         TypeError, ValueError: naming the field, the value and what is allowed.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "SparseLRConfig":
-        self = super().__new__(cls)
-        self._given = {*_argument_names()[: len(args)], *kwargs}  # for `differences`: a default may be meant
-        return self
-
+    @_noting_arguments
     def __init__(
         self,
         method: str = "3basil",
@@ -191,8 +201,7 @@ class SparseLRConfig(QuantizationConfigMixin):
 
 
 def _argument_names() -> list[str]:
-    code = SparseLRConfig.__init__.__code__
-    return list(code.co_varnames[1 : code.co_argcount])
+    return [name for name in inspect.signature(SparseLRConfig).parameters if name != "stored"]
 
 
 def _check_regex(field: str, pattern: Any) -> None:
