@@ -51,7 +51,7 @@ def windows(texts: list[str], tokenizer, count: int, seed: int) -> list[torch.Te
 
 def fine_tune(model, samples: list[torch.Tensor], folder: Path):
     """Trains the model's own factors as a LoRA adapter."""
-    peft_model = get_peft_model(model, hf_sparselr.lora_config(model), autocast_adapter_dtype=True)
+    peft_model = get_peft_model(model, hf_sparselr.lora_config(model))
     peft_model.print_trainable_parameters()
     arguments = TrainingArguments(
         output_dir=str(folder),

@@ -57,10 +57,14 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def install() -> None:
-    """Register with the hosts that are already imported and watch for those that are not."""
+def _watch() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def install() -> None:
+    """Register with the hosts that are already imported and watch for those that are not."""
+    _watch()
     for host, glue in _GLUE.items():
         module = sys.modules.get(host)
         if module is not None and not getattr(module.__spec__, "_initializing", False):
@@ -70,7 +74,6 @@ def install() -> None:
 def autoload() -> None:
     """The `torch.backends` entry point. Never raises: that would break `import torch`."""
     try:
-        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder())
+        _watch()
     except Exception as error:
         warnings.warn(f"hf_sparselr autoload failed: {error!r}", stacklevel=2)

@@ -88,8 +88,8 @@ class SparseLRQuantizer(HfQuantizer):
             raise FormatError("a compressed checkpoint is read from .safetensors files, but none were given")
         entries = read_headers(files)
         names = _names_in_model(model, entries)
-        layers, packed = linear_layers(model), {}
-        for stored, parts in group_layers(entries).items():
+        stored_layers, layers, packed = group_layers(entries), linear_layers(model), {}
+        for stored, parts in stored_layers.items():
             name = names[stored]
             if name not in layers:
                 where = next(iter(parts.values())).file
@@ -102,9 +102,8 @@ class SparseLRQuantizer(HfQuantizer):
         for name, parts in packed.items():
             model.set_submodule(name, _empty_layer(model, name, layers[name], parts))
         # The zero-element `weight` entries are for readers without this package.
-        names_on_either_side = {*packed, *group_layers(entries)}
         model._keys_to_ignore_on_load_unexpected |= {
-            rf"{re.escape(name)}\.{SENTINEL}$" for name in names_on_either_side
+            rf"{re.escape(name)}\.{SENTINEL}$" for name in (*packed, *stored_layers)
         }
         self._dtypes = {name: _stored_dtype(model, name, p.dtype) for name, p in model.named_parameters()}
         self._directory = Path(files[0]).parent
@@ -214,9 +213,7 @@ def _empty_layer(model: nn.Module, name: str, dense: nn.Module, parts: dict[str,
 
 def _stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which transformers loads a parameter: the skeleton's, unless the model keeps it in FP32."""
-    kept = model._get_dtype_plan(
-        torch.get_default_dtype()
-    )  # its keys are globs, which match anywhere in a name
+    kept = model._get_dtype_plan(torch.get_default_dtype())  # keys are globs, which match anywhere in a name
     keep = any(re.search(glob.replace("*", ".*"), name) for glob in kept)
     return torch.float32 if keep and dtype.is_floating_point else dtype
 
