@@ -2,7 +2,7 @@
 
 The layer problem measures an error E (out x in) by tr(E H E^T) with H = X^T X over the calibration inputs X.
 Solvers work on `ScaledGram`: H damped and scaled to a unit diagonal, shared by all layers that see the same
-input, with one eigendecomposition behind every (G + rho I)^-1 they ask for.
+input.
 """
 
 from functools import cached_property
@@ -11,7 +11,7 @@ import torch
 
 
 class GramAccumulator:
-    """Sums X^T X over batches in FP32.
+    """Sums X^T X over batches in FP32; BF16 inputs on CUDA are multiplied as they are, which is exact.
 
     Args:
         in_features: number of inputs n.
@@ -24,8 +24,12 @@ class GramAccumulator:
 
     def add(self, inputs: torch.Tensor) -> None:
         """Adds one batch of inputs (..., n), any float dtype."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.gram.device, torch.float32)
-        self.gram.addmm_(rows.T, rows)
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.gram.device)
+        if rows.is_cuda and rows.dtype == torch.bfloat16:
+            self.gram += torch.mm(rows.T, rows, out_dtype=torch.float32)
+        else:
+            rows = rows.float()
+            self.gram.addmm_(rows.T, rows)
         self.rows += rows.shape[0]
 
 
@@ -65,10 +69,31 @@ class ScaledGram:
         values, vectors = torch.linalg.eigh(self.matrix)
         return values.clamp_(min=0.0), vectors  # G is positive semidefinite: below zero is rounding
 
+    @cached_property
+    def root(self) -> torch.Tensor:
+        """(n, n) R with R R^T = G, also where G is singular; E R has the Frobenius norm that E has under G."""
+        values, vectors = self._eigen
+        return vectors * values.sqrt()
+
     def inverse(self, rho: float) -> torch.Tensor:
-        """(G + rho I)^-1, (n, n). One eigendecomposition serves every rho and every layer."""
+        """(G + rho I)^-1, (n, n), by Cholesky, or by eigenvalues where FP32 rounding makes that fail."""
+        shifted = self.matrix.clone()
+        shifted.diagonal().add_(rho)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not failed:
+            return torch.cholesky_inverse(factor)
         values, vectors = self._eigen
         return (vectors / (values + rho)) @ vectors.T
+
+
+def shift_inverse(M: torch.Tensor, delta: float) -> torch.Tensor:
+    """(A + delta I)^-1 from M = A^-1: four terms of its Neumann series, by two products.
+
+    The relative error is at most ||delta M||^4, and rounding acts on delta M only.
+    """
+    square = M @ M
+    two_terms = torch.add(M, square, alpha=-delta)
+    return torch.addmm(two_terms, square, two_terms, alpha=delta**2)
 
 
 def squared_error(error: torch.Tensor, gram: torch.Tensor) -> float:

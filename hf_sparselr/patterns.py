@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 
 MAX_M = 32
+COMPARE = ("row", "layer")  # where unstructured scores compete
+SAMPLE = 2**20
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class NM:
                 ranks[i] += ~first_wins
         return torch.stack([rank < self.n for rank in ranks], dim=-1).flatten(-2)
 
+    near_mask = mask  # exact and cheap, see `Unstructured.near_mask`
+
     def allows(self, mask: torch.Tensor) -> bool:
         """Whether a support obeys the pattern: at most n entries in every group."""
         return bool((mask.unflatten(-1, (-1, self.m)).sum(-1) <= self.n).all())
@@ -56,6 +60,12 @@ class Unstructured:
     """Sets exactly floor(sparsity * out * in) entries of a layer to zero."""
 
     sparsity: float
+
+    @classmethod
+    def keeping(cls, kept: int, size: int) -> "Unstructured":
+        """The pattern that keeps exactly `kept` of a layer's `size` entries."""
+        zeros = size - kept
+        return cls((zeros + 0.5 * (0 < zeros < size)) / size)  # the half: floor must not meet rounding
 
     def __str__(self) -> str:
         return f"{self.sparsity:g}"
@@ -69,15 +79,36 @@ class Unstructured:
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         """The largest scores of the whole matrix: bool, exactly `kept(shape)` True."""
-        kept = torch.topk(scores.flatten(), self.kept(scores.shape), sorted=False).indices
-        mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-        return mask.index_fill_(0, kept, True).view(scores.shape)
+        return top_mask(scores, self.kept(scores.shape))
+
+    def near_mask(self, scores: torch.Tensor) -> torch.Tensor:
+        """`mask` for the inside of an iteration: ties all go, and large matrices keep about 1e-4 more or less.
+
+        A threshold from a sample, moved once by what the count over all entries says: no sort of the whole, and no
+        host synchronisation.
+        """
+        flat = scores.flatten()
+        zeros = flat.numel() - self.kept(scores.shape)
+        if not zeros:
+            return torch.ones_like(scores, dtype=torch.bool)
+        stride = flat.numel() // SAMPLE | 1
+        while math.gcd(stride, scores.shape[-1]) > 1:  # else some columns would be left out
+            stride += 2
+        if stride == 1 and not flat.is_cuda:
+            return scores > flat.kthvalue(zeros).values
+        sample = flat[::stride].sort().values
+        below = sample[min(zeros // stride, len(sample) - 1)]
+        surplus = (flat <= below).sum() - zeros
+        index = (zeros - surplus).div(stride, rounding_mode="floor").clamp(0, len(sample) - 1)
+        return scores > sample.index_select(0, index.view(1))  # indexing would synchronise
 
     def allows(self, mask: torch.Tensor) -> bool:
         return int(mask.sum()) <= self.kept(mask.shape)
 
 
 Pattern = NM | Unstructured
+
+EMPTY = Unstructured(1.0)  # of methods without a sparse part
 
 
 def parse(sparsity: str | float, field: str = "sparsity") -> Pattern:
@@ -101,6 +132,42 @@ def parse(sparsity: str | float, field: str = "sparsity") -> Pattern:
     if not 0 <= sparsity < 1:
         raise ValueError(f"{field}={sparsity!r}: expected {allowed}")
     return Unstructured(float(sparsity))
+
+
+def top_mask(scores: torch.Tensor, kept: int) -> torch.Tensor:
+    """The `kept` largest entries of the whole matrix: bool, same shape."""
+    indices = torch.topk(scores.flatten(), kept, sorted=False).indices
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    return mask.index_fill_(0, indices, True).view(scores.shape)
+
+
+def row_mask(scores: torch.Tensor, kept: int) -> torch.Tensor:
+    """The largest entries of every row: bool, exactly `kept` True in total.
+
+    Rows keep kept // out entries each; the remainder goes, one each, to the rows whose next entry is largest.
+
+    Args:
+        scores: (out, in) float, finite.
+        kept: of out * in entries.
+    """
+    share, spare = divmod(kept, scores.shape[0])
+    indices = torch.topk(scores, share, dim=1, sorted=False).indices
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, indices, True)
+    if spare:
+        value, column = scores.masked_fill(mask, -torch.inf).max(dim=1)
+        rows = torch.topk(value, spare, sorted=False).indices
+        mask[rows, column[rows]] = True
+    return mask
+
+
+def compared_mask(scores: torch.Tensor, pattern: Pattern, compare: str) -> torch.Tensor:
+    """The support of a pattern when unstructured scores compete within a "row" or within the whole "layer".
+
+    Under N:M they compete within groups in any case. bool, exactly `pattern.kept` True.
+    """
+    if compare == "row" and isinstance(pattern, Unstructured):
+        return row_mask(scores, pattern.kept(scores.shape))
+    return pattern.mask(scores)
 
 
 def project(dense: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:

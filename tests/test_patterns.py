@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sparselr.patterns import MAX_M, NM, Unstructured, parse, project
+from hf_sparselr.patterns import MAX_M, NM, SAMPLE, Unstructured, parse, project, row_mask
 
 PAIRS = [(1, 2), (2, 3), (1, 4), (2, 4), (3, 4), (4, 8), (5, 10), (1, 16), (1, 32), (16, 32), (31, 32)]
 FRACTIONS = [0, 0.0, 0.1, 1 / 3, 0.5, 0.57, 0.9, 0.999]
@@ -140,3 +140,55 @@ def test_parse_names_field_value_and_allowed(sparsity, kind: type[Exception]) ->
     message = str(caught.value)
     assert message.startswith(f"sparsity={sparsity!r}")
     assert f"0 < n < m <= {MAX_M}" in message and "[0, 1)" in message
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4, 5, 6, 11, 14, 15])
+def test_row_mask_spreads_the_remainder_over_the_best_rows(kept: int) -> None:
+    scores = torch.tensor([[5.0, 4, 3], [9, 8, 7], [1, 2, 6], [0.5, 0.1, 0.2], [7.5, 0.3, 2.5]])
+    mask = row_mask(scores, kept)
+    share, spare = divmod(kept, 5)
+    assert int(mask.sum()) == kept and set(mask.sum(1).tolist()) <= {share, share + 1}
+    ranked = scores.sort(1, descending=True).values
+    best = ranked[:, :share].sum() + (ranked[:, share].topk(spare).values.sum() if spare else 0)
+    torch.testing.assert_close(scores[mask].sum(), best)
+
+
+def test_row_mask_with_ties() -> None:
+    mask = row_mask(torch.zeros(4, 5), 11)
+    assert int(mask.sum()) == 11 and sorted(mask.sum(1).tolist()) == [2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.73, 0.99])
+@pytest.mark.parametrize("shape", [(1, 7), (31, 57), (64, 64)])
+def test_near_mask_of_a_small_matrix_is_exact(shape: tuple[int, int], sparsity: float) -> None:
+    scores, pattern = random_matrix(*shape).abs(), Unstructured(sparsity)
+    assert torch.equal(pattern.near_mask(scores), pattern.mask(scores))
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.73, 0.95])
+@pytest.mark.parametrize("kind", ["plain", "outlier columns", "dead columns", "equal rows"])
+def test_near_mask_of_a_large_matrix_keeps_nearly_what_it_should(kind: str, sparsity: float) -> None:
+    shape = (1024, 3072)  # three times the sample: every third entry would be that of every third column
+    scores = random_matrix(*shape).abs()
+    if kind == "outlier columns":
+        scores[:, ::3] *= 10
+    if kind == "dead columns":
+        scores[:, ::4] = 0
+    if kind == "equal rows":
+        scores[512:] = scores[:512]
+    mask, pattern = Unstructured(sparsity).near_mask(scores), Unstructured(sparsity)
+    assert scores.numel() > 2 * SAMPLE
+    assert abs(int(mask.sum()) - pattern.kept(shape)) < 2e-4 * scores.numel()
+    assert scores[mask].min() > scores[~mask].max()
+
+
+def test_near_mask_drops_ties_at_zero() -> None:
+    scores = random_matrix(32, 32).abs()
+    scores[:, :24] = 0
+    assert torch.equal(Unstructured(0.5).near_mask(scores), scores > 0)
+    assert not Unstructured(0.5).near_mask(torch.zeros(8, 8)).any()
+
+
+def test_near_mask_of_n_of_m_is_its_mask() -> None:
+    scores = random_matrix(16, 32).abs()
+    assert torch.equal(NM(2, 4).near_mask(scores), NM(2, 4).mask(scores))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..gram import ScaledGram
+from ..gram import ScaledGram, squared_error
 
 
 @dataclass
@@ -47,6 +47,19 @@ def range_step(error: torch.Tensor, gram: torch.Tensor, basis: torch.Tensor) -> 
     return torch.linalg.qr(error @ (gram @ (error.T @ basis))).Q
 
 
+def orthonormalise(Y: torch.Tensor) -> torch.Tensor:
+    """Cholesky QR of normalised columns: (out, r), spanning what Y (out, r) spans.
+
+    A few kernels where a QR factorisation takes many, for columns that are far from dependent, as in a warm-started
+    iteration. Dependent columns come out short: never long, never NaN.
+    """
+    Y = Y / Y.norm(dim=0).clamp(min=torch.finfo(Y.dtype).tiny)
+    C = Y.T @ Y
+    C.diagonal().add_(10 * torch.finfo(Y.dtype).eps * len(C))  # above the rounding errors of C
+    factor = torch.linalg.cholesky_ex(C).L
+    return torch.linalg.solve_triangular(factor, Y.T, upper=False).T
+
+
 def start_basis(
     error: torch.Tensor, gram: torch.Tensor, rank: int, seed: int, steps: int = 5
 ) -> torch.Tensor:
@@ -62,6 +75,36 @@ def start_basis(
     return basis
 
 
+def exact_basis(error: torch.Tensor, gram: ScaledGram, rank: int) -> torch.Tensor:
+    """The basis P of the exact G-weighted low-rank fit of an error: L = P P^T E minimises tr((E - L) G (E - L)^T).
+
+    P spans the leading left singular vectors of E G^(1/2) (Eckart-Young in the norm of G; a projection from the
+    left commutes with the weighting). G may be singular.
+
+    Args:
+        error: E (out, in).
+        gram: of the layer's inputs.
+        rank: of L, at most min(out, in).
+
+    Returns:
+        (out, rank), orthonormal columns.
+    """
+    if error.shape[0] <= error.shape[1]:
+        return _leading_eigenvectors(error @ gram.matrix @ error.T, rank)
+    return left_singular_vectors(error @ gram.root, rank)
+
+
+def left_singular_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """The leading left singular vectors (rows, rank), from the smaller of M M^T and M^T M."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        return _leading_eigenvectors(matrix @ matrix.T, rank)
+    return torch.linalg.qr(matrix @ _leading_eigenvectors(matrix.T @ matrix, rank)).Q
+
+
+def _leading_eigenvectors(symmetric: torch.Tensor, rank: int) -> torch.Tensor:
+    return torch.linalg.eigh(symmetric).eigenvectors[:, len(symmetric) - rank :].flip(1)
+
+
 def balanced_factors(basis: torch.Tensor, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same product basis @ coefficients with singular values split evenly: (A, B).
 
@@ -69,9 +112,18 @@ def balanced_factors(basis: torch.Tensor, coefficients: torch.Tensor) -> tuple[t
         basis: (out, r), orthonormal columns.
         coefficients: (r, in).
     """
-    U, sigma, Vh = torch.linalg.svd(coefficients, full_matrices=False)
-    root = sigma.sqrt()
-    return root[:, None] * Vh, basis @ (U * root)
+    # The eigenvectors of C C^T are C's left singular vectors; only their balance, not the product, rests on them.
+    C = coefficients.double()
+    values, U = torch.linalg.eigh(C @ C.T)  # in ascending order
+    least = torch.maximum(values[-1] * 1e-12, values.new_tensor(torch.finfo(torch.float32).tiny))
+    root = values.clamp(min=least).pow(0.25).to(coefficients.dtype)
+    U = U.to(coefficients.dtype)
+    return (U.T @ coefficients) / root[:, None], basis @ (U * root)
+
+
+def scaled(weight: torch.Tensor, gram: ScaledGram) -> torch.Tensor:
+    """W (out, in), any float dtype, in the coordinates of `gram`: FP32, zero at dead inputs, a new tensor."""
+    return (weight.float() * gram.scale).masked_fill_(gram.dead, 0.0)
 
 
 def unscale(
@@ -84,3 +136,11 @@ def unscale(
         return Decomposition(S, mask)
     A, B = balanced_factors(basis, (basis.T @ error) * alive)
     return Decomposition(S, mask, A, B)
+
+
+def one_shot(
+    S: torch.Tensor, mask: torch.Tensor, Wt: torch.Tensor, gram: ScaledGram, **own: float
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """What a pruner without iterations returns: (S, mask, stats)."""
+    objective = squared_error(Wt - S, gram.matrix)
+    return S, mask, {"iterations": 1, "converged": True, "objective": objective, **own}

@@ -1,20 +1,21 @@
-"""3BASiL: a 3-block ADMM for S + B A (arXiv 2603.01376, section 3), with one large product per iteration.
+"""3BASiL (arXiv 2603.01376, section 3): a 3-block ADMM finds the support of S, a refit its weights and B A.
 
-The dense copy's update (G + rho I)^-1 (G (Wt - L) - V + rho D) is evaluated as R + (rho (D - R) - V) M with
-R = Wt - L and M = (G + rho I)^-1, because M G = I - rho M: one m x n x n product, and a correction that is
-small next to R. The low-rank block needs no SVD: the G-weighted fit is a projection from the left
-(`range_step`), warm-started from the iteration before.
+The schedule of the penalty, stopping and the refit; the iteration itself is in `admm`.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from ..checks import check_integer, check_number, check_numbers
+from ..checks import check_choice, check_integer, check_number, check_numbers
 from ..gram import ScaledGram, squared_error
-from ..patterns import Pattern, project
-from .base import Decomposition, range_step, start_basis, unscale
+from ..patterns import Pattern
+from ..timing import Phases
+from .admm import Admm
+from .base import Decomposition, range_step, scaled, unscale
+from .textbook import TextbookAdmm
 
 MAX_RESTARTS = 3
 
@@ -24,6 +25,7 @@ class Options:
     """Options of `method="3basil"`; the defaults are the published schedule.
 
     Attributes:
+        form: of the iteration: "one-product" (see `admm`), or "textbook", as published (see `textbook`).
         rho: first penalty, for a Gram matrix with unit diagonal.
         check_every: iterations between two looks at the support.
         growth: factors for rho when the support changed by more than `thresholds[0]`, more than
@@ -34,8 +36,11 @@ class Options:
         max_iterations: stop here in any case; `stats["converged"]` then is False.
         refit_rounds: rounds of (low-rank fit, CG on the fixed support) at the end.
         cg_steps: conjugate gradient steps a round.
+        precision: of the large product on a GPU: "tf32", "fp32", or "auto", which takes TF32 unless its rounding
+            would show in the objective.
     """
 
+    form: str = "one-product"
     rho: float = 0.1
     check_every: int = 10
     growth: tuple[float, float, float] = (1.1, 1.05, 1.02)
@@ -45,6 +50,7 @@ class Options:
     max_iterations: int = 1000
     refit_rounds: int = 10
     cg_steps: int = 5
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("rho", "tolerance"):
@@ -52,6 +58,8 @@ class Options:
         for name in ("check_every", "min_iterations", "max_iterations", "cg_steps"):
             check_integer(f"solver.{name}", getattr(self, name), 1)
         check_integer("solver.refit_rounds", self.refit_rounds, 0)
+        check_choice("solver.form", self.form, ("one-product", "textbook"))
+        check_choice("solver.precision", self.precision, ("auto", "tf32", "fp32"))
         # JSON gives lists
         object.__setattr__(self, "growth", check_numbers("solver.growth", self.growth, 3, 1.0))
         object.__setattr__(self, "thresholds", check_numbers("solver.thresholds", self.thresholds, 2, 0.0))
@@ -78,60 +86,86 @@ def solve(
     Returns:
         The best iterate, with `stats`: iterations, converged, rho, objective (scaled tr(E G E^T), damped).
     """
-    Wt = (weight.float() * gram.scale).masked_fill_(gram.dead, 0.0)
-    D, mask, L, basis, stats = _admm(Wt, gram, pattern, rank, options, seed)
-    S, basis, error, objective = _refit(Wt, D, mask, L, basis, gram.matrix, options)
-    result = unscale(S, mask, basis, error, gram)
-    result.stats = {**stats, "objective": objective}
-    return result
+    return solve_group([weight], gram, [pattern], [rank], options, seed)[0]
 
 
-def _admm(Wt, gram: ScaledGram, pattern: Pattern, rank: int, options: Options, seed: int):
-    G = gram.matrix
-    kept = pattern.kept(Wt.shape)
-    rho, restarts = options.rho, 0
-    D, mask, V, L = _start(Wt, pattern)
-    basis = start_basis(Wt - D, G, rank, seed) if rank else None
-    M = gram.inverse(rho)
-    last_mask, raised, converged, iteration = mask, False, False, 0
+def solve_group(
+    weights: list[torch.Tensor],
+    gram: ScaledGram,
+    patterns: list[Pattern],
+    ranks: list[int],
+    options: Options,
+    seed: int = 0,
+) -> list[Decomposition]:
+    """`solve` for layers with a common input, together: they share products, penalty and stopping."""
+    scaled_weights = [scaled(weight, gram) for weight in weights]
+    results = []
+    for Wt, (S, mask, basis, stats) in zip(
+        scaled_weights, decompose(scaled_weights, gram, patterns, ranks, options, seed), strict=True
+    ):
+        result = unscale(S, mask, basis, Wt - S, gram)
+        result.stats = stats
+        results.append(result)
+    return results
+
+
+def decompose(
+    weights: list[torch.Tensor],
+    gram: ScaledGram,
+    patterns: list[Pattern],
+    ranks: list[int],
+    options: Options,
+    seed: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict]]:
+    """`solve_group` in scaled coordinates: (S, mask, basis, stats), where B A is basis @ (basis^T (Wt - S))."""
+    if options.form == "textbook" and len(weights) > 1:
+        for Wt, pattern, rank in zip(weights, patterns, ranks, strict=True):
+            yield from decompose([Wt], gram, [pattern], [rank], options, seed)
+        return
+    phases = Phases(gram.matrix.device, memory=False)
+    with phases("factorisation"):
+        if options.form == "textbook":
+            admm = TextbookAdmm(weights[0], gram, patterns[0], ranks[0], options.rho, seed)
+        else:
+            admm = Admm(weights, gram, patterns, ranks, options.rho, seed, options.precision)
+    stats = _iterate(admm, options, phases)
+    layers = list(admm.result())
+    shared = {name: seconds / len(layers) for name, seconds in phases.seconds.items()}
+    del admm
+    for Wt, (D, mask, basis) in zip(weights, layers, strict=True):
+        phases = Phases(gram.matrix.device, memory=False)
+        with phases("refit"):
+            S, basis, objective = _refit(Wt, D, mask, basis, gram.matrix, options)
+        yield S, mask, basis, {**stats, "objective": objective, "phases": {**shared, **phases.seconds}}
+
+
+def _iterate(admm: Admm | TextbookAdmm, options: Options, phases: Phases) -> dict:
+    """Steps under the schedule of `options` until the support stands still."""
+    last_mask, raised, restarts, iteration = admm.mask.clone(), False, 0, 0
     while iteration < options.max_iterations:
-        iteration += 1
-        R = Wt - L
-        copy = R + (rho * (D - R) - V) @ M  # ADMM's dense copy of S
-        T = copy + V / rho
-        D, mask = project(T, pattern)
-        V = rho * (T - D)
-        if rank:
-            E = Wt - copy
-            basis = range_step(E, G, basis)
-            L = basis @ (basis.T @ E)
-        if iteration % options.check_every:
-            continue
-        change = int((mask != last_mask).sum()) / max(kept, 1)
-        last_mask = mask
+        steps = min(options.check_every, options.max_iterations - iteration)
+        with phases("ADMM"):
+            admm.run(steps)
+        iteration += steps
+        change = int((admm.mask != last_mask).sum()) / max(admm.kept, 1)
+        last_mask.copy_(admm.mask)
         if iteration >= options.min_iterations and change < options.tolerance:
-            converged = True
             break
         if change == 0 and not raised and restarts < MAX_RESTARTS:
-            rho, restarts = rho / 5, restarts + 1  # so stiff that nothing moves: start again, softer
-            D, mask, V, L = _start(Wt, pattern)
-        else:
-            rho *= options.growth[
-                0 if change > options.thresholds[0] else 1 if change > options.thresholds[1] else 2
-            ]
-            raised = True
-        M = gram.inverse(rho)
-    return D, mask, L, basis, {"iterations": iteration, "converged": converged, "rho": rho}
+            restarts += 1
+            admm.restart(admm.rho / 5)  # so stiff that nothing moves: start again, softer
+            continue
+        level = 0 if change > options.thresholds[0] else 1 if change > options.thresholds[1] else 2
+        with phases("factorisation"):
+            admm.raise_rho(options.growth[level])
+        raised = True
+    converged = change < options.tolerance and iteration >= options.min_iterations
+    return {"iterations": iteration, "converged": converged, "rho": admm.rho, "precision": admm.precision}
 
 
-def _start(Wt, pattern: Pattern):
-    D, mask = project(Wt, pattern)
-    return D, mask, torch.zeros_like(Wt), torch.zeros_like(Wt)
-
-
-def _refit(Wt, S, mask, L, basis, G, options: Options):
+def _refit(Wt, S, mask, basis, G, options: Options):
     """Alternates the low-rank fit given S and CG on S given its support: the objective never rises."""
-    best = None
+    best, L = None, torch.zeros_like(Wt)
     for round_ in range(options.refit_rounds + 1):
         if round_:
             S = refine_on_support(S, Wt - L, mask, G, options.cg_steps)
@@ -141,7 +175,7 @@ def _refit(Wt, S, mask, L, basis, G, options: Options):
             L = basis @ (basis.T @ E)
         objective = squared_error(E - L, G)
         if best is None or objective < best[-1]:
-            best = (S, basis, E, objective)
+            best = (S, basis, objective)
         elif not math.isfinite(objective) or objective > best[-1] * (1 - 1e-6):
             break
     return best
@@ -153,7 +187,7 @@ def refine_on_support(
     """Conjugate gradient steps on min tr((target - S) G (target - S)^T) over the entries in `mask`.
 
     Rows are independent problems, so each has its own step sizes. G has unit diagonal: the Jacobi
-    preconditioner is the identity.
+    preconditioner is the identity. A row stays where it is once its direction has no curvature beyond rounding.
 
     Args:
         S: (out, in) start, zero outside the mask.
@@ -165,15 +199,19 @@ def refine_on_support(
     Returns:
         (out, in), zero outside the mask.
     """
+    precision = torch.finfo(S.dtype)
+    rounding = precision.eps * len(G) ** 0.5
     residual = ((target - S) @ G) * mask
     direction = residual
     norm = residual.square().sum(1, keepdim=True)
     for _ in range(steps):
         curved = (direction @ G) * mask
-        alpha = norm / (direction * curved).sum(1, keepdim=True).clamp(min=torch.finfo(S.dtype).tiny)
+        curvature = (direction * curved).sum(1, keepdim=True)
+        flat = curvature <= rounding * direction.square().sum(1, keepdim=True)  # singular G, or done
+        alpha = (norm / curvature.clamp(min=precision.tiny)).masked_fill(flat, 0.0)
         S = S + alpha * direction
         residual = residual - alpha * curved
         next_norm = residual.square().sum(1, keepdim=True)
-        direction = residual + (next_norm / norm.clamp(min=torch.finfo(S.dtype).tiny)) * direction
+        direction = residual + (next_norm / norm.clamp(min=precision.tiny)) * direction
         norm = next_norm
     return S

@@ -1,0 +1,40 @@
+"""The precision of matrix products."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+@contextmanager
+def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+    """Matrix products in "fp32", "tf32" or "bf16" (autocast)."""
+    if precision == "bf16":
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            yield
+    else:
+        with matmuls("high" if precision == "tf32" else "highest"):
+            yield
+
+
+@contextmanager
+def matmuls(precision: str) -> Iterator[None]:
+    """FP32 matrix products in full ("highest"), or on the TF32 units of devices that have them ("high").
+
+    What the user has set does not matter inside and is back afterwards.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    own = [backend.fp32_precision for backend in backends]
+    try:
+        common = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set for each backend by itself: there is no common name for that
+        common = "highest"
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(common)
+        for backend, before in zip(backends, own, strict=True):
+            backend.fp32_precision = before
