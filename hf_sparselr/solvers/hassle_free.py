@@ -1,0 +1,70 @@
+"""HASSLE-free (arXiv 2502.00899): alternate a pruner on W - L and the Gram-weighted low-rank fit of W - S.
+
+Both steps work on the layer's own objective tr((W - S - L) H (W - S - L)^T). The first iterate is EoRA with the same
+pruner, and the best iterate is returned, so the result is never worse than that.
+
+The paper fits the factors of L by gradient steps; here, as in its authors' later comparison (arXiv 2603.01376), the fit
+is the exact one in closed form (`exact_basis`). The pruner starts afresh in every iteration.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..checks import build_options, check_integer
+from ..gram import ScaledGram
+from ..patterns import Pattern
+from .alternating import alternate
+from .base import Decomposition, exact_basis, scaled, unscale
+from .pruners import PRUNERS
+
+
+@dataclass(frozen=True)
+class Options:
+    """Common to `method="hassle-free-sparsegpt"` and `method="hassle-free-alps"`.
+
+    Attributes:
+        iterations: of alternation; the authors' number.
+        pruner_options: of the pruner, a dict or its dataclass.
+    """
+
+    pruner: ClassVar[str]
+    iterations: int = 80
+    pruner_options: Any = None
+
+    def __post_init__(self) -> None:
+        check_integer("solver.iterations", self.iterations, 1)
+        options = build_options("solver.pruner_options", self.pruner_options, PRUNERS[self.pruner].options)
+        object.__setattr__(self, "pruner_options", options)
+
+
+class SparseGPTOptions(Options):
+    pruner = "sparsegpt"
+
+
+class ALPSOptions(Options):
+    pruner = "alps"
+
+
+def solve(
+    weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, options: Options, seed: int = 0
+) -> Decomposition:
+    """Decomposes one layer; see `solvers.Solve`. Nothing is random: the seed is not used.
+
+    Returns:
+        The best iterate, with the `stats` of `alternate`.
+    """
+    Wt = scaled(weight, gram)
+    prune = PRUNERS[options.pruner].prune
+    S, mask, basis, stats = alternate(
+        Wt,
+        gram,
+        rank,
+        options.iterations,
+        prune=lambda target: prune(target, gram, pattern, options.pruner_options)[:2],
+        fit=lambda error, _: exact_basis(error, gram, rank),
+    )
+    result = unscale(S, mask, basis, Wt - S, gram)
+    result.stats = stats
+    return result

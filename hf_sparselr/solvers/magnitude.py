@@ -1,0 +1,22 @@
+"""Magnitude pruning: the largest |W| of a layer (or of each N:M group) stay as they are, no calibration data."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..gram import ScaledGram
+from ..patterns import Pattern
+from .base import one_shot
+
+
+@dataclass(frozen=True)
+class Options:
+    """`method="magnitude"` has no options."""
+
+
+def prune(
+    Wt: torch.Tensor, gram: ScaledGram, pattern: Pattern, options: Options
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """See `pruners.Pruner.prune`. Scores are the magnitudes of the layer's own weights, Wt / gram.scale."""
+    mask = pattern.mask((Wt / gram.scale).abs())
+    return one_shot(Wt * mask, mask, Wt, gram)

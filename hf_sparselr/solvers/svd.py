@@ -1,0 +1,36 @@
+"""Activation-weighted low rank alone: L = argmin tr((W - L) H (W - L)^T) over rank(L) <= r, and S = 0.
+
+The optimum that data-aware SVD methods aim at (SVD-LLM, arXiv 2403.07378, reaches it through a Cholesky factor of
+H), and the corner of the problem without a sparse part: a baseline.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..gram import ScaledGram, squared_error
+from ..patterns import Pattern
+from .base import Decomposition, exact_basis, scaled, unscale
+
+
+@dataclass(frozen=True)
+class Options:
+    """`method="svd"` has no options."""
+
+
+def solve(
+    weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, options: Options, seed: int = 0
+) -> Decomposition:
+    """Decomposes one layer; see `solvers.Solve`. S is empty; neither pattern nor seed is used.
+
+    Raises:
+        ValueError: the rank is 0.
+    """
+    if not rank:
+        raise ValueError(f'rank={rank!r}: method="svd" has no sparse part, expected an integer >= 1')
+    Wt = scaled(weight, gram)
+    basis = exact_basis(Wt, gram, rank)
+    result = unscale(torch.zeros_like(Wt), torch.zeros_like(Wt, dtype=torch.bool), basis, Wt, gram)
+    objective = squared_error(Wt - basis @ (basis.T @ Wt), gram.matrix)
+    result.stats = {"iterations": 1, "converged": True, "objective": objective}
+    return result

@@ -1,0 +1,37 @@
+"""Wanda (arXiv 2306.11695): the largest |W_ij| ||X_j|| stay as they are.
+
+In scaled coordinates that score is |Wt|. Section 3 compares it within each output row, which the paper finds
+better than over the whole layer; both keep the same number of entries in total.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..checks import check_choice
+from ..gram import ScaledGram
+from ..patterns import COMPARE, Pattern, compared_mask
+from .base import one_shot
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `method="wanda"`.
+
+    Attributes:
+        compare: where scores compete under an unstructured pattern, "row" (each output row, the paper's choice)
+            or "layer". Under N:M they compete in groups in any case.
+    """
+
+    compare: str = "row"
+
+    def __post_init__(self) -> None:
+        check_choice("solver.compare", self.compare, COMPARE)
+
+
+def prune(
+    Wt: torch.Tensor, gram: ScaledGram, pattern: Pattern, options: Options
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """See `pruners.Pruner.prune`."""
+    mask = compared_mask(Wt.abs(), pattern, options.compare)
+    return one_shot(Wt * mask, mask, Wt, gram)
