@@ -129,7 +129,7 @@ def sample_from_model(
     """
     from transformers import GenerationConfig
 
-    if not getattr(model, "can_generate", lambda: False)() or model.config.is_encoder_decoder:
+    if not writes_text(model):
         name = type(model).__name__
         raise ValueError(f'calibration="self": {name} is no decoder that generates text: pass {_INSTEAD}')
     starts = _start_ids(model, tokenizer, num_samples, seed).to(model.device)
@@ -145,6 +145,11 @@ def sample_from_model(
         for batch in starts.split(batch_size):
             windows += model.generate(input_ids=batch, attention_mask=torch.ones_like(batch)).cpu().unbind()
     return windows
+
+
+def writes_text(model: Any) -> bool:
+    """Whether `sample_from_model` can sample from a model, which may be on the meta device."""
+    return getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
 
 
 def _show(calibration: Any) -> str:

@@ -41,16 +41,16 @@ def reject_unknown(what: str, names: list[str], known: list[str]) -> None:
         raise TypeError(f"{what} has no field {name!r}{hint} (it has {', '.join(known)})")
 
 
-def build_options(field: str, value: Any, cls: type) -> Any:
-    """An options dataclass out of itself, a dict, or None (its defaults)."""
+def build_options(field: str, value: Any, cls: type, preset: dict[str, Any] | None = None) -> Any:
+    """An options dataclass out of itself, a dict, or None; `preset` beats the defaults, the dict beats both."""
     if value is None:
-        return cls()
+        return cls(**(preset or {}))
     if isinstance(value, cls):
         return value
     if not isinstance(value, dict):
         raise TypeError(f"{field}={value!r}: expected a dict or {cls.__module__}.{cls.__qualname__}")
     reject_unknown(field, list(value), [option.name for option in fields(cls)])
-    return cls(**value)
+    return cls(**{**(preset or {}), **value})
 
 
 def matches(pattern: str, name: str) -> bool:

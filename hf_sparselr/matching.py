@@ -6,8 +6,8 @@ of the block, on inputs x that already passed the compressed blocks before it.
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,38 +16,47 @@ from torch.nn import functional as F
 
 from .blocks import replay
 from .checks import check_choice, check_integer, check_number
+from .precision import PRECISIONS, arithmetic
 from .solvers import Decomposition
 
 Call = tuple[tuple, dict]
 
-# The paper names no betas. With 0.999 the large first gradients would damp all of the few hundred steps.
-BETAS = (0.9, 0.95)
+# The paper names no betas. With Adam's usual 0.999 the large first gradients would damp all of the few hundred steps.
+BETAS = (0.9, 0.9)
 
 
 @dataclass(frozen=True)
 class TMOptions:
-    """Options of transformer matching; the defaults are the published settings.
+    """Options of transformer matching.
 
     Attributes:
         passes: over the calibration windows.
         lr: Adam's first step size.
-        final_lr: its last one, as a share of `lr`; a cosine leads there.
+        factor_lr: the same for A and B, as a multiple of `lr`.
+        final_lr: the last step size, as a share of the first; a cosine leads there.
         batch_size: windows a step.
-        precision: "fp32", or "bf16": autocast with FP32 masters, several times faster on a GPU.
+        target: what the block's output is to match: "block", the dense block's output on the same inputs (the
+            published target); "stream", the dense model's own activations there, which also makes up for the blocks
+            before; "mean", the mean of both.
+        precision: of the products on a GPU: "fp32", "tf32", or "bf16" (autocast with FP32 masters).
     """
 
     passes: int = 20
     lr: float = 2e-5
+    factor_lr: float = 1.0
     final_lr: float = 0.2
     batch_size: int = 8
+    target: str = "block"
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
         check_integer("tm.passes", self.passes, 1)
         check_integer("tm.batch_size", self.batch_size, 1)
         check_number("tm.lr", self.lr, 0, exclusive=True)
+        check_number("tm.factor_lr", self.factor_lr, 0)
         check_number("tm.final_lr", self.final_lr, 0)
-        check_choice("tm.precision", self.precision, ("fp32", "bf16"))
+        check_choice("tm.target", self.target, ("block", "stream", "mean"))
+        check_choice("tm.precision", self.precision, PRECISIONS)
 
 
 class WorkingLinear(nn.Module):
@@ -79,11 +88,14 @@ class WorkingLinear(nn.Module):
         return Decomposition(self.S.detach(), self.mask, *factors)
 
 
-def trainable(block: nn.Module) -> list[nn.Parameter]:
-    """What TM trains: the decompositions, and every vector of the block (norms and biases)."""
-    parts = {id(p): p for m in block.modules() if isinstance(m, WorkingLinear) for p in m.parameters()}
-    parts.update({id(p): p for p in block.parameters() if p.ndim == 1 and p.is_floating_point()})
-    return list(parts.values())
+def trainable(module: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """What refinement trains: "S" of every `WorkingLinear`, its "factors", and "vectors" (norms and biases)."""
+    layers = [layer for layer in module.modules() if isinstance(layer, WorkingLinear)]
+    return {
+        "S": [layer.S for layer in layers],
+        "factors": [factor for layer in layers if layer.A is not None for factor in (layer.A, layer.B)],
+        "vectors": [p for p in module.parameters() if p.ndim == 1 and p.is_floating_point()],
+    }
 
 
 @torch.no_grad()
@@ -112,7 +124,7 @@ def match_block(
     Args:
         block: on the compute device, in FP32.
         inputs: hidden states (batch, length, hidden), one tensor a batch, on the block's device.
-        targets: the dense block's outputs on the same inputs.
+        targets: what the block's outputs are to match, see `TMOptions.target`.
         calls: the block's other arguments, see `blocks.record_calls`.
         seed: of the order of the steps.
         on_pass: called after every pass with its mean relative loss.
@@ -121,16 +133,18 @@ def match_block(
         loss_before, loss_after (mean squared errors, FP32), best_pass (0: the start), passes, seconds.
     """
     started = time.perf_counter()
-    parameters = trainable(block)
+    groups = trainable(block)
+    parameters = [parameter for group in groups.values() for parameter in group]
     start = best = _snapshot(parameters)
     before = after = mean_squared_error(block, inputs, targets, calls)
     best_loss, best_pass, passes = math.inf, 0, 0
     if before > 0:
-        for loss in _train(block, parameters, inputs, targets, calls, options, seed, before):
-            passes += 1
-            on_pass(loss)
-            if loss < best_loss:
-                best, best_loss, best_pass = _snapshot(parameters), loss, passes
+        with closing(_train(block, groups, inputs, targets, calls, options, seed, before)) as losses:
+            for loss in losses:
+                passes += 1
+                on_pass(loss)
+                if loss < best_loss:
+                    best, best_loss, best_pass = _snapshot(parameters), loss, passes
         _restore(parameters, best)
         after = mean_squared_error(block, inputs, targets, calls)
     if not after < before:  # NaN included
@@ -145,7 +159,7 @@ def match_block(
     }
 
 
-def _train(block, parameters, inputs, targets, calls, options: TMOptions, seed: int, scale: float):
+def _train(block, groups, inputs, targets, calls, options: TMOptions, seed: int, scale: float):
     """Yields the mean loss, relative to `scale`, after every pass; ends early on NaN.
 
     The relative loss keeps gradients far above Adam's epsilon, whatever the size of the block's error.
@@ -153,25 +167,18 @@ def _train(block, parameters, inputs, targets, calls, options: TMOptions, seed: 
     device = inputs[0].device
     chunks = _chunks(inputs, options.batch_size)
     generator = torch.Generator().manual_seed(seed)
-    flags = {parameter: parameter.requires_grad for parameter in block.parameters()}
-    trained = set(parameters)
-    for parameter in flags:  # layers that stay dense would collect gradients too
-        parameter.requires_grad_(parameter in trained)
     total = options.passes * len(chunks)
-    optimizer = torch.optim.Adam(parameters, lr=options.lr, betas=BETAS, fused=device.type == "cuda")
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _cosine(step / total, options.final_lr)
-    )
-    with torch.enable_grad():
+    optimizer, schedule = adam(groups, options.lr, options.factor_lr, options.final_lr, total)
+    with only_trained(block, groups), torch.enable_grad():
         for _ in range(options.passes):
             losses = torch.zeros((), device=device)
             for index in torch.randperm(len(chunks), generator=generator).tolist():
                 size = sum(targets[batch].numel() for batch in chunks[index]) * scale
                 for batch in chunks[index]:
-                    with _autocast(device, options.precision):
+                    with arithmetic(device, options.precision):
                         out = replay(block, inputs[batch], calls[batch])
-                    loss = (out.float() - targets[batch].to(device)).square().sum() / size
-                    loss.backward()
+                        loss = (out.float() - targets[batch].to(device)).square().sum() / size
+                        loss.backward()
                     losses += loss.detach()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -180,8 +187,43 @@ def _train(block, parameters, inputs, targets, calls, options: TMOptions, seed: 
             if not math.isfinite(mean):
                 break
             yield mean
-    for parameter, flag in flags.items():
-        parameter.requires_grad_(flag)
+
+
+def adam(
+    groups: dict[str, list[nn.Parameter]],
+    lr: float,
+    factor_lr: float,
+    final_lr: float,
+    steps: int,
+    betas: tuple[float, float] = BETAS,
+):
+    """Adam over the groups of `trainable`, and a cosine schedule from `lr` to `final_lr * lr` in `steps` steps."""
+    rates = [
+        {"params": parameters, "lr": lr * (factor_lr if name == "factors" else 1)}
+        for name, parameters in groups.items()
+        if parameters
+    ]
+    fused = rates[0]["params"][0].is_cuda
+    optimizer = torch.optim.Adam(rates, betas=betas, fused=fused)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _cosine(step / steps, final_lr)
+    )
+
+
+@contextmanager
+def only_trained(module: nn.Module, groups: dict[str, list[nn.Parameter]]) -> Iterator[None]:
+    """Only these have gradients inside: others, such as those of layers that stay dense, would collect them too."""
+    flags = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    trained = {id(parameter) for group in groups.values() for parameter in group}
+    for parameter in flags:
+        parameter.requires_grad_(id(parameter) in trained)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+            if id(parameter) in trained:
+                parameter.grad = None
 
 
 def _cosine(progress: float, final: float) -> float:
@@ -198,10 +240,6 @@ def _chunks(inputs: list[torch.Tensor], windows: int) -> list[list[int]]:
         chunks[-1].append(index)
         held += batch.shape[0]
     return chunks
-
-
-def _autocast(device: torch.device, precision: str):
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def _snapshot(parameters: list[nn.Parameter]) -> list[torch.Tensor]:

@@ -223,7 +223,7 @@ def test_trains_decompositions_norms_and_biases_only() -> None:
     block = compressed_block()
     block.get_submodule(DENSE).bias = nn.Parameter(torch.zeros(32))
     names = {id(parameter): name for name, parameter in block.named_parameters()}
-    found = [names[id(parameter)] for parameter in trainable(block)]
+    found = [names[id(parameter)] for group in trainable(block).values() for parameter in group]
     norms = ["input_layernorm.weight", "post_attention_layernorm.weight"]
     expected = {f"{layer}.{part}" for layer in LAYERS for part in "SAB"} | {*norms, f"{DENSE}.bias"}
     assert set(found) == expected and len(found) == len(expected)
@@ -260,8 +260,8 @@ def test_working_linear_computes_its_decomposition(rank: int, bias: bool) -> Non
         ("lr", "1e-5", TypeError, "a finite number > 0"),
         ("final_lr", -0.1, ValueError, "a finite number >= 0"),
         ("final_lr", float("inf"), ValueError, "a finite number >= 0"),
-        ("precision", "fp16", ValueError, "'fp32', 'bf16'"),
-        ("precision", "auto", ValueError, "'fp32', 'bf16'"),
+        ("precision", "fp16", ValueError, "'fp32', 'tf32', 'bf16'"),
+        ("precision", "auto", ValueError, "'fp32', 'tf32', 'bf16'"),
     ],
 )
 def test_options_name_field_value_and_allowed(field: str, value, kind: type, allowed: str) -> None:

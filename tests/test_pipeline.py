@@ -8,11 +8,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from hf_sparselr import compress, pipeline
+from hf_sparselr import compress, pipeline, worker
 from hf_sparselr.blocks import find_stacks, plan_layers
 from hf_sparselr.integrations.transformers import packed_layers
 from hf_sparselr.packing import unpack_mask
 from hf_sparselr.patterns import parse
+from hf_sparselr.precision import matmuls
 from hf_sparselr.report import Report
 
 TM = {"refine": "tm", "tm": {"passes": 2, "batch_size": 4}}
@@ -93,12 +94,12 @@ def test_dequantize_gives_back_the_layers_it_replaced(name):
 def test_layers_with_one_input_share_one_gram_matrix(name, expected, monkeypatch):
     made = []
 
-    class Counted(pipeline.GramAccumulator):
+    class Counted(worker.GramAccumulator):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(pipeline, "GramAccumulator", Counted)
+    monkeypatch.setattr(worker, "GramAccumulator", Counted)
     compress(tiny.build(name), tiny.settings())
     assert len(made) == expected
     assert all(gram.rows == tiny.IDS.numel() for gram in made)
@@ -113,6 +114,82 @@ def test_batch_size_changes_nothing(name, refine):
     reference = tiny.logits(models[-1])
     for model in models[:2]:
         torch.testing.assert_close(tiny.logits(model), reference, atol=1e-4, rtol=1e-3)
+
+
+def block_outputs(model, replaced=()):
+    """Outputs of the two blocks; `replaced` are put in the place of the first ones."""
+    outputs = []
+
+    def hook(module, args, out):
+        index = len(outputs)
+        first = out[0] if isinstance(out, tuple) else out
+        outputs.append(replaced[index] if index < len(replaced) else first)
+        return (outputs[-1], *out[1:]) if isinstance(out, tuple) else outputs[-1]
+
+    handles = [block.register_forward_hook(hook) for block in next(iter(find_stacks(model).values()))]
+    tiny.logits(model)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("target", ["block", "stream", "mean"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_matching_targets_by_hand(name, target):
+    still = {"passes": 1, "lr": 1e-12, "target": target, "precision": "fp32"}  # as good as no step
+    model, dense = tiny.build(name), tiny.build(name)
+    compress(model, tiny.settings(refine="tm", tm=still))
+    found = [row["tm"]["loss_before"] for row in model.sparselr_report.blocks]
+    ours, stream = block_outputs(model), block_outputs(dense)
+    own = [
+        stream[0],
+        block_outputs(dense, ours[:1])[1],
+    ]  # of the dense blocks on the compressed blocks' outputs
+    targets = {
+        "block": own,
+        "stream": stream,
+        "mean": [(a + b) / 2 for a, b in zip(own, stream, strict=True)],
+    }
+    expected = [float((a - b).square().mean()) for a, b in zip(ours, targets[target], strict=True)]
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_targets_differ_after_the_first_block_alone():
+    losses = {}
+    for target in ("block", "stream", "mean"):
+        config = tiny.settings(refine="tm", tm={"passes": 2, "target": target})
+        rows = compress(tiny.build("llama"), config).sparselr_report.blocks
+        losses[target] = [row["tm"]["loss_after"] for row in rows]
+        assert all(row["tm"]["loss_after"] < row["tm"]["loss_before"] for row in rows)
+    first, second = zip(*losses.values(), strict=True)
+    assert len(set(first)) == 1 and len(set(second)) == 3
+
+
+def test_published_effort_is_the_published_options(tmp_path):
+    solver = {"form": "textbook", "refit_rounds": 1, "precision": "fp32", "max_iterations": 100}
+    tm = {"passes": 20, "lr": 2e-5, "final_lr": 0.2, "target": "block", "precision": "fp32"}
+    short = {"effort": "published", "solver": {"max_iterations": 100}}
+    compress(tiny.build("llama"), tiny.settings(refine="tm", **short), tmp_path / "a")
+    compress(tiny.build("llama"), tiny.settings(refine="tm", solver=solver, tm=tm), tmp_path / "b")
+    compress(tiny.build("llama"), tiny.settings(refine="tm", solver={"max_iterations": 100}), tmp_path / "c")
+    stored = [(tmp_path / run / "model.safetensors").read_bytes() for run in "abc"]
+    assert stored[0] == stored[1] != stored[2]
+
+
+def test_what_the_user_set_for_products_does_not_matter():
+    config = tiny.settings(refine="tm", tm={"passes": 1, "precision": "fp32"})
+    expected = tiny.snapshot(compress(tiny.build("llama"), config))
+    with matmuls("medium"):  # BF16 on CPUs that have it
+        assert tiny.same(tiny.snapshot(compress(tiny.build("llama"), config)), expected)
+
+
+def test_blocks_tell_their_phases():
+    report = compress(tiny.build("llama"), tiny.settings(**TM)).sparselr_report
+    for row in report.blocks:
+        expected = {"propagation", "capture and Gram", "factorisation", "ADMM", "refit", "solve", "TM"}
+        assert row["phases"].keys() == expected and row["peaks"] == {}
+        solve = sum(row["phases"][name] for name in ("factorisation", "ADMM", "refit"))
+        assert solve <= row["phases"]["solve"] <= row["seconds"] <= report.seconds
 
 
 def test_windows_of_different_lengths_are_never_padded():

@@ -1,0 +1,325 @@
+"""Distillation: a compressed model is trained against its dense self's logits, as a whole.
+
+Minimises the Kullback-Leibler divergence KL(dense || compressed) of next-token distributions over the nonzeros of S,
+the factors, the norms and the biases. Zeros stay zero. The dense model's logits are computed batch by batch beside
+the compressed model's and never stored.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .blocks import find_stacks, instance_forwards
+from .calibration import eval_mode
+from .checks import check_choice, check_integer, check_number
+from .matching import WorkingLinear, adam, only_trained, trainable
+from .modules import SparseLRLinear
+from .packing import unpack, unpack_mask
+from .precision import PRECISIONS, arithmetic
+from .solvers import Decomposition
+
+PROBE_WINDOWS = 8  # on which the loss before and after is measured
+
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Options of distillation.
+
+    Attributes:
+        passes: over the calibration windows and those of `self_samples`.
+        lr: Adam's first step size.
+        factor_lr: the same for A and B, as a multiple of `lr`.
+        final_lr: the last step size, as a share of the first; a cosine leads there.
+        batch_size: calibration windows a step, or as many tokens of shorter ones.
+        train: "all" (S's nonzeros, factors, norms and biases; 24 bytes a weight on the device, the dense model
+            included), or "factors" (without S, which stays packed), for models that would not fit so.
+        self_samples: windows of text that the dense model writes itself, beside the calibration windows: with few
+            calibration tokens they keep the model from learning these by heart.
+        self_len: tokens in such a window, bounded by the model's context.
+        checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        precision: of the products on a GPU: "fp32", "tf32", or "bf16" (autocast with FP32 masters).
+    """
+
+    passes: int = 8
+    lr: float = 2e-4
+    factor_lr: float = 1.0
+    final_lr: float = 0.05
+    batch_size: int = 8
+    train: str = "all"
+    self_samples: int = 0
+    self_len: int = 256
+    checkpointing: bool = False
+    precision: str = "bf16"
+
+    def __post_init__(self) -> None:
+        check_integer("distill.passes", self.passes, 1)
+        check_integer("distill.batch_size", self.batch_size, 1)
+        check_integer("distill.self_samples", self.self_samples, 0)
+        check_integer("distill.self_len", self.self_len, 2)
+        check_number("distill.lr", self.lr, 0, exclusive=True)
+        check_number("distill.factor_lr", self.factor_lr, 0)
+        check_number("distill.final_lr", self.final_lr, 0)
+        check_choice("distill.train", self.train, ("all", "factors"))
+        check_choice("distill.checkpointing", self.checkpointing, (True, False))
+        check_choice("distill.precision", self.precision, PRECISIONS)
+
+
+def shadow(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> nn.Module:
+    """A copy of a dense model to distill from: its blocks share their tensors with the model's, which the pipeline
+    replaces and never edits; the rest is its own."""
+    blocks = [tensor for stack in stacks.values() for tensor in (*stack.parameters(), *stack.buffers())]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in blocks})
+
+
+def distill(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: list[torch.Tensor],
+    options: DistillOptions,
+    seed: int,
+    device: torch.device,
+    on_pass: Callable[[float], None] = lambda loss: None,
+) -> dict:
+    """Trains a packed model in place; its tensors keep their dtypes, devices and support.
+
+    Args:
+        model: with `SparseLRLinear` layers.
+        teacher: the dense model, `on_device`.
+        batches: token ids (batch, length).
+        seed: of the order of the steps.
+        on_pass: called after every pass with its mean loss.
+
+    Returns:
+        losses (nats a token, one a pass), loss_before, loss_after (on the first batches), passes, seconds.
+    """
+    started = time.perf_counter()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLRLinear)}
+    stored = {name: tensor.dtype for name, tensor in _named_tensors(model)}
+    probe, losses = batches[: max(1, PROBE_WINDOWS // len(batches[0]))], []
+    with _places(model), eval_mode(model), _checkpointing(model, options.checkpointing):
+        try:
+            groups = _unpack(model, layers, device, options)
+            before = _mean_loss(model, teacher, probe, options, device)
+            with _undone_unless(groups) as keep:
+                with closing(_train(model, teacher, groups, batches, options, seed, device)) as passes:
+                    for loss in passes:
+                        losses.append(loss)
+                        on_pass(loss)
+                _round(model, stored)
+                after = _mean_loss(model, teacher, probe, options, device)
+                keep(after < before)
+        finally:
+            _pack(model, layers)
+    return {
+        "losses": losses,
+        "loss_before": before,
+        "loss_after": after if after < before else before,  # NaN included
+        "passes": len(losses),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _train(model, teacher, groups, batches, options, seed, device) -> Iterator[float]:
+    generator = torch.Generator().manual_seed(seed)
+    steps = _steps(batches, options.batch_size)
+    optimizer, schedule = adam(
+        groups, options.lr, options.factor_lr, options.final_lr, options.passes * len(steps), BETAS
+    )
+    with only_trained(model, groups), torch.enable_grad():
+        for _ in range(options.passes):
+            total = torch.zeros((), device=device)
+            for step in torch.randperm(len(steps), generator=generator).tolist():
+                tokens = sum(batch.numel() for batch in steps[step])
+                for batch in steps[step]:
+                    loss = _backward(model, teacher, batch.to(device), tokens, options)
+                    total += loss
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            mean = float(total) / len(steps)
+            if not math.isfinite(mean):
+                return
+            yield mean
+
+
+def _backward(model, teacher, ids: torch.Tensor, tokens: int, options: DistillOptions) -> torch.Tensor:
+    """Adds the gradient of one batch's divergence / `tokens`; returns the divergence / `tokens`."""
+    with arithmetic(ids.device, options.precision):
+        student = _logits(model, ids)
+        with torch.no_grad():
+            target = _logits(teacher, ids)
+            gradient = torch.empty_like(student)
+            loss = torch.zeros((), device=ids.device)
+            for row in range(len(ids)):  # FP32 copies of all logits could be larger than the model
+                mine = F.log_softmax(student[row].float(), -1)
+                theirs = F.log_softmax(target[row].float(), -1)
+                loss += (theirs.exp() * (theirs - mine)).sum() / tokens
+                gradient[row] = (mine.exp() - theirs.exp()) / tokens
+        student.backward(gradient)
+    return loss
+
+
+@torch.no_grad()
+def _mean_loss(model, teacher, batches, options: DistillOptions, device) -> float:
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    for batch in batches:
+        with arithmetic(device, options.precision):
+            student, target = (_logits(each, batch.to(device)) for each in (model, teacher))
+        for mine, theirs in zip(student, target, strict=True):
+            total += F.kl_div(
+                F.log_softmax(mine.float(), -1),
+                F.log_softmax(theirs.float(), -1),
+                log_target=True,
+                reduction="sum",
+            )
+    return float(total) / sum(batch.numel() for batch in batches)
+
+
+def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    inputs = {"input_ids": ids, "use_cache": False}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return model(**inputs).logits
+
+
+def _steps(batches: list[torch.Tensor], windows: int) -> list[list[torch.Tensor]]:
+    """Batches grouped into steps of at least the tokens of `windows` long windows (the last may have fewer)."""
+    tokens = windows * max(batch.shape[1] for batch in batches)
+    steps, held = [[]], 0
+    for batch in batches:
+        if held >= tokens:
+            steps.append([])
+            held = 0
+        steps[-1].append(batch)
+        held += batch.numel()
+    return steps
+
+
+def _unpack(
+    model: nn.Module, layers: dict[str, SparseLRLinear], device: torch.device, options: DistillOptions
+) -> dict[str, list[nn.Parameter]]:
+    """Puts the model on the device with FP32 masters of what is trained, and returns these in groups."""
+    if options.train == "all":
+        for name, layer in layers.items():
+            layer.to(device)
+            mask = unpack_mask(layer.mask, layer.in_features)
+            S = unpack(layer.mask, layer.values, layer.in_features)
+            factors = (None, None) if layer.A is None else (layer.A.data, layer.B.data)
+            model.set_submodule(name, WorkingLinear(Decomposition(S, mask, *factors), layer.bias))
+    groups = trainable(model) if options.train == "all" else _without_sparse(model, layers)
+    trained = {id(parameter) for group in groups.values() for parameter in group}
+    for _, tensor in _named_tensors(model):
+        dtype = torch.float32 if id(tensor) in trained else _frozen_dtype(tensor, options)
+        tensor.data = tensor.data.to(device, dtype)
+    return groups
+
+
+def _frozen_dtype(tensor: torch.Tensor, options: DistillOptions) -> torch.dtype:
+    """FP32, except where memory is short and autocast takes BF16 as it is."""
+    if options.train == "factors" and options.precision == "bf16" and tensor.dtype == torch.bfloat16:
+        return tensor.dtype
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
+
+
+@torch.no_grad()
+def _round(model: nn.Module, stored: dict[str, torch.dtype]) -> None:
+    """Rounds to the stored dtypes but stays FP32: the last loss is that of what will be stored."""
+    for name, tensor in _named_tensors(model):
+        if tensor.is_floating_point():
+            packed = f"{name.removesuffix('S')}values"
+            tensor.copy_(tensor.to(stored[name if name in stored else packed]))
+
+
+def _pack(model: nn.Module, layers: dict[str, SparseLRLinear]) -> None:
+    for name, layer in layers.items():
+        working = model.get_submodule(name)
+        if working is layer:
+            continue
+        layer.values.data = working.S.detach()[working.mask]
+        if layer.rank:
+            layer.A.data, layer.B.data = working.A.detach(), working.B.detach()
+        if layer.bias is not None:
+            layer.bias.data = working.bias.detach()
+        model.set_submodule(name, layer)
+
+
+def _without_sparse(model: nn.Module, layers: dict[str, SparseLRLinear]) -> dict[str, list[nn.Parameter]]:
+    values = {id(layer.values) for layer in layers.values()}
+    return {
+        "factors": [f for layer in layers.values() if layer.rank for f in (layer.A, layer.B)],
+        "vectors": [
+            p for p in model.parameters() if p.ndim == 1 and p.is_floating_point() and id(p) not in values
+        ],
+    }
+
+
+@contextmanager
+def on_device(teacher: nn.Module, device: torch.device, options: DistillOptions) -> Iterator[None]:
+    """The dense model on the device inside, frozen, in the precision that distillation needs; then as it was."""
+    own = [(tensor, tensor.data, tensor.requires_grad) for _, tensor in _named_tensors(teacher)]
+    with eval_mode(teacher):
+        try:
+            for tensor, data, _ in own:
+                tensor.requires_grad_(False)
+                tensor.data = data.to(device, _frozen_dtype(data, options))
+            yield
+        finally:
+            for tensor, data, flag in own:
+                tensor.data = data
+                tensor.requires_grad_(flag)
+
+
+@contextmanager
+def _places(model: nn.Module) -> Iterator[None]:
+    """Every tensor is afterwards where it was, in the dtype it had."""
+    places = [(tensor, tensor.device, tensor.dtype) for _, tensor in _named_tensors(model)]
+    try:
+        yield
+    finally:
+        for tensor, device, dtype in places:
+            tensor.data = tensor.data.to(device, dtype)
+
+
+@contextmanager
+def _undone_unless(groups: dict[str, list[nn.Parameter]]) -> Iterator[Callable[[bool], None]]:
+    """Brings the parameters back unless the function it gives is called with True."""
+    parameters = [parameter for group in groups.values() for parameter in group]
+    values = [parameter.detach().clone() for parameter in parameters]
+    kept = False
+
+    def keep(wanted: bool) -> None:
+        nonlocal kept
+        kept = wanted
+
+    try:
+        yield keep
+    finally:
+        if not kept:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, values, strict=True):
+                    parameter.copy_(value)
+
+
+@contextmanager
+def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Blocks recompute their activations. transformers' own switch does nothing in eval mode."""
+    blocks = [block for stack in find_stacks(model).values() for block in stack] if wanted else []
+    recomputing = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    with instance_forwards(blocks, lambda _, forward: partial(recomputing, forward)):
+        yield
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
