@@ -3,7 +3,7 @@
 Nothing here names an architecture: blocks are found by structure, their arguments come from a real call.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,10 @@ from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .calibration import writes_text
 from .checks import matches
 from .patterns import Pattern
+from .solvers import GIVEN
 
 if TYPE_CHECKING:
     from .config import SparseLRConfig
@@ -76,13 +78,25 @@ def weight_shape(layer: nn.Module) -> tuple[int, int]:
     return shape[::-1] if isinstance(layer, Conv1D) else shape
 
 
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer, (out, in); a view, without gradient."""
+    weight = layer.weight.detach()
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
 def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
     """What the config asks for, layer by layer. Needs shapes only: works on the meta device.
 
     Raises:
         ValueError: a pattern that matches nothing, a layer that fits neither pattern nor rank, experts that would
-            stay dense, no layer left.
+            stay dense, no layer left, distillation of a model that cannot have it.
     """
+    if config.method == GIVEN:
+        raise ValueError(
+            f"method={GIVEN!r} marks decompositions that were made elsewhere: choose a method that solves, or refine "
+            "what is there with hf_sparselr.refine"
+        )
+    _check_distillable(model, config)
     layers = linear_layers(model)
     for field in ("targets", "overrides"):
         for pattern in getattr(config, field) or ():
@@ -99,7 +113,7 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
             continue
         if config.targets and not any(matches(pattern, name) for pattern in config.targets):
             continue
-        settings = config.layer_settings(name)
+        settings = config.layer_settings(name, weight_shape(layer))
         if settings is None:
             continue
         problem = _misfit(name, weight_shape(layer), *settings)
@@ -119,6 +133,27 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
             f"targets, ignore and overrides leave no layer to compress; layers are {_shorten(layers)}"
         )
     return plan
+
+
+def _check_distillable(model: nn.Module, config: "SparseLRConfig") -> None:
+    """Distillation compares logits, on one device, and may need text that the model writes."""
+    if "distill" not in config.refine_steps:
+        return
+    kind, places = type(model).__name__, set(getattr(model, "hf_device_map", {}).values())
+    if model.get_output_embeddings() is None and model.base_model is model:
+        raise ValueError(
+            f"refine={config.refine!r}: {kind} has no logits to distill; load it with its head (AutoModelForCausalLM "
+            "or another), or leave distillation out"
+        )
+    if len(places) > 1:
+        raise ValueError(
+            f"refine={config.refine!r}: distillation trains {kind} on one device, but its device_map spreads it over "
+            f"{', '.join(sorted(map(str, places)))}; load it on one"
+        )
+    if config.distill.self_samples and not writes_text(model):
+        raise ValueError(
+            f"distill.self_samples={config.distill.self_samples!r}: {kind} is no decoder that generates text; use 0"
+        )
 
 
 def _misfit(name: str, shape: tuple[int, int], pattern: Pattern, rank: int) -> str | None:
@@ -216,7 +251,7 @@ def _record(model, blocks, ids: torch.Tensor, recording: Recording, compute: boo
 
         return record
 
-    with _instance_forwards(blocks, recorder):
+    with instance_forwards(blocks, recorder):
         inputs = {"input_ids": ids.to(_input_device(model)), "use_cache": False}
         if getattr(model.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = inputs["input_ids"]
@@ -225,8 +260,13 @@ def _record(model, blocks, ids: torch.Tensor, recording: Recording, compute: boo
 
 
 @contextmanager
-def _instance_forwards(blocks: nn.ModuleList, make) -> Iterator[None]:
-    """Sets `forward` on every block; puts back what was there (accelerate sets instance forwards of its own)."""
+def instance_forwards(
+    blocks: Sequence[nn.Module], make: Callable[[int, Callable], Callable]
+) -> Iterator[None]:
+    """Sets `forward` on every block to what `make` makes of its index and its own, and puts back what was there.
+
+    (accelerate sets instance forwards too.)
+    """
     before = [vars(block).get("forward") for block in blocks]
     for index, block in enumerate(blocks):
         block.forward = make(index, block.forward)

@@ -11,21 +11,27 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import calibration as calibration_sources
+from .allocation import ALLOCATIONS, budget_pattern, budget_rank
 from .checks import (
     anchored,
     build_options,
     check_choice,
     check_integer,
+    check_number,
     check_numbers,
     matches,
     reject_unknown,
 )
+from .distill import DistillOptions
+from .effort import PRESETS
+from .kernels import KERNELS
 from .matching import TMOptions
-from .patterns import Pattern, parse
+from .patterns import EMPTY, Pattern, parse
 from .solvers import METHODS
 
 QUANT_METHOD = "sparselr"
 FORMAT_VERSION = 1
+DEFAULT_RANK_RATIO = 0.25
 CUSTOM = "custom"  # what config.json says of calibration data that is not a string
 
 _OVERRIDE_KEYS = ("sparsity", "rank", "skip")
@@ -49,11 +55,19 @@ class SparseLRConfig(QuantizationConfigMixin):
     `hf_sparselr.compress`.
 
     Args:
-        method: the layer solver; "3basil" (arXiv 2603.01376).
+        method: the layer solver: "3basil" (arXiv 2603.01376), "oats", "hassle-free-alps", "hassle-free-sparsegpt",
+            "eora", "sslc"; pure pruning ("alps", "sparsegpt", "wanda", "magnitude", rank=0); low rank alone ("svd",
+            sparsity=None).
         sparsity: "n:m" keeps n of every m consecutive inputs; a fraction in [0, 1) sets exactly
             floor(fraction * out * in) entries of every layer to zero.
         rank: of B A; 0 is pure sparsity.
-        refine: "tm" (transformer matching after every block) or None.
+        compression: c in (0, 1), the share of each layer's parameters to remove, instead of `sparsity` and `rank`
+            (None then): S gets the sparsity c + k - c k, and B A the rank floor(k (1 - c) out in / (out + in)).
+        rank_ratio: k in [0, 1), the share of the kept parameters that B and A get; 0.25 where None.
+        refine: "tm" (transformer matching after every block), "distill" (the whole model against the dense model's
+            logits), "tm+distill" (both in turn) or None.
+        effort: "fast", "default", "high", or "published", the paper's schedule and precision throughout; fills what
+            `solver`, `tm` and `distill` leave open.
         calibration: "self" (text sampled from the model itself), "file:GLOB", a Hub data set id ("id" or
             "id:config"), a list of texts, chats (lists of message dicts), a `datasets.Dataset`, or token ids (a
             2-D integer tensor, or an iterable of integer tensors).
@@ -64,14 +78,23 @@ class SparseLRConfig(QuantizationConfigMixin):
         targets: regular expressions; a layer is compressed if one matches the end of its dotted name. None: all
             linear layers of the transformer blocks.
         ignore: regular expressions of layers to leave alone; beats `targets`.
-        overrides: {regex: {"sparsity": ..., "rank": ..., "skip": bool}}; the first match wins.
+        overrides: {regex: {"sparsity": ..., "rank": ..., "skip": bool}}; the first match wins, and beats budget and
+            allocation.
         on_incompatible: "error" or "skip" for layers whose shape does not fit the pattern or the rank.
+        allocation: "uniform"; "owl" (arXiv 2310.05175): blocks whose Wanda scores have more outliers stay denser;
+            "global": each layer's sparsity and rank by its measured errors, at no more parameters than uniform
+            settings keep. "n:m" stays what it is: "global" then moves ranks, and "owl" is an error.
+        allocation_options: a dict or the allocation's dataclass (`hf_sparselr.allocation.OwlOptions`, `GlobalOptions`).
         solver: options of the method, a dict or its dataclass (`hf_sparselr.solvers.threebasil.Options`).
         tm: options of transformer matching, a dict or `hf_sparselr.matching.TMOptions`.
+        distill: options of distillation, a dict or `hf_sparselr.distill.DistillOptions`.
         damping: (relative to each diagonal entry of the Gram matrix, relative to their mean).
         tokenizer: for text and chats; None loads it from the model's name. Never serialised.
         device: where blocks are worked on; None: the model's accelerator, else CUDA, else the CPU. Never
             serialised.
+        kernel: how packed layers compute: "auto" (the fastest, measured once per device), "packed" (S is never unpacked
+            for up to 16 rows of input) or "dense" (S + B A stays in memory too). Given with a packed checkpoint, it
+            only sets this. Never serialised.
 
     Raises:
         TypeError, ValueError: naming the field, the value and what is allowed.
@@ -81,9 +104,12 @@ class SparseLRConfig(QuantizationConfigMixin):
     def __init__(
         self,
         method: str = "3basil",
-        sparsity: str | float = "2:4",
-        rank: int = 64,
+        sparsity: str | float | None = "2:4",
+        rank: int | None = 64,
+        compression: float | None = None,
+        rank_ratio: float | None = None,
         refine: str | None = "tm",
+        effort: str = "default",
         calibration: Any = calibration_sources.DEFAULT,
         num_samples: int = 128,
         seq_len: int = 2048,
@@ -93,11 +119,15 @@ class SparseLRConfig(QuantizationConfigMixin):
         ignore: list[str] | None = None,
         overrides: dict[str, dict] | None = None,
         on_incompatible: str = "error",
+        allocation: str = "uniform",
+        allocation_options: Any = None,
         solver: Any = None,
         tm: Any = None,
+        distill: Any = None,
         damping: tuple[float, float] = (0.005, 0.005),
         tokenizer: Any = None,
         device: Any = None,
+        kernel: str = "auto",
         **stored: Any,
     ) -> None:
         version = stored.pop("format_version", FORMAT_VERSION)
@@ -114,7 +144,10 @@ class SparseLRConfig(QuantizationConfigMixin):
         self.method = method
         self.sparsity = sparsity
         self.rank = rank
+        self.compression = compression
+        self.rank_ratio = rank_ratio
         self.refine = refine
+        self.effort = effort
         self.calibration = calibration
         self.num_samples = num_samples
         self.seq_len = seq_len
@@ -124,18 +157,60 @@ class SparseLRConfig(QuantizationConfigMixin):
         self.ignore = _regex_list("ignore", ignore)
         self.overrides = {} if overrides is None else overrides
         self.on_incompatible = on_incompatible
+        self.allocation = allocation
         self.tokenizer = tokenizer
         self.device = device
+        self.kernel = kernel
+        check_choice("kernel", kernel, KERNELS)
         check_choice("method", method, tuple(METHODS))
-        self.solver = build_options("solver", solver, METHODS[method].options)
-        self.tm = build_options("tm", tm, TMOptions)
+        self._resolve_budget()
+        check_choice("allocation", allocation, tuple(ALLOCATIONS))
+        self.allocation_options = build_options(
+            "allocation_options", allocation_options, ALLOCATIONS[allocation].options
+        )
+        check_choice("effort", effort, tuple(PRESETS))
+        preset = PRESETS[effort]
+        self.solver = build_options("solver", solver, METHODS[method].options, preset.get(method))
+        self.tm = build_options("tm", tm, TMOptions, preset["tm"])
+        self.distill = build_options("distill", distill, DistillOptions, preset["distill"])
         self.damping = check_numbers("damping", damping, 2, 0.0)
         self._check()
 
+    def _resolve_budget(self) -> None:
+        """Checks `compression` and `rank_ratio`; they stand for sparsity and rank, which become None."""
+        if self.compression is None:
+            if self.rank_ratio is not None:
+                raise ValueError(
+                    f"rank_ratio={self.rank_ratio!r} without compression: it shares out what compression keeps"
+                )
+            return
+        method = METHODS[self.method]
+        least, most = 0.0 if method.sparse else 1.0, 1.0 if method.low_rank else 0.0
+        if self.rank_ratio is None:
+            self.rank_ratio = min(max(DEFAULT_RANK_RATIO, least), most)
+        check_number("compression", self.compression, 0, exclusive=True)
+        check_number("rank_ratio", self.rank_ratio, 0)
+        if self.compression >= 1:
+            raise ValueError(f"compression={self.compression!r}: expected a number in (0, 1)")
+        if not least <= self.rank_ratio <= most or (self.rank_ratio == 1 and method.sparse):
+            allowed = "a number in [0, 1)" if least < most else f"{most:g}"
+            raise ValueError(
+                f"rank_ratio={self.rank_ratio!r}: expected {allowed} with method={self.method!r}"
+            )
+        for name in ("sparsity", "rank"):  # a stored config passes every field, these as None
+            value = getattr(self, name)
+            if name in self._given and value is not None:
+                raise ValueError(
+                    f"compression={self.compression!r} contradicts {name}={value!r}: a budget sets both sparsity and "
+                    "rank; pass either compression (and rank_ratio), or sparsity and rank"
+                )
+            setattr(self, name, None)
+
     def _check(self) -> None:
-        parse(self.sparsity)
-        check_integer("rank", self.rank, 0)
-        check_choice("refine", self.refine, ("tm", None))
+        if self.compression is None:
+            self._check_parts()
+        ALLOCATIONS[self.allocation].check(self)
+        check_choice("refine", self.refine, ("tm", "distill", "tm+distill", None))
         check_choice("on_incompatible", self.on_incompatible, ("error", "skip"))
         for name, least in (("num_samples", 1), ("seq_len", 2), ("batch_size", 1), ("seed", 0)):
             check_integer(name, getattr(self, name), least)
@@ -146,27 +221,73 @@ class SparseLRConfig(QuantizationConfigMixin):
         for pattern, override in self.overrides.items():
             _check_override(pattern, override)
 
-    def layer_settings(self, name: str) -> tuple[Pattern, int] | None:
-        """(pattern, rank) of a layer that `targets` and `ignore` select, or None where an override skips it."""
-        for pattern, override in self.overrides.items():
-            if matches(pattern, name):
-                if override.get("skip", False):
-                    return None
-                return parse(override.get("sparsity", self.sparsity)), override.get("rank", self.rank)
-        return parse(self.sparsity), self.rank
+    def _check_parts(self) -> None:
+        """Sparsity and rank, and whether the method makes both parts."""
+        method = METHODS[self.method]
+        check_integer("rank", self.rank, 0 if method.sparse else 1)
+        if method.sparse:
+            parse(self.sparsity)
+        elif self.sparsity is not None:
+            raise ValueError(
+                f"sparsity={self.sparsity!r}: method={self.method!r} has no sparse part, expected None"
+            )
+        if self.rank and not method.low_rank:
+            raise ValueError(
+                f"rank={self.rank!r}: method={self.method!r} only prunes, expected 0; for a low-rank part after it use "
+                f'method="eora", solver={{"pruner": {self.method!r}}}'
+            )
+
+    @property
+    def refine_steps(self) -> tuple[str, ...]:
+        """The parts of `refine`, in order."""
+        return tuple(self.refine.split("+")) if self.refine else ()
+
+    def override_of(self, name: str) -> dict[str, Any]:
+        """The first override that matches a layer, {} if none does."""
+        return next((own for pattern, own in self.overrides.items() if matches(pattern, name)), {})
+
+    @property
+    def pattern(self) -> Pattern:
+        """The uniform pattern of layers without an override."""
+        if not METHODS[self.method].sparse:
+            return EMPTY
+        if self.compression is None:
+            return parse(self.sparsity)
+        return budget_pattern(self.compression, self.rank_ratio)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether layers without an override get B and A."""
+        return bool(self.rank or self.rank_ratio)
+
+    def layer_pattern(self, name: str) -> Pattern | None:
+        """The uniform pattern of a layer that `targets` and `ignore` select, or None where an override skips it."""
+        own = self.override_of(name)
+        if own.get("skip", False):
+            return None
+        return parse(own["sparsity"]) if "sparsity" in own else self.pattern
+
+    def layer_settings(self, name: str, shape: tuple[int, int]) -> tuple[Pattern, int] | None:
+        """Uniform (pattern, rank) of such a layer of shape (out, in), or None where an override skips it."""
+        pattern, own = self.layer_pattern(name), self.override_of(name)
+        if pattern is None:
+            return None
+        if "rank" not in own and self.compression is not None:
+            return pattern, budget_rank(self.compression, self.rank_ratio, shape)
+        return pattern, own.get("rank", self.rank)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only: nested options resolved, data as "custom", no runtime objects."""
-        runtime = ("tokenizer", "device")
+        runtime = ("tokenizer", "device", "kernel")
         stored = {k: v for k, v in self.__dict__.items() if k not in runtime and not k.startswith("_")}
         stored["calibration"] = calibration_sources.describe(self.calibration)
-        stored["solver"] = asdict(self.solver)
-        stored["tm"] = asdict(self.tm)
+        for group in ("solver", "tm", "distill", "allocation_options"):
+            stored[group] = asdict(getattr(self, group))
         return copy.deepcopy({name: _jsonable(value) for name, value in stored.items()})
 
     def stored(self) -> "SparseLRConfig":
-        """A copy as it comes back from config.json: without tokenizer, data and device."""
-        return SparseLRConfig(**self.to_dict())
+        """A copy as it comes back from config.json, without tokenizer, data and device, for the same kernel."""
+        return SparseLRConfig(**self.to_dict(), kernel=self.kernel)
 
     def differences(self, other: "SparseLRConfig") -> dict[str, tuple[Any, Any]]:
         """Fields that were passed to this config and are not what `other` has: {name: (here, there)}."""

@@ -11,8 +11,9 @@ from huggingface_hub import snapshot_download
 
 from .config import QUANT_METHOD, SparseLRConfig
 from .packing import PAYLOAD, Entry, FormatError, group_layers, read_headers
-from .patterns import Pattern
+from .patterns import Pattern, Unstructured
 from .report import table
+from .solvers import GIVEN
 
 _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
@@ -138,16 +139,19 @@ def _layer(name: str, parts: Mapping[str, Entry], config: SparseLRConfig) -> dic
     for part in ("mask", "values"):
         if part not in parts:
             raise FormatError(f"{next(iter(parts.values())).file}: tensor {name}.{part} is missing")
-    pattern, _ = config.layer_settings(name) or (None, 0)
+    pattern = config.layer_pattern(name)
     out_features, in_features = shape = _shape(parts, pattern)
     nonzeros = parts["values"].shape[0]
+    zeros = 1 - nonzeros / (out_features * in_features)
+    if isinstance(pattern, Unstructured) and (config.allocation != "uniform" or config.method == GIVEN):
+        pattern = Unstructured(zeros)  # the config knows the mean only
     bias = out_features if "bias" in parts else 0
     return {
         "name": name,
         "shape": list(shape),
         "pattern": str(pattern or "-"),
         "nonzeros": nonzeros,
-        "zeros": 1 - nonzeros / (out_features * in_features),
+        "zeros": zeros,
         "rank": parts["A"].shape[0] if "A" in parts else 0,
         "dtype": parts["values"].dtype,
         "bytes": sum(math.prod(parts[part].shape) * _width(parts[part]) for part in PAYLOAD if part in parts),
@@ -156,7 +160,10 @@ def _layer(name: str, parts: Mapping[str, Entry], config: SparseLRConfig) -> dic
 
 
 def _shape(parts: Mapping[str, Entry], pattern: Pattern | None) -> tuple[int, int]:
-    """(out, in). At rank 0 only the mask's whole bytes tell `in`, and the nonzeros which of 8 numbers it is."""
+    """(out, in). At rank 0 only the mask's whole bytes tell `in`, and the nonzeros which of 8 numbers it is.
+
+    Where the config does not know the layer's number of nonzeros, `in` counts as a multiple of 8.
+    """
     out_features, columns = parts["mask"].shape
     if "A" in parts:
         return out_features, parts["A"].shape[1]

@@ -15,7 +15,10 @@ class Report:
         settings: the config as stored in config.json.
         layers: a dict a layer: name, shape, pattern, rank, sparsity (share of zeros), relative_error
             (tr(E H E^T) / tr(W H W^T) on the calibration inputs, before refinement), iterations, seconds, ...
-        blocks: a dict a block: name, tm (loss_before, loss_after, ...; None without refinement), seconds.
+        allocation: what a non-uniform allocation measured and chose, {} for a uniform one.
+        distill: losses (a pass), loss_before, loss_after, passes, seconds; None without distillation.
+        blocks: a dict a block: name, tm (loss_before, loss_after, ...; None without refinement), seconds, phases
+            ({phase: seconds}), peaks ({phase: bytes on the GPU}).
         sizes: bytes of the model dense and packed, {"dense": ..., "packed": ...}.
         base_model: the dense model's name.
         perplexity: what was measured, {"dense": ..., "compressed": ...}, empty where nothing was.
@@ -26,6 +29,8 @@ class Report:
     settings: dict
     layers: list[dict] = field(default_factory=list)
     blocks: list[dict] = field(default_factory=list)
+    allocation: dict = field(default_factory=dict)
+    distill: dict | None = None
     sizes: dict = field(default_factory=dict)
     base_model: str | None = None
     perplexity: dict = field(default_factory=dict)
@@ -59,7 +64,29 @@ class Report:
                     f"{row['seconds']:.2f}",
                 )
             )
-        return table(rows)
+        return "\n".join([table(rows), *([self.allocation_line()] if self.allocation else [])])
+
+    def allocation_line(self) -> str:
+        """What a non-uniform allocation chose, in a line."""
+        zeros, ranks = ([row[field] for row in self.layers] for field in ("sparsity", "rank"))
+        line = (
+            f"{self.settings['allocation']}: {min(zeros):.2%} to {max(zeros):.2%} zeros, "
+            f"rank {min(ranks)} to {max(ranks)}"
+        )
+        if "parameters" not in self.allocation:
+            return line
+        parameters, error = self.allocation["parameters"], self.allocation["error"]
+        return (
+            f"{line}; {parameters['allocated']:,} parameters kept, {parameters['uniform']:,} if uniform; summed error "
+            f"of trial solves {error['allocated']:.5f}, {error['uniform']:.5f} if uniform"
+        )
+
+
+def settings_line(settings: dict) -> str:
+    """What was asked of sparsity and rank, in a few words."""
+    if settings.get("compression") is None:
+        return f"sparsity {settings['sparsity']}, rank {settings['rank']}"
+    return f"compression {settings['compression']}, rank ratio {settings['rank_ratio']}"
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -97,9 +124,7 @@ def plot(report: Report, directory: str | Path) -> Path:
     for kind, points in kinds.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=kind)
     axes.set(xlabel="block", ylabel="relative error of the layer's output", yscale="log")
-    axes.set_title(
-        f"{report.settings['method']}, sparsity {report.settings['sparsity']}, rank {report.settings['rank']}"
-    )
+    axes.set_title(f"{report.settings['method']}, {settings_line(report.settings)}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)

@@ -4,14 +4,18 @@ import copy
 import json
 import sys
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from hf_sparselr.checks import matches
 from hf_sparselr.config import CUSTOM, FORMAT_VERSION, SparseLRConfig
+from hf_sparselr.distill import DistillOptions
+from hf_sparselr.effort import PRESETS
 from hf_sparselr.matching import TMOptions
 from hf_sparselr.patterns import NM, Unstructured
+from hf_sparselr.solvers import METHODS
 from hf_sparselr.solvers.threebasil import Options
 
 FULL = {
@@ -27,8 +31,11 @@ FULL = {
     "ignore": ["layers.0.mlp.up_proj"],
     "overrides": {"down_proj": {"sparsity": "4:8", "rank": 0}, "k_proj": {"skip": True}},
     "on_incompatible": "skip",
+    "allocation": "global",
     "solver": {"rho": 0.2, "growth": [1.2, 1.1, 1.0]},
     "tm": {"passes": 3, "lr": 1e-4},
+    "distill": {"passes": 3, "train": "factors"},
+    "effort": "high",
     "damping": (0.01, 0),
 }
 
@@ -58,8 +65,9 @@ def test_json_round_trip(fields: dict) -> None:
     ):
         assert back == config and back.to_dict() == config.to_dict()
         assert (back.solver, back.tm, back.damping) == (config.solver, config.tm, config.damping)
+        assert (back.distill, back.effort) == (config.distill, config.effort)
         for name in ("layers.1.mlp.down_proj", "layers.1.k_proj"):
-            assert back.layer_settings(name) == config.layer_settings(name)
+            assert back.layer_settings(name, (8, 16)) == config.layer_settings(name, (8, 16))
 
 
 @pytest.mark.parametrize("field", FULL)
@@ -83,6 +91,61 @@ def test_to_dict_shares_nothing_with_the_config() -> None:
     config.to_dict()["overrides"]["down_proj"]["rank"] = 99
     config.to_dict()["targets"].append("x")
     assert config == SparseLRConfig(**FULL)
+
+
+# Effort
+
+
+@pytest.mark.parametrize("effort", PRESETS)
+def test_effort_fills_what_is_left_open(effort: str) -> None:
+    preset, config = PRESETS[effort], SparseLRConfig(effort=effort)
+    assert config.solver == Options(**preset["3basil"])
+    assert config.tm == TMOptions(**preset["tm"])
+    assert config.distill == DistillOptions(**preset["distill"])
+    own = {"solver": {"rho": 0.3, "refit_rounds": 7}, "tm": {"passes": 3}, "distill": {"passes": 5}}
+    config = SparseLRConfig(effort=effort, **own)
+    assert config.solver == Options(**{**preset["3basil"], **own["solver"]})
+    assert config.tm == TMOptions(**{**preset["tm"], **own["tm"]})
+    assert config.distill == DistillOptions(**{**preset["distill"], **own["distill"]})
+
+
+def test_options_given_as_a_whole_beat_effort() -> None:
+    own = {"solver": Options(), "tm": TMOptions(), "distill": DistillOptions()}
+    config = SparseLRConfig(effort="high", **own)
+    assert (config.solver, config.tm, config.distill) == tuple(own.values())
+
+
+def test_effort_of_the_solver_is_that_of_3basil() -> None:
+    for effort in PRESETS:
+        config = SparseLRConfig("alps", rank=0, effort=effort)
+        assert config.solver == METHODS["alps"].options()
+        assert config.tm == SparseLRConfig(effort=effort).tm
+
+
+def test_more_effort_takes_longer() -> None:
+    fast, default, high = (SparseLRConfig(effort=name) for name in ("fast", "default", "high"))
+    assert default == SparseLRConfig()
+    assert fast.tm.passes < default.tm.passes < high.tm.passes
+    assert fast.solver.check_every < default.solver.check_every
+    assert high.solver.tolerance < default.solver.tolerance
+
+
+@pytest.mark.parametrize("effort", PRESETS)
+def test_effort_is_stored_with_the_options_it_stands_for(effort: str) -> None:
+    config = SparseLRConfig(effort=effort, tm={"lr": 1e-3})
+    stored = json.loads(config.to_json_string())
+    assert stored["effort"] == effort and stored["tm"] == asdict(config.tm)
+    assert stored["distill"] == asdict(config.distill)
+    assert SparseLRConfig.from_dict(stored) == config
+    stored["effort"] = "default"  # what another version stored is not filled up again
+    assert SparseLRConfig.from_dict(stored).tm == config.tm
+
+
+def test_refine_steps_in_order() -> None:
+    steps = {
+        refine: SparseLRConfig(refine=refine).refine_steps for refine in ("tm", "distill", "tm+distill", None)
+    }
+    assert list(steps.values()) == [("tm",), ("distill",), ("tm", "distill"), ()]
 
 
 # Runtime objects
@@ -138,8 +201,10 @@ INVALID = [
     ("rank", 1.5, TypeError, ">= 0"),
     ("rank", True, TypeError, ">= 0"),
     ("rank", "64", TypeError, ">= 0"),
-    ("refine", "TM", ValueError, "'tm', None"),
-    ("refine", False, ValueError, "'tm', None"),
+    ("effort", "maximal", ValueError, "'fast', 'default', 'high', 'published'"),
+    ("effort", None, ValueError, "'fast', 'default', 'high', 'published'"),
+    ("refine", "TM", ValueError, "'tm', 'distill', 'tm+distill', None"),
+    ("refine", False, ValueError, "'tm', 'distill', 'tm+distill', None"),
     ("num_samples", 0, ValueError, ">= 1"),
     ("num_samples", 2.0, TypeError, ">= 1"),
     ("seq_len", 1, ValueError, ">= 2"),
@@ -155,6 +220,7 @@ INVALID = [
     ("solver", "fast", TypeError, "a dict or hf_sparselr.solvers.threebasil.Options"),
     ("solver", TMOptions(), TypeError, "a dict or hf_sparselr.solvers.threebasil.Options"),
     ("tm", 20, TypeError, "a dict or hf_sparselr.matching.TMOptions"),
+    ("distill", 8, TypeError, "a dict or hf_sparselr.distill.DistillOptions"),
     ("damping", 0.01, TypeError, "2 numbers >= 0"),
     ("damping", (0.01,), TypeError, "2 numbers >= 0"),
     ("format_version", 0, ValueError, ">= 1"),
@@ -179,7 +245,7 @@ NESTED = [
     (
         {"tm": {"precision": "fp16"}},
         ValueError,
-        "tm.precision='fp16': expected one of 'fp32', 'bf16'",
+        "tm.precision='fp16': expected one of 'fp32', 'tf32', 'bf16'",
     ),
     ({"damping": (-1, 0)}, ValueError, "damping=-1: expected a finite number >= 0"),
     ({"damping": (0, float("nan"))}, ValueError, "damping=nan: expected a finite number >= 0"),
@@ -218,7 +284,8 @@ def test_errors_inside_groups(fields: dict, kind: type[Exception], message: str)
         ({"sparcity": "2:4"}, "SparseLRConfig has no field 'sparcity'; did you mean 'sparsity'?"),
         ({"bits": 4}, "SparseLRConfig has no field 'bits' (it has method, sparsity, rank"),
         ({"solver": {"rhoo": 1}}, "solver has no field 'rhoo'; did you mean 'rho'?"),
-        ({"solver": {1: 1}}, "solver has no field 1 (it has rho"),
+        ({"solver": {1: 1}}, "solver has no field 1 (it has form"),
+        ({"distill": {"pases": 1}}, "distill has no field 'pases'; did you mean 'passes'?"),
         ({"tm": {"epochs": 1}}, "tm has no field 'epochs' (it has passes"),
         ({"overrides": {"q": {"ranks": 1}}}, "overrides['q'] has no field 'ranks'; did you mean 'rank'?"),
     ],
@@ -260,6 +327,59 @@ def test_matches_whole_names_at_the_end(pattern: str, name: str, expected: bool)
     assert matches(pattern, name) is expected
 
 
+BUDGET = [
+    ({"compression": 0.5}, Unstructured(0.625), 2, 0.25),
+    ({"compression": 0.5, "rank_ratio": 0.5}, Unstructured(0.75), 5, 0.5),
+    ({"compression": 0.5, "rank_ratio": 0}, Unstructured(0.5), 0, 0),
+    ({"compression": 0.25, "sparsity": None, "rank": None}, Unstructured(0.4375), 4, 0.25),
+    ({"compression": 0.5, "method": "sparsegpt"}, Unstructured(0.5), 0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("fields", "pattern", "rank", "ratio"), BUDGET)
+def test_a_budget_stands_for_sparsity_and_rank(fields: dict, pattern, rank: int, ratio: float) -> None:
+    config = SparseLRConfig(**fields)
+    assert (config.sparsity, config.rank, config.rank_ratio) == (None, None, ratio)
+    back = SparseLRConfig.from_dict(json.loads(config.to_json_string()))
+    assert back == config == config.stored() == copy.deepcopy(config)
+    for one in (config, back):
+        assert one.layer_settings("m.q_proj", (32, 64)) == (pattern, rank)
+        assert one.has_factors is (rank > 0)
+    assert SparseLRConfig(rank=64).differences(back) == {"rank": (64, None)}
+    assert SparseLRConfig(compression=fields["compression"]).differences(back) == {}
+
+
+def test_an_override_beats_a_budget() -> None:
+    overrides = {"q_proj": {"rank": 7}, "k_proj": {"sparsity": "2:4"}, "v_proj": {"skip": True}}
+    config = SparseLRConfig(compression=0.5, overrides=overrides)
+    assert config.layer_settings("m.q_proj", (32, 32)) == (Unstructured(0.625), 7)
+    assert config.layer_settings("m.k_proj", (32, 32)) == (NM(2, 4), 2)
+    assert config.layer_settings("m.v_proj", (32, 32)) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"compression": 0.5, "sparsity": 0.5}, "compression=0.5 contradicts sparsity=0.5"),
+        ({"compression": 0.5, "sparsity": "2:4"}, "compression=0.5 contradicts sparsity='2:4'"),
+        ({"compression": 0.5, "rank": 64}, "compression=0.5 contradicts rank=64"),
+        ({"compression": 1.0}, "compression=1.0: expected a number in (0, 1)"),
+        ({"compression": 0}, "compression=0: expected a finite number > 0"),
+        ({"compression": 0.5, "rank_ratio": 1.0}, "rank_ratio=1.0: expected a number in [0, 1)"),
+        ({"compression": 0.5, "rank_ratio": -0.1}, "rank_ratio=-0.1: expected a finite number >= 0"),
+        (
+            {"compression": 0.5, "rank_ratio": 0.25, "method": "wanda"},
+            "rank_ratio=0.25: expected 0 with method='wanda'",
+        ),
+        ({"rank_ratio": 0.25}, "rank_ratio=0.25 without compression"),
+    ],
+)
+def test_contradictory_budgets(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        SparseLRConfig(**fields)
+    assert message in str(caught.value)
+
+
 def test_first_matching_override_wins() -> None:
     config = SparseLRConfig(
         sparsity="2:4",
@@ -271,11 +391,11 @@ def test_first_matching_override_wins() -> None:
             "[kv]_proj": {"sparsity": "1:4", "rank": 0, "skip": False},
         },
     )
-    assert config.layer_settings("m.layers.0.q_proj") == (NM(2, 4), 2)
-    assert config.layer_settings("m.layers.1.q_proj") == (Unstructured(0.5), 8)
-    assert config.layer_settings("m.layers.1.k_proj") is None
-    assert config.layer_settings("m.layers.1.v_proj") == (NM(1, 4), 0)
-    assert config.layer_settings("m.layers.1.o_proj") == (NM(2, 4), 8)
+    assert config.layer_settings("m.layers.0.q_proj", (8, 16)) == (NM(2, 4), 2)
+    assert config.layer_settings("m.layers.1.q_proj", (8, 16)) == (Unstructured(0.5), 8)
+    assert config.layer_settings("m.layers.1.k_proj", (8, 16)) is None
+    assert config.layer_settings("m.layers.1.v_proj", (8, 16)) == (NM(1, 4), 0)
+    assert config.layer_settings("m.layers.1.o_proj", (8, 16)) == (NM(2, 4), 8)
 
 
 def test_one_pattern_may_stand_for_a_list() -> None:
