@@ -3,6 +3,7 @@
 `hook_saving` makes `save_pretrained` and `push_to_hub` of a compressed model write both.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -92,6 +93,20 @@ def _is_ours(model: Any) -> bool:
     return isinstance(config, SparseLRConfig) and not getattr(model, "_hf_peft_config_loaded", False)
 
 
+@contextlib.contextmanager
+def _passing_on(model: Any, state_dict: dict | None):
+    """Shows our quantizer the state dict given to `save_pretrained`; transformers does not pass it on."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not hasattr(quantizer, "given_state"):  # another method's
+        yield
+        return
+    quantizer.given_state = state_dict
+    try:
+        yield
+    finally:
+        quantizer.given_state = None
+
+
 def hook_saving() -> None:
     """Makes `PreTrainedModel` write the extras of compressed models; other models are not touched.
 
@@ -107,13 +122,16 @@ def hook_saving() -> None:
 
     @functools.wraps(save)
     def save_pretrained(self, *args, **kwargs):
-        result = save(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
+        with _passing_on(self, given.get("state_dict")):
+            result = save(self, *args, **kwargs)
         if not _is_ours(self) or given.get("push_to_hub"):  # an upload has written them
             return result
         directory = given["save_directory"]
         if self.should_save_on_this_rank(given.get("is_main_process", True)) and os.path.isdir(directory):
             write_extras(self, directory)
+        if self.name_or_path is None:  # compressed in memory; adapters name their base after it
+            self.name_or_path = str(directory)
         return result
 
     @functools.wraps(upload)
@@ -122,6 +140,7 @@ def hook_saving() -> None:
             # A README.md here that the Hub does not have yet is transformers' default.
             keep = HfApi().file_exists(repo_id, README, token=kwargs.get("token"))
             _write(self, Path(working_dir), repo_id, keep_card=keep)
+            self.name_or_path = repo_id
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
     save_pretrained._sparselr = True

@@ -3,8 +3,7 @@
 An adapter with `init_lora_weights="sparselr"` starts from the layer's own A and B and, while active, stands in
 for them: S x + s B' A' x. Every other adapter adds to the layer's output: S x + B A x + s B' A' x.
 
-PEFT reads the base weight in many places, and ours would be built dense each time (and edits of it lost),
-hence an own layer class that overrides them.
+PEFT's own layer merges into a dense base weight, which a compressed layer does not have; hence an own class.
 """
 
 import copy
@@ -12,7 +11,7 @@ import dataclasses
 import warnings
 
 import torch
-from peft import LoraConfig, PeftType
+from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
@@ -30,11 +29,6 @@ def is_replacing(config: LoraConfig | None) -> bool:
 
 def check_config(config: LoraConfig) -> None:
     """Raises ValueError if PEFT would edit, or read, a dense base weight under this config."""
-    if config.peft_type != PeftType.LORA:
-        raise ValueError(
-            f"peft_type={config.peft_type.value!r} merges into a dense weight, which a compressed layer does "
-            "not have: use LoraConfig."
-        )
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower() not in _ALLOWED_INITS:
         raise ValueError(
@@ -43,11 +37,11 @@ def check_config(config: LoraConfig) -> None:
             f"{', '.join(_ALLOWED_INITS)}; {REPLACING!r} (see hf_sparselr.lora_config) starts from the layer's "
             "own low-rank factors."
         )
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.metadata.get("is_lora_variant") and value:
+    variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
+    for name in (*variants, "use_qalora"):
+        if value := getattr(config, name):
             raise ValueError(
-                f"{field.name}={value!r} is not supported on a compressed layer: the variant needs a dense base "
+                f"{name}={value!r} is not supported on a compressed layer: the variant needs a dense base "
                 "weight or a forward pass of its own. Use plain LoRA, without this argument."
             )
 
@@ -67,30 +61,19 @@ class SparseLRLoraLayer(LoraLinear):
         self._original: _Factors | None = None  # a tuple, so that the factors are not registered twice
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        return module.in_features, module.out_features
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return base_layer.values.device, base_layer.compute_dtype
-
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
-        """Adds an adapter. ValueError if its config or a replacing adapter's rank does not fit the layer."""
-        check_config(config)
-        init = config.init_lora_weights
-        own_init = {REPLACING: self._init_replacing, "orthogonal": self._init_orthogonal}.get(init)
+        """Adds an adapter. ValueError if a replacing adapter's rank does not fit the layer."""
         self.replacing.pop(adapter_name, None)
-        if own_init is None:
+        if not is_replacing(config):
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
             return
-        if is_replacing(config):
-            self._check_rank(r, kwargs.get("target_name"))
-            self.replacing[adapter_name] = True
+        self._check_rank(r, kwargs.get("target_name"))
+        self.replacing[adapter_name] = True
         plain = copy.copy(config)
         plain.init_lora_weights = False
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=plain, **kwargs)
         if not self.lora_A[adapter_name].weight.is_meta:  # meta: the values come from a checkpoint
-            with torch.no_grad():
-                own_init(adapter_name)
+            self._copy_factors(adapter_name)
 
     def _check_rank(self, r: int, name: str | None) -> None:
         rank = self.base_layer.rank
@@ -102,21 +85,16 @@ class SparseLRLoraLayer(LoraLinear):
             "the compressed model that it was made for"
         )
 
-    def _init_replacing(self, name: str) -> None:
+    @torch.no_grad()
+    def _copy_factors(self, name: str) -> None:
         base, A, B = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
         B.zero_()  # a rank above the layer's (add_weighted_adapter) leaves the output as it is
         A[: base.rank].copy_(base.A)
         B[:, : base.rank].copy_(base.B / self.scaling[name])
 
-    def _init_orthogonal(self, name: str) -> None:
-        """B A = 0 with both nonzero: A and B pass through orthogonal halves of the rank space."""
-        rank = self.r[name]
-        if rank % 2:
-            raise ValueError(f"init_lora_weights='orthogonal' needs an even rank, got {rank}")
-        left, right = torch.linalg.qr(torch.randn(rank, rank)).Q.split(rank // 2)
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        A.copy_(left.T @ torch.randn(rank // 2, self.in_features) / 10)
-        B.copy_(torch.randn(self.out_features, rank // 2) @ right / 10)
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` takes the adapter: only what adds to the layer."""
+        return adapter_name not in self.replacing and super().supports_lora_conversion(adapter_name)
 
     def _replaces(self, names: list[str]) -> bool:
         found = [name for name in names if name in self.replacing]
@@ -178,6 +156,12 @@ class SparseLRLoraLayer(LoraLinear):
             bias = (bias + self.lora_B[name].bias * self.scaling[name]).to(bias)
         return torch.cat(A_parts), torch.cat(B_parts, dim=1), bias
 
+    @property
+    def own_rank(self) -> int:
+        """The rank of the layer's own factors, also while adapters are merged into them."""
+        A = self._original[0] if self._original else self.base_layer.A
+        return 0 if A is None else A.shape[0]
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Moves adapters (default: the active ones) into A and B, whose rank may grow; S stays as it is.
 
@@ -210,7 +194,7 @@ class SparseLRLoraLayer(LoraLinear):
         base = self.base_layer
         for field, tensor in zip(("A", "B", "bias"), self._original, strict=True):
             if tensor is not None:
-                tensor.data = tensor.data.to(base.values.device)  # the model may have moved since the merge
+                tensor.data = tensor.data.to(base.values)  # the model may have moved since the merge
             setattr(base, field, tensor)
         self._original = None
         self.merged_adapters.clear()
