@@ -31,6 +31,8 @@ class SparseLRQuantizer(HfQuantizer):
     """
 
     requires_calibration = False  # True would make transformers refuse dense checkpoints
+    given_state: dict | None = None  # the `state_dict` of the running save_pretrained (see `hub`)
+    is_qat_trainable = False  # `train_mode` sets it: until then Trainer refuses a model without adapters
     quantization_config: SparseLRConfig
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -42,6 +44,8 @@ class SparseLRQuantizer(HfQuantizer):
         requested = vars(config).pop("_requested", None)
         if self.pre_quantized:
             self._reject_other_settings(requested)
+            if requested:
+                config.kernel = requested.kernel  # how to run, not what is stored
             return
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if places & {"disk"} or ("cpu" in places and len(places) > 1):
@@ -125,14 +129,19 @@ class SparseLRQuantizer(HfQuantizer):
                 parameter.data = parameter.data.to(self._dtypes[name])
         for module in packed_layers(model).values():
             module.requires_grad_(False)
+            module.kernel = self.quantization_config.kernel
         model.sparselr_report = Report.load(self._directory)
         return model
 
     # -- saving and the rest of the interface
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict, dict]:
-        """The state dict with a zero-element `weight` per packed layer: stock transformers refuses such a file."""
-        state = dict(model.state_dict())
+        """The state dict with a zero-element `weight` per packed layer: stock transformers refuses such a file.
+
+        transformers saves what this returns instead of the state dict given to `save_pretrained`, which is the only
+        whole one of a sharded model.
+        """
+        state = dict(model.state_dict() if self.given_state is None else self.given_state)
         for name, module in packed_layers(model).items():
             # A slice of one element: empty tensors of their own would all look tied to one another.
             state[f"{name}.{SENTINEL}"] = torch.zeros(1, dtype=module.dtype)[:0]
@@ -148,6 +157,9 @@ class SparseLRQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
+        from ..training import check_sharding
+
+        check_sharding()  # Trainer asks for this property once its accelerator is set up
         return True
 
     @property
@@ -163,12 +175,15 @@ def packed_layers(model: nn.Module) -> dict[str, SparseLRLinear]:
 def attach(model: nn.Module, config: SparseLRConfig, report: Report) -> nn.Module:
     """Makes an in-memory compressed model save, push and report like a loaded one."""
     quantizer = SparseLRQuantizer(config, pre_quantized=True)
+    for layer in packed_layers(model).values():
+        layer.kernel = config.kernel
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
     model.config._is_quantized = True
     model.sparselr_report = report
+    model.name_or_path = None  # PEFT names the base of an adapter after it: not the dense model (see `hub`)
     model.add_model_tags(["sparselr", "compressed"])
     return model
 
