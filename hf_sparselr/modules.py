@@ -2,9 +2,9 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from .kernels import sparse_linear
+from .dense_view import DenseView
+from .kernels import packed_linear
 from .packing import pack, unpack
 from .solvers import Decomposition
 
@@ -13,14 +13,17 @@ class SparseLRLinear(nn.Linear):
     """y = x S^T + (x A^T) B^T + bias, computed from the packed S.
 
     A subclass of `nn.Linear`, so that code that looks for linear layers finds it, but without a weight
-    parameter: `weight` is a property that builds S + B A on every read.
+    parameter: `weight` is a property whose values are built when they are read (see `DenseView`).
 
     Attributes:
         mask: uint8 (out, ceil(in / 8)), `values`: (nonzeros,): the packed S (see `packing`).
         A: (rank, in), B: (out, rank), or None at rank 0.
         bias: (out,) or None.
         transposed: the layer it replaced was a transformers Conv1D, whose weight is (in, out).
+        kernel: how the product is computed, "auto", "packed" or "dense" (see `kernels.packed_linear`).
     """
+
+    kernel = "auto"
 
     def __init__(
         self,
@@ -37,7 +40,6 @@ class SparseLRLinear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.transposed = transposed
-        self.dtype = dtype or torch.get_default_dtype()
 
         def frozen(*shape: int, dtype: torch.dtype | None = dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
@@ -79,40 +81,48 @@ class SparseLRLinear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """S + B A as a new dense tensor: (out, in), or (in, out) where the layer replaced a Conv1D."""
+        """S + B A, (out, in), or (in, out) where the layer replaced a Conv1D. Built when its values are read."""
+        if torch.compiler.is_compiling():  # which cannot make the view, and drops what is not used
+            return self._dense()
+        shape = (self.out_features, self.in_features)
+        view = DenseView(shape[::-1] if self.transposed else shape, self.values, self._dense)
+        view._is_hf_initialized = True
+        return view
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        # PEFT gives an unloaded layer its own weight back; nothing else may be assigned.
+        if getattr(value, "build", None) != self._dense:
+            raise AttributeError(
+                "the weight S + B A of a compressed layer is computed and cannot be assigned"
+            )
+
+    def _dense(self) -> torch.Tensor:
         dense = unpack(self.mask, self.values, self.in_features)
         if self.rank:
             dense = dense + self.B @ self.A
-        dense = dense.T.contiguous() if self.transposed else dense
-        dense._is_hf_initialized = True
-        return dense
+        return dense.T.contiguous() if self.transposed else dense
 
     @property
-    def qweight(self) -> torch.Tensor:
-        """The tensor from which PEFT takes the device; without it PEFT reads `weight`, which densifies."""
-        return self.values
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         return self.values.dtype
+
+    compute_dtype = dtype  # PEFT's name for it
 
     def sparse_forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """x S^T + bias, without the low-rank part."""
-        out = sparse_linear(inputs, self.mask, self.values, self.in_features)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        return self(inputs, low_rank=False)
 
     def forward(self, inputs: torch.Tensor, low_rank: bool = True) -> torch.Tensor:
         """x: (..., in) to (..., out); `low_rank=False` leaves out A and B, for adapters that replace them."""
-        out = self.sparse_forward(inputs)
-        if low_rank and self.rank:
-            out = out + F.linear(F.linear(inputs, self.A), self.B)
-        return out
+        A, B = (self.A, self.B) if low_rank else (None, None)
+        return packed_linear(inputs, self.mask, self.values, A, B, self.bias, self.in_features, self.kernel)
 
     def to_dense(self) -> nn.Module:
         """The layer it replaced, with S + B A as its weight."""
         from transformers.pytorch_utils import Conv1D
 
-        weight = self.weight
+        weight = self._dense()
         with torch.device("meta"):
             if self.transposed:
                 layer = Conv1D(self.out_features, self.in_features)

@@ -186,12 +186,12 @@ def test_autocast_off_by_default_keeps_fp32() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_weight_is_built_on_every_read(rank: int, bias: bool, transposed: bool) -> None:
     layer, dense = make(rank, bias, transposed=transposed)
-    torch.testing.assert_close(layer.weight, dense.T if transposed else dense)
-    assert layer.weight.is_contiguous() and layer.weight is not layer.weight
-    layer.weight.zero_()
+    dense = dense.T if transposed else dense
+    weight = layer.weight
+    torch.testing.assert_close(weight.detach(), dense)
+    assert weight.is_contiguous()
     layer.values.data.mul_(2)
-    assert not torch.equal(layer.weight, dense.T if transposed else dense)
-    assert layer.weight.any()
+    assert not torch.equal(weight, dense)
 
 
 def test_weight_is_read_only() -> None:
@@ -208,7 +208,7 @@ def test_looks_like_a_frozen_linear_layer() -> None:
     assert isinstance(layer, nn.Linear)
     assert (layer.in_features, layer.out_features, layer.rank) == (IN, OUT, RANK)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
-    assert layer.compute_dtype == torch.float64 and layer.qweight is layer.values
+    assert layer.compute_dtype == torch.float64
     assert make(rank=0, bias=False)[0].rank == 0
     kept = layer.values.numel() / (OUT * IN)
     assert f"sparsity={1 - kept:.4g}, rank={RANK}, bias=True" in repr(layer)
@@ -301,3 +301,67 @@ def test_compiles_without_graph_breaks(rank: int, bias: bool) -> None:
         results.append([out, inputs.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
     for eager, traced in zip(*results, strict=True):
         assert torch.equal(eager, traced)
+
+
+# The view of the dense weight
+
+
+def test_shape_and_kind_of_the_weight_are_known_without_building_it(monkeypatch) -> None:
+    layer, _ = make(dtype=torch.bfloat16, transposed=True)
+    monkeypatch.setattr(SparseLRLinear, "_dense", None)
+    weight = layer.weight
+    assert (weight.shape, weight.ndim, weight.numel(), len(weight)) == ((IN, OUT), 2, IN * OUT, IN)
+    assert (weight.dtype, weight.device, weight.is_floating_point()) == (
+        torch.bfloat16,
+        layer.values.device,
+        True,
+    )
+    assert weight.data.shape == (IN, OUT) and isinstance(weight, torch.Tensor)
+    with pytest.raises(TypeError):
+        weight + 1  # builds it
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda w: w.zero_(),
+        lambda w: w.data.add_(1),
+        lambda w: w.data.__isub__(1),
+        lambda w: w.__setitem__(0, 1),
+        lambda w: setattr(w, "data", torch.ones(OUT, IN)),
+        lambda w: setattr(w, "requires_grad", True),
+        lambda w: torch.add(torch.ones(OUT, IN), 1, out=w),
+        lambda w: nn.init.normal_(w),
+    ],
+)
+def test_edits_of_the_weight_raise(edit) -> None:
+    layer, dense = make()
+    with pytest.raises(RuntimeError, match="cannot be edited"):
+        edit(layer.weight)
+    torch.testing.assert_close(layer.weight, dense)
+
+
+def test_gradients_flow_through_the_weight() -> None:
+    layer = train_everything(make(bias=False)[0])
+    inputs = randn(4, IN)
+    (inputs @ layer.weight.T).square().sum().backward()
+    found = {name: parameter.grad for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    layer.zero_grad()
+    layer(inputs).square().sum().backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, layer.get_parameter(name).grad)
+
+
+def test_the_weight_is_plain_to_the_compiler() -> None:
+    layer, dense = make()
+    torch._dynamo.reset()
+    use = torch.compile(lambda x: x.to(layer.weight.dtype) @ layer.weight.T, backend="eager", fullgraph=True)
+    torch.testing.assert_close(use(torch.ones(2, IN)), torch.ones(2, IN, dtype=dense.dtype) @ dense.T)
+
+
+def test_a_layer_takes_only_its_own_weight_back() -> None:
+    layer, dense = make()
+    layer.weight = layer.weight  # as PEFT does when it unloads an adapter
+    with pytest.raises(AttributeError, match="cannot be assigned"):
+        layer.weight = make()[0].weight
+    torch.testing.assert_close(layer.weight, dense)

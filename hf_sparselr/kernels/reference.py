@@ -45,3 +45,31 @@ def sparse_linear(
         dtype = torch.get_autocast_dtype(kind)
         inputs, values = inputs.to(dtype), values.to(dtype)
     return _SparseLinear.apply(inputs, mask, values, in_features)
+
+
+def reference_linear(
+    inputs: torch.Tensor,
+    mask: torch.Tensor,
+    values: torch.Tensor,
+    A: torch.Tensor | None,
+    B: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    in_features: int,
+) -> torch.Tensor:
+    """x S^T + bias + (x A^T) B^T, differentiable in everything but the mask, twice."""
+    return add_rest(sparse_linear(inputs, mask, values, in_features), inputs, A, B, bias)
+
+
+def add_rest(
+    out: torch.Tensor,
+    inputs: torch.Tensor,
+    A: torch.Tensor | None,
+    B: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """out + bias + (x A^T) B^T, in this order: replacing adapters, which add their part last, stay exact."""
+    if bias is not None:
+        out = out + bias.to(out.dtype)
+    if A is not None:
+        out = out + torch.nn.functional.linear(torch.nn.functional.linear(inputs, A), B)
+    return out

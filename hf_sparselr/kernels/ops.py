@@ -1,0 +1,182 @@
+"""The packed product as torch operators: opaque to torch.compile (no graph breaks), safe in CUDA graphs.
+
+Which kernel runs is decided when they run, so a compiled model does not depend on the number of rows.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from torch.nn import functional as F
+
+from ..checks import check_choice
+from ..packing import unpack
+from . import native
+from .index import index_of, row_starts
+from .reference import add_rest, reference_linear
+from .resident import keep
+
+logger = logging.getLogger(__name__)
+
+KERNELS = ("auto", "packed", "dense")
+VARIABLE = "HF_SPARSELR_KERNEL"
+
+_Optional = torch.Tensor | None
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.library.custom_op("hf_sparselr::linear", mutates_args=())
+def linear(
+    inputs: torch.Tensor,
+    mask: torch.Tensor,
+    values: torch.Tensor,
+    A: _Optional,
+    B: _Optional,
+    bias: _Optional,
+    in_features: int,
+    kernel: str,
+) -> torch.Tensor:
+    """`product` as an operator."""
+    return product(inputs, mask, values, A, B, bias, in_features, kernel)
+
+
+@linear.register_fake
+def _(inputs, mask, values, A, B, bias, in_features, kernel):
+    return inputs.new_empty((*inputs.shape[:-1], mask.shape[0]))
+
+
+def _setting(kernel: str) -> str:
+    kernel = os.environ.get(VARIABLE, kernel)
+    check_choice("kernel", kernel, KERNELS)
+    return kernel
+
+
+def product(inputs, mask, values, A, B, bias, in_features, kernel) -> torch.Tensor:
+    """x S^T + (x A^T) B^T + bias: (..., in) to (..., out), by the fastest way."""
+    rows = inputs.reshape(-1, in_features)
+    with torch.cuda.device_of(rows):  # Triton launches on the current device
+        out = _product(rows, mask, values, A, B, bias, in_features, kernel)
+    return out.reshape(*inputs.shape[:-1], len(mask))
+
+
+def _product(rows, mask, values, A, B, bias, in_features, kernel) -> torch.Tensor:
+    if rows.numel() == 0 or not len(mask):
+        return rows.new_zeros((len(rows), len(mask))) if bias is None else bias.repeat(len(rows), 1)
+    if _setting(kernel) == "dense":
+        return F.linear(rows, _resident(mask, values, A, B, in_features), bias)
+    if rows.is_cuda and has_triton() and values.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return _cuda_product(rows, mask, values, A, B, bias, in_features, kernel)
+    if not rows.is_cuda and len(rows) == 1 and native.supports(values.dtype):
+        out = native.multiply(rows[0], mask, values, row_starts(mask))[None]
+        return add_rest(out, rows, A, B, bias)
+    return reference_linear(rows, mask, values, A, B, bias, in_features)
+
+
+def _cuda_product(rows, mask, values, A, B, bias, in_features, kernel) -> torch.Tensor:
+    from .choice import candidates, choose
+    from .decode import MAX_ROWS, Plan, decode
+    from .densify import unpacked_product
+
+    index = index_of(mask, in_features)
+
+    def run(plan: Plan | None) -> torch.Tensor:
+        if plan is None:
+            return unpacked_product(rows, mask, index, values, A, B, bias)
+        parts = [decode(part, mask, index, values, A, B, bias, plan) for part in rows.split(MAX_ROWS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    if _setting(kernel) == "packed" and candidates(len(rows), values.dtype) and len(rows) <= MAX_ROWS:
+        return run(candidates(len(rows), values.dtype)[0])
+    return run(choose(len(rows), index, values, run))
+
+
+def _resident(mask, values, A, B, in_features) -> torch.Tensor:
+    def build() -> torch.Tensor:
+        _say_dense_once()
+        return _dense(mask, values, A, B, in_features)
+
+    return keep("dense", (mask, values, A, B), build)
+
+
+@functools.cache
+def _say_dense_once() -> None:
+    logger.warning("kernel='dense': S + B A of the packed layers stays in memory beside the packed form")
+
+
+def _dense(mask, values, A, B, in_features) -> torch.Tensor:
+    """S + B A as a new tensor."""
+    if values.is_cuda and has_triton() and values.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        from .densify import densify
+
+        return densify(mask, index_of(mask, in_features), values, A, B)
+    dense = unpack(mask, values, in_features)
+    return dense if A is None else dense + B @ A
+
+
+@torch.library.custom_op("hf_sparselr::input_gradient", mutates_args=())
+def input_gradient(
+    grad: torch.Tensor,
+    mask: torch.Tensor,
+    values: torch.Tensor,
+    A: _Optional,
+    B: _Optional,
+    in_features: int,
+    kernel: str,
+) -> torch.Tensor:
+    """grad (S + B A): (..., out) to (..., in)."""
+    build = _resident if _setting(kernel) == "dense" else _dense
+    with torch.cuda.device_of(grad):
+        return grad @ build(mask, values, A, B, in_features)
+
+
+@input_gradient.register_fake
+def _(grad, mask, values, A, B, in_features, kernel):
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+@torch.library.custom_op("hf_sparselr::value_gradient", mutates_args=())
+def value_gradient(
+    grad: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor, nonzeros: int
+) -> torch.Tensor:
+    """grad^T x on the support: (rows, out), (rows, in) to (nonzeros,)."""
+    from .densify import collect
+
+    with torch.cuda.device_of(grad):
+        return collect(mask, index_of(mask, inputs.shape[1]), grad.T @ inputs)
+
+
+@value_gradient.register_fake
+def _(grad, inputs, mask, nonzeros):
+    return grad.new_empty(nonzeros)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, mask, values, A, B, _, ctx.in_features, ctx.kernel = inputs
+    trains = any(tensor is not None and tensor.requires_grad for tensor in (values, A, B))
+    ctx.save_for_backward(x if trains else None, mask, values, A, B)
+
+
+def _backward(ctx, grad):
+    x, mask, values, A, B = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    rows = grad.reshape(-1, grad.shape[-1])
+    inputs = None if x is None else x.reshape(-1, ctx.in_features)
+    return (
+        input_gradient(grad, mask, values, A, B, ctx.in_features, ctx.kernel) if need[0] else None,
+        None,
+        value_gradient(rows, inputs, mask, values.shape[0]) if need[2] else None,
+        (rows @ B).T @ inputs if need[3] else None,
+        rows.T @ (inputs @ A.T) if need[4] else None,
+        rows.sum(0) if need[5] else None,
+        None,
+        None,
+    )
+
+
+linear.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,64 @@
+"""Tensors derived from parameters once and kept beside them: tables of the mask, S + B A on request.
+
+Kept here, by the storage they come from, and not in the modules: modules are copied, moved, saved and traced.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+T = TypeVar("T")
+
+_KEPT: dict[tuple, tuple[list[StorageWeakRef], Any]] = {}
+
+
+def keep(name: str, sources: tuple[torch.Tensor | None, ...], build: Callable[[], T]) -> T:
+    """What `build` made of these tensors when they were as they are now; builds it (again) if they are new.
+
+    An edit is noticed by the tensor's version, so one through `.data` is not.
+
+    Raises:
+        RuntimeError: it would have to be built while a CUDA graph is being captured.
+    """
+    tensors = [tensor for tensor in sources if tensor is not None]
+    key = (name, *(_identity(tensor) for tensor in sources))
+    if key in _KEPT and not any(reference.expired() for reference in _KEPT[key][0]):
+        return _KEPT[key][1]
+    for old in [old for old, (references, _) in _KEPT.items() if any(r.expired() for r in references)]:
+        del _KEPT[old]
+    value = _build_apart(build, tensors[0].device)
+    _KEPT[key] = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors], value
+    return value
+
+
+def _identity(tensor: torch.Tensor | None) -> tuple | None:
+    if tensor is None:
+        return None
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor.shape, version
+
+
+def _build_apart(build: Callable[[], T], device: torch.device) -> T:
+    """Runs `build` on a thread and a stream of its own: what it allocates must outlive the memory pool of a CUDA
+    graph whose warm-up this may be."""
+    if device.type != "cuda":
+        return build()
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a packed layer is new to this CUDA graph capture: run the model once before capturing"
+        )
+    current = torch.cuda.current_stream(device)
+    current.synchronize()
+
+    def run() -> T:
+        own = torch.cuda.Stream(device)
+        with torch.no_grad(), torch.cuda.stream(own):
+            value = build()
+        own.synchronize()
+        return value
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
