@@ -1,4 +1,4 @@
-"""The command `hf-sparselr`: compress a model, measure perplexity, look into a checkpoint."""
+"""The command `hf-sparselr`: compress a model, measure perplexity, look into a checkpoint, run benchmarks."""
 
 import argparse
 import inspect
@@ -15,16 +15,19 @@ import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
+from . import bench
+from .allocation import ALLOCATIONS
 from .config import SparseLRConfig
+from .effort import PRESETS
 from .evaluate import perplexity
 from .inspect_checkpoint import inspect_checkpoint
 from .offline import compress
-from .solvers import METHODS
+from .solvers import GIVEN, METHODS
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_JSON_FIELDS = ("overrides", "solver", "tm")
+_JSON_FIELDS = ("overrides", "allocation_options", "solver", "tm", "distill")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_compress(commands.add_parser("compress", help="compress a model and write the packed checkpoint"))
     _add_eval(commands.add_parser("eval", help="perplexity of a model, compressed or not"))
     _add_inspect(commands.add_parser("inspect", help="what a compressed checkpoint holds"))
+    bench.add_parsers(
+        commands.add_parser("bench", help="measure methods, compression speed, kernels, generation")
+    )
     return parser
 
 
@@ -81,8 +87,20 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     options = {
         "sparsity": {"type": _sparsity, "help": '"n:m" or the fraction of zeros'},
         "rank": {**integer, "help": "rank of the low-rank part"},
-        "method": {"choices": tuple(METHODS), "help": "layer solver"},
-        "refine": {"choices": ("tm", "none"), "help": "transformer matching after every block, or none"},
+        "compression": {
+            "type": float,
+            "metavar": "C",
+            "help": "share of the parameters to remove, in the place of sparsity and rank",
+        },
+        "rank_ratio": {"type": float, "metavar": "K", "help": "share of what it keeps for the low-rank part"},
+        "allocation": {"choices": tuple(ALLOCATIONS), "help": "of sparsity and rank to the layers"},
+        "allocation_options": {"metavar": "JSON", "help": "options of the allocation"},
+        "method": {"choices": tuple(name for name in METHODS if name != GIVEN), "help": "layer solver"},
+        "refine": {
+            "choices": ("tm", "distill", "tm+distill", "none"),
+            "help": "what follows the layer solves",
+        },
+        "effort": {"choices": tuple(PRESETS), "help": "sets what solver, tm and distill leave open"},
         "calibration": {"metavar": "SRC", "help": '"self", "file:GLOB" or a Hub data set "id[:config]"'},
         "num_samples": {**integer, "help": "calibration windows"},
         "seq_len": {**integer, "help": "tokens a window"},
@@ -93,6 +111,7 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
         "overrides": {"metavar": "JSON", "help": '{"RE": {"sparsity": ..., "rank": ..., "skip": ...}}'},
         "solver": {"metavar": "JSON", "help": "options of the method"},
         "tm": {"metavar": "JSON", "help": "options of transformer matching"},
+        "distill": {"metavar": "JSON", "help": "options of distillation"},
         "on_incompatible": {"choices": ("error", "skip"), "help": "for layers that do not fit the pattern"},
         "device": {
             "metavar": "D",

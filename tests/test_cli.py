@@ -68,6 +68,36 @@ def test_compress_writes_and_tells(home, capsys):
     assert {layer["dtype"] for layer in inspect_checkpoint(home / "tm").layers} == {"F32"}
 
 
+def test_compress_to_a_budget_with_an_allocation(home, capsys):
+    options = ["--compression", "0.5", "--rank-ratio", "0.1", "--allocation", "global", "--refine", "none"]
+    trial = ["--allocation-options", '{"iterations": 2, "spread": 0.05}']
+    args = compress_args(home, "budget", *options, *trial)
+    rank = args.index("--rank")
+    assert cli.main(args[:rank] + args[rank + 2 :]) == 0
+    out = capsys.readouterr().out
+    found = inspect_checkpoint(home / "budget")
+    kept = sum(layer["nonzeros"] + layer["rank"] * sum(layer["shape"]) for layer in found.layers)
+    assert f"{kept:,} parameters kept" in out
+    assert kept <= sum(math.prod(layer["shape"]) for layer in found.layers) / 2
+    assert {layer["pattern"] for layer in found.layers} == {f"{layer['zeros']:g}" for layer in found.layers}
+    assert (found.settings["compression"], found.settings["rank_ratio"]) == (0.5, 0.1)
+    assert (found.settings["sparsity"], found.settings["allocation_options"]["spread"]) == (None, 0.05)
+
+
+def test_compress_with_an_effort_and_distillation(home, capsys):
+    distill = '{"passes": 1, "self_samples": 2, "self_len": 8}'
+    options = ["--refine", "tm+distill", "--effort", "fast", "--tm", '{"passes": 1}', "--distill", distill]
+    assert cli.main(compress_args(home, "distilled", *options)) == 0
+    assert "distillation took the divergence" in capsys.readouterr().err
+    found = inspect_checkpoint(home / "distilled").settings
+    expected = SparseLRConfig(effort="fast", refine="tm+distill").to_dict()
+    assert (found["effort"], found["refine"]) == ("fast", "tm+distill")
+    assert found["distill"] == {**expected["distill"], **json.loads(distill)}
+    assert found["solver"] == {**expected["solver"], **json.loads(SOLVER)}
+    assert found["tm"] == {**expected["tm"], "passes": 1}
+    assert AutoModelForCausalLM.from_pretrained(home / "distilled").sparselr_report.distill["passes"] <= 1
+
+
 def test_compress_leaves_logging_alone(home, capsys):
     logger = logging.getLogger("hf_sparselr")
     before = (logger.level, list(logger.handlers))
@@ -157,10 +187,22 @@ def test_inspect_reads_shards_and_finds_shapes_without_factors(home, tmp_path):
             ["compress", "{home}/dense", "--output", "{home}/x", "--sparsity", "lots"],
             "sparsity='lots': expected",
         ),
+        (
+            ["compress", "{home}/dense", "--output", "{home}/x", "--compression", "0.5", "--sparsity", "2:4"],
+            "compression=0.5 contradicts sparsity='2:4'",
+        ),
+        (
+            ["compress", "{home}/dense", "--output", "{home}/x", "--allocation", "owl"],
+            "allocation='owl' chooses each block's sparsity, which sparsity='2:4' fixes",
+        ),
         (["compress", "{home}/dense", "--output", "{home}/x", "--tm", "{"], "tm='{': expected a JSON object"),
         (
             ["compress", "{home}/dense", "--output", "{home}/x", "--tm", '{"pases": 1}'],
             "did you mean 'passes'",
+        ),
+        (
+            ["compress", "{home}/dense", "--output", "{home}/x", "--distill", '{"passes": 0}'],
+            "distill.passes=0: expected an integer >= 1",
         ),
         (
             ["compress", "{home}/dense", "--output", "{home}/x", "--device", "abacus"],
@@ -179,7 +221,17 @@ def test_errors_are_one_line(home, capsys, args, message):
     assert not (home / "x").exists()
 
 
-@pytest.mark.parametrize("args", [[], ["compress", "name"], ["eval", "name", "--dtype", "int8"], ["shrink"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["compress", "name"],
+        ["compress", "name", "--output", "x", "--effort", "lazy"],
+        ["compress", "name", "--output", "x", "--refine", "distill+tm"],
+        ["eval", "name", "--dtype", "int8"],
+        ["shrink"],
+    ],
+)
 def test_unknown_arguments(capsys, args):
     with pytest.raises(SystemExit) as exit_:
         cli.main(args)

@@ -1,0 +1,167 @@
+"""Compresses blocks of a preset shape with seeded synthetic weights, and prints seconds and peak memory by phase.
+
+    hf-sparselr bench compress --preset llama-3-8b --blocks 2 --sparsity 2:4 --rank 64 [--textbook] [--profile]
+
+The real pipeline runs on the real number of tokens. One block more is compressed first and not counted (warm-up).
+"solve" contains "factorisation", "ADMM" and "refit".
+"""
+
+import argparse
+import json
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from ..config import SparseLRConfig
+from ..offline import compress
+from ..report import table
+from .presets import PRESETS
+
+VOCABULARY = 4096
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="llama-3-8b")
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--sparsity", default="2:4")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--refine", choices=("none", "tm"), default="tm")
+    parser.add_argument("--effort", choices=("fast", "default", "high", "published"), default="default")
+    parser.add_argument(
+        "--set", type=json.loads, default={}, metavar="JSON", help="other fields of SparseLRConfig"
+    )
+    parser.add_argument(
+        "--textbook", action="store_true", help="also solve the first block's layers as published"
+    )
+    parser.add_argument("--profile", action="store_true", help="share and rate of the matrix products")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", metavar="FILE")
+
+
+def run(args: argparse.Namespace) -> None:
+    transformers_logging.disable_progress_bar()
+    refine = None if args.refine == "none" else args.refine
+    report = _compress(args, args.blocks + 1, refine=refine, effort=args.effort)
+    result: dict[str, Any] = {"settings": report.settings, "blocks": report.blocks, "layers": report.layers}
+    print(_phases(report.blocks[1:]))
+    print(_layers(report))
+    if args.profile:
+        result["profile"] = _profile(args)
+        print(result["profile"]["text"])
+    if args.textbook:
+        textbook = _compress(args, 1, refine=None, effort="published")
+        result["textbook"] = {"blocks": textbook.blocks, "layers": textbook.layers}
+        print("as published (textbook form, FP32):")
+        print(_layers(textbook))
+        ours, theirs = (
+            sum(r["seconds"] for r in rep.layers[: len(textbook.layers)]) for rep in (report, textbook)
+        )
+        print(f"the layer solves are {theirs / ours:.1f} x faster than the textbook form")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+
+
+def synthetic_model(preset: str, blocks: int, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
+    """Seeded random weights; embeddings of a decaying spectrum, so that inputs are correlated as real ones are."""
+    shape = {**PRESETS[preset], "num_hidden_layers": blocks, "vocab_size": VOCABULARY}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=dtype)
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        width = embedding.shape[1]
+        spectrum = torch.arange(1, width + 1) ** -0.5
+        rotation = torch.linalg.qr(torch.randn(width, width)).Q
+        embedding.copy_((torch.randn(VOCABULARY, width) * spectrum) @ rotation * 0.1)
+    return model.eval()
+
+
+def _compress(args: argparse.Namespace, blocks: int, refine: str | None, effort: str) -> Any:
+    tokens = torch.randint(
+        VOCABULARY, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0)
+    )
+    config = SparseLRConfig(
+        sparsity=args.sparsity if ":" in args.sparsity else float(args.sparsity),
+        rank=args.rank,
+        refine=refine,
+        effort=effort,
+        calibration=tokens,
+        num_samples=args.samples,
+        seq_len=args.seq_len,
+        device=args.device,
+        **args.set,
+    )
+    return compress(synthetic_model(args.preset, blocks), config).sparselr_report
+
+
+def _phases(blocks: list[dict]) -> str:
+    """Mean seconds and highest memory over blocks."""
+    rows = [("phase", "seconds a block", "peak GB")]
+    for name in blocks[0]["phases"]:
+        seconds = sum(block["phases"][name] for block in blocks) / len(blocks)
+        peaks = [block["peaks"][name] for block in blocks if name in block["peaks"]]
+        rows.append((name, f"{seconds:.2f}", f"{max(peaks) / 1e9:.2f}" if peaks else "-"))
+    total = sum(block["seconds"] for block in blocks) / len(blocks)
+    peak = max((peak for block in blocks for peak in block["peaks"].values()), default=0)
+    rows.append(("whole block", f"{total:.2f}", f"{peak / 1e9:.2f}" if peak else "-"))
+    for block in blocks:
+        if block["tm"]:
+            ratio = block["tm"]["loss_after"] / block["tm"]["loss_before"]
+            rows.append((f"TM of {block['name']}: loss after / before", f"{ratio:.4f}", ""))
+    return table(rows)
+
+
+def _layers(report: Any) -> str:
+    rows = [("layer", "shape", "iterations", "objective", "seconds")]
+    for row in report.layers:
+        shape = "x".join(map(str, row["shape"]))
+        cells = (str(row["iterations"]), f"{row['objective']:.6g}", f"{row['seconds']:.3f}")
+        rows.append((row["name"], shape, *cells))
+    return table(rows)
+
+
+def _profile(args: argparse.Namespace) -> dict[str, Any]:
+    """The time of one block's matrix products on the device, and their rate beside that of one large product."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_cuda = args.device.startswith("cuda")
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    refine = None if args.refine == "none" else args.refine
+    with profile(activities=kinds, with_flops=True) as trace:
+        _compress(args, 1, refine=refine, effort=args.effort)
+    events = trace.key_averages()
+
+    def microseconds(event: Any) -> float:
+        return event.self_device_time_total if on_cuda else event.self_cpu_time_total
+
+    total = sum(map(microseconds, events))
+    products = [event for event in events if event.flops]
+    spent = sum(map(microseconds, products))
+    rate = sum(event.flops for event in products) / max(spent, 1e-9) * 1e6
+    rates = {name: _rate(args.device, name) for name in (("tf32", "bf16") if on_cuda else ("fp32",))}
+    shown = ", ".join(f"{name} {value / 1e12:.0f}" for name, value in rates.items())
+    text = (
+        f"matrix products: {spent / total:.0%} of the device's time, at {rate / 1e12:.0f} TFLOP/s "
+        f"(one large product: {shown} TFLOP/s)"
+    )
+    return {"share": spent / total, "flops_per_second": rate, "large_product": rates, "text": text}
+
+
+def _rate(device: str, precision: str, size: int = 8192, repeats: int = 5) -> float:
+    """FLOP/s of one large product."""
+    from ..matching import arithmetic
+    from ..timing import Phases
+
+    size = size if device.startswith("cuda") else 1024
+    left, right = (torch.randn(size, size, device=device) for _ in range(2))
+    phases = Phases(torch.device(device), memory=False)
+    with arithmetic(left.device, precision):
+        left @ right
+        with phases("product"):
+            for _ in range(repeats):
+                left @ right
+    return 2 * size**3 * repeats / phases.seconds["product"]

@@ -1,0 +1,280 @@
+"""Speed of compressed layers against the dense product, one layer at a time, with random weights.
+
+    hf-sparselr bench kernels --shapes llama-3-8b 4096x4096 --rows 1 8 2048 --patterns 2:4 0.5 0.7 --rank 64 [--tune]
+
+Both sides in the same run, the median of many calls, on a GPU with a flushed L2 cache. "GB/s" counts the packed bytes
+(mask, values, factors); "of bound" is the time in which a device copy moves as many, over the time taken. --tune also
+tries launch plans beyond those that the package chooses from, and splits of the dense product.
+"""
+
+import argparse
+import copy
+import functools
+import itertools
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ..modules import SparseLRLinear
+from ..packing import pack_mask
+from ..patterns import NM, Pattern, parse
+from ..report import table
+from .presets import PRESETS
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_WORKERS = 8  # processes that compile plans
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes", nargs="+", default=["llama-3-8b"], help=f"OUTxIN, or one of {', '.join(PRESETS)}"
+    )
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 2048, 8192], help="of the input")
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "0.5", "0.7"])
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--tune", action="store_true", help="try more plans, and print the best")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", metavar="FILE")
+
+
+def run(args: argparse.Namespace) -> None:
+    shapes = list(dict.fromkeys(itertools.chain.from_iterable(map(_shapes, args.shapes))))
+    patterns = [parse(text if ":" in text else float(text), "--patterns") for text in args.patterns]
+    device = torch.device(args.device)
+    rate = copy_rate(device)
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(f"{name}: a copy moves {rate:,.0f} GB/s (read and written)")
+    if args.tune and device.type == "cuda":
+        _compile_plans(args, shapes, patterns)
+    results = []
+    for shape, pattern in itertools.product(shapes, patterns):
+        if not pattern.fits(shape):
+            continue
+        layer = random_layer(shape, pattern, args.rank, _DTYPES[args.dtype], device)
+        with torch.no_grad():
+            results += [_compare(layer, str(pattern), rows, rate, args) for rows in args.rows]
+        print(_table(results[-len(args.rows) :]), flush=True)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(
+                {"device": name, "copy_gb_s": rate, "rank": args.rank, "results": results}, file, indent=1
+            )
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+    """(out, in) of the linear layers of a preset, or of "OUTxIN"."""
+    if text in PRESETS:
+        preset = PRESETS[text]
+        hidden, inner = preset["hidden_size"], preset["intermediate_size"]
+        narrow = hidden // preset["num_attention_heads"] * preset["num_key_value_heads"]
+        return [(hidden, hidden), (narrow, hidden), (inner, hidden), (hidden, inner)]
+    out, cross, inputs = text.partition("x")
+    if not (cross and out.isdecimal() and inputs.isdecimal() and int(out) and int(inputs)):
+        raise ValueError(f"--shapes={text!r}: expected OUTxIN, or one of {', '.join(PRESETS)}")
+    return [(int(out), int(inputs))]
+
+
+def random_layer(
+    shape: tuple[int, int], pattern: Pattern, rank: int, dtype: torch.dtype, device: torch.device
+) -> SparseLRLinear:
+    """A packed layer with weights of N(0, 1 / in), on `device`."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    if isinstance(pattern, NM):
+        mask = pattern.mask(randn(*shape))
+    else:  # the largest of random scores, without sorting them
+        keys = torch.rand(shape, generator=generator, device=device).flatten()
+        limit = keys.kthvalue(pattern.kept(shape)).values if pattern.kept(shape) else -1
+        mask = (keys <= limit).view(shape)
+    nonzeros = int(mask.sum())
+    layer = SparseLRLinear(shape[1], shape[0], nonzeros, rank, device=device, dtype=dtype)
+    layer.mask.data = pack_mask(mask)
+    layer.values.data = (randn(nonzeros) * shape[1] ** -0.5).to(dtype)
+    if rank:
+        layer.A.data = (randn(rank, shape[1]) * shape[1] ** -0.5).to(dtype)
+        layer.B.data = (randn(shape[0], rank) * rank**-0.5).to(dtype)
+    return layer
+
+
+def copy_rate(device: torch.device) -> float:
+    """GB/s of a large copy on the device, bytes read plus bytes written."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / milliseconds(lambda: target.copy_(source), device, 20) / 1e6
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median time of a call."""
+    if device.type == "cuda":
+        from ..kernels.choice import milliseconds
+
+        return milliseconds(call, device, repeats)
+    call()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times)
+
+
+def _compare(
+    layer: SparseLRLinear, pattern: str, rows: int, rate: float, args: argparse.Namespace
+) -> dict[str, Any]:
+    device, out, ins = layer.values.device, layer.out_features, layer.in_features
+    x = torch.randn(rows, ins, device=device, dtype=layer.values.dtype)
+    dense = layer.to_dense()
+    size = dense.weight.numel() * dense.weight.element_size()
+    copies = 1 if device.type == "cuda" else min(64, -(-(2**27) // size))  # on the CPU: out of the caches
+    weights = itertools.cycle([dense.weight.detach().clone() for _ in range(copies)])
+    clones = [layer] if copies == 1 else [copy.deepcopy(layer) for _ in range(copies)]
+    reference = x.double() @ dense.weight.detach().double().T if rows <= 16 else dense(x)
+    error = float((layer(x) - reference).norm() / reference.norm())
+    for clone in clones:
+        clone(x)  # its tables are made on first use
+    layers = itertools.cycle(clones)
+    slow = milliseconds(lambda: F.linear(x, next(weights)), device, args.repeats)
+    fast = milliseconds(lambda: next(layers)(x), device, args.repeats)
+    stored = sum(p.numel() * p.element_size() for p in layer.parameters())
+    result = {
+        "shape": f"{out}x{ins}",
+        "pattern": pattern,
+        "rows": rows,
+        "dense_ms": slow,
+        "packed_ms": fast,
+        "speedup": slow / fast,
+        "packed_gb_s": stored / fast / 1e6,
+        "of_bound": stored / rate / 1e6 / fast,
+        "error": error,
+    }
+    if device.type == "cuda":
+        result["kernel"] = _chosen(layer, rows)
+        if args.tune:
+            result |= _tuned(layer, x, slow, args.repeats)
+    return result
+
+
+def _chosen(layer: SparseLRLinear, rows: int) -> str:
+    from ..kernels.choice import chosen
+    from ..kernels.index import index_of
+
+    plan = chosen(rows, index_of(layer.mask, layer.in_features), layer.values)
+    return "dense product" if plan is None else _short(plan)
+
+
+def _short(plan: Any) -> str:
+    kind = "matrix" if plan.matrix else "vector"
+    return f"{kind} {plan.rows} rows {plan.warps} warps {plan.columns} columns" + f" / {plan.split}" * (
+        plan.split > 1
+    )
+
+
+def _plans(rows: int, itemsize: int) -> list[Any]:
+    """A grid around the plans that the package chooses from."""
+    from ..kernels.decode import Plan
+
+    vector = [
+        Plan(False, height, warps, columns)
+        for height, warps, columns in itertools.product((2, 4, 8), (1, 2, 4, 8), (4, 8))
+        if height * columns <= 32
+    ]
+    matrix = [
+        Plan(True, height, warps, columns, split)
+        for height, warps, columns, split in itertools.product((8, 16), (1, 2, 4), (4, 8), (1, 2, 4, 8))
+        if height * columns <= 64 or warps < 4
+    ]
+    return (vector if rows <= 2 else []) + (matrix if itemsize == 2 else [])
+
+
+def _tuned(layer: SparseLRLinear, x: torch.Tensor, slow: float, repeats: int) -> dict[str, Any]:
+    """Times of all plans (or, for many rows, of splits of the dense product), best first."""
+    from ..kernels.decode import MAX_ROWS, decode
+    from ..kernels.densify import densify, unpacked_product
+    from ..kernels.index import index_of
+
+    mask, values, A, B = layer.mask, layer.values, layer.A, layer.B
+    index = index_of(mask, layer.in_features)
+    packed = (mask, index, values, A, B)
+    if len(x) <= MAX_ROWS:
+        calls = {
+            _short(p): functools.partial(decode, x, *packed, None, p) for p in _plans(len(x), x.itemsize)
+        }
+        calls["matrix product"] = functools.partial(unpacked_product, x, *packed, None)
+    else:
+        calls = {
+            f"{n} slabs": functools.partial(unpacked_product, x, *packed, None, n) for n in (1, 2, 4, 8, 16)
+        }
+        calls["unpacking alone"] = functools.partial(densify, *packed)
+    times = {name: milliseconds(call, x.device, min(repeats, 20)) for name, call in calls.items()}
+    best = sorted(times, key=times.get)[:6]
+    where = f"{layer.out_features}x{layer.in_features}, {len(x)} rows:"
+    return {
+        "times": times,
+        "plans": [f"  {where} {n}: {times[n]:.4f} ms, {slow / times[n]:.2f} x" for n in best],
+    }
+
+
+def _compile_plans(args: argparse.Namespace, shapes: list[tuple[int, int]], patterns: list[Pattern]) -> None:
+    """Fills Triton's cache from several processes: one compiles for minutes."""
+    started = time.perf_counter()
+    rows = [n for n in args.rows if n <= 16]
+    kinds = {
+        (str(p) == "2:4", shape[1] % 4096): (shape, p) for shape, p in itertools.product(shapes, patterns)
+    }
+    jobs = [(shape, p, n, args.rank, args.dtype, args.device) for shape, p in kinds.values() for n in rows]
+    jobs = [(*job, part) for job in jobs for part in range(_WORKERS)]
+    with multiprocessing.get_context("spawn").Pool(_WORKERS) as pool:
+        pool.starmap(_compile_part, jobs, chunksize=1)
+    print(f"{len(jobs)} batches of plans compiled in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def _compile_part(
+    shape: tuple[int, int], pattern: Pattern, rows: int, rank: int, dtype: str, device: str, part: int
+) -> None:
+    from ..kernels.decode import decode
+    from ..kernels.index import index_of
+
+    shape = (max(64, min(shape[0], 1024)), shape[1])  # the kernels do not depend on the number of outputs
+    layer = random_layer(shape, pattern, rank, _DTYPES[dtype], torch.device(device))
+    x = torch.zeros(rows, shape[1], device=device, dtype=_DTYPES[dtype])
+    index = index_of(layer.mask, shape[1])
+    for plan in _plans(rows, x.itemsize)[part::_WORKERS]:
+        decode(x, layer.mask, index, layer.values, layer.A, layer.B, None, plan)
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        (
+            "shape",
+            "pattern",
+            "rows",
+            "dense ms",
+            "packed ms",
+            "speed-up",
+            "GB/s",
+            "of bound",
+            "error",
+            "kernel",
+        )
+    ]
+    for r in results:
+        numbers = (f"{r['dense_ms']:.4f}", f"{r['packed_ms']:.4f}", f"{r['speedup']:.2f}")
+        rates = (f"{r['packed_gb_s']:,.0f}", f"{r['of_bound']:.0%}", f"{r['error']:.1e}")
+        lines.append((r["shape"], r["pattern"], str(r["rows"]), *numbers, *rates, r.get("kernel", "")))
+    notes = [line for r in results for line in r.get("plans", ())]
+    return "\n".join([table(lines), *notes])

@@ -1,0 +1,259 @@
+"""Compresses one model in many ways and scores each on the same text.
+
+    hf-sparselr bench methods MODEL --sparsity 2:4 0.5 --rank 16 --methods 3basil oats --refine none tm \\
+        --calibration "file:train/*.txt" --eval "file:test/*.txt" --output DIR
+
+Every model is compressed, saved, reloaded and scored in FP32. DIR gets results.md, results.json and, with matplotlib,
+results.png (perplexity against bytes).
+"""
+
+import argparse
+import gc
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ..config import SparseLRConfig
+from ..evaluate import perplexity
+from ..offline import compress
+from ..solvers import GIVEN, METHODS
+
+REFINEMENTS = ("none", "tm", "distill", "tm+distill")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a Hub id or a directory")
+    parser.add_argument("--sparsity", nargs="+", default=["2:4"])
+    parser.add_argument("--rank", nargs="+", type=int, default=[16], help="pure pruners run at rank 0 only")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["3basil"],
+        choices=[name for name in METHODS if name != GIVEN],
+        metavar="METHOD",
+    )
+    parser.add_argument("--refine", nargs="+", default=["none", "tm"], choices=REFINEMENTS)
+    parser.add_argument("--equal-size", action="store_true", help="pure pruners also at the bytes of S + B A")
+    parser.add_argument("--calibration", default="self", help='"self", "file:GLOB" or a Hub data set')
+    parser.add_argument("--eval", nargs="+", default=[], help='"file:GLOB" or Hub data sets')
+    parser.add_argument(
+        "--tokens",
+        help="instead of both: a .safetensors file with `calibration` and evaluation windows of token ids",
+    )
+    parser.add_argument("--num-samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--set", type=json.loads, default={}, metavar="JSON", help="other fields of SparseLRConfig"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", metavar="DIR", help="where results.md, .json and .png go")
+
+
+def run(args: argparse.Namespace) -> None:
+    transformers_logging.disable_progress_bar()
+    data = _Data(args)
+    configs = [config for config in _configs(args, data)]  # checked before the first, long run
+    dense = _load(args.model, args.device)
+    rows = [{"method": "dense", "seconds": 0.0, "bytes": _bytes(dense), "perplexity": data.score(dense)}]
+    shares = _weights(dense)
+    del dense
+    print(_line(rows[0]), flush=True)
+    for config in configs + list(_equal_size(args, data, shares)):
+        rows.append(_measure(args, config, data))
+        print(_line(rows[-1]), flush=True)
+        gc.collect()
+    text = markdown(rows)
+    print(text)
+    if args.output:
+        _write(Path(args.output), rows, text)
+
+
+class _Data:
+    """Calibration and evaluation sets, token ids or sources of text."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.tokenizer, self.length = None, args.seq_len
+        if args.tokens:
+            from safetensors.torch import load_file
+
+            tokens = load_file(args.tokens)
+            self.calibration = tokens.pop("calibration").long()
+            self.sets: dict[str, Any] = {name: ids.long() for name, ids in tokens.items()}
+            self.samples, self.length = self.calibration.shape
+            return
+        if not args.eval:
+            raise ValueError("--eval is empty: name text to score on, or pass --tokens")
+        self.calibration, self.samples = args.calibration, args.num_samples
+        self.sets = {source: source for source in args.eval}
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+    def score(self, model: Any) -> dict[str, float]:
+        options = {} if self.tokenizer is None else {"seq_len": self.length}
+        return {name: perplexity(model, ids, self.tokenizer, **options) for name, ids in self.sets.items()}
+
+
+def _config(
+    args: argparse.Namespace, data: _Data, method: str, refine: str, seed: int, **fields
+) -> SparseLRConfig:
+    return SparseLRConfig(
+        method=method,
+        refine=None if refine == "none" else refine,
+        seed=seed,
+        calibration=data.calibration,
+        num_samples=data.samples,
+        seq_len=data.length,
+        tokenizer=data.tokenizer,
+        device=args.device,
+        **{**fields, **args.set},
+    )
+
+
+def _configs(args: argparse.Namespace, data: _Data):
+    for sparsity in args.sparsity:
+        for method in args.methods:
+            ranks = args.rank if METHODS[method].low_rank else [0]
+            for rank in dict.fromkeys(ranks):
+                for refine in args.refine:
+                    for seed in args.seeds:
+                        pattern = _sparsity(sparsity) if METHODS[method].sparse else None
+                        yield _config(args, data, method, refine, seed, sparsity=pattern, rank=rank)
+
+
+def _equal_size(args: argparse.Namespace, data: _Data, shapes: list[tuple[int, int]]):
+    """Pure pruning of every layer's share of zeros at which S alone has the parameters of S + B A."""
+    if not args.equal_size:
+        return
+    for method in args.methods:
+        if METHODS[method].low_rank:
+            continue
+        for sparsity in args.sparsity:
+            for rank in filter(None, args.rank):
+                kept = sum(_kept(sparsity) * out * n + rank * (out + n) for out, n in shapes)
+                zeros = 1 - kept / sum(out * n for out, n in shapes)
+                for refine in args.refine:
+                    for seed in args.seeds:
+                        yield _config(args, data, method, refine, seed, sparsity=round(zeros, 6), rank=0)
+
+
+def _measure(args: argparse.Namespace, config: SparseLRConfig, data: _Data) -> dict[str, Any]:
+    model = compress(args.model, config)
+    report = model.sparselr_report
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model
+        scores = data.score(_load(folder, args.device))
+    errors = [row["relative_error"] for row in report.layers]
+    return {
+        "method": config.method,
+        "sparsity": config.sparsity,
+        "rank": config.rank,
+        "refine": config.refine,
+        "seed": config.seed,
+        "layer_error": sum(errors) / len(errors),
+        "seconds": report.seconds,
+        "bytes": report.sizes["packed"],
+        "perplexity": scores,
+        "phases": _phases(report),
+    }
+
+
+def _phases(report: Any) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for block in report.blocks:
+        for name, seconds in block["phases"].items():
+            total[name] = total.get(name, 0.0) + seconds
+    return {**total, "distill": report.distill["seconds"]} if report.distill else total
+
+
+def _load(path: str, device: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    """Of the dense checkpoint, in the dtype it is stored in; tied tensors once."""
+    size = torch.empty(0, dtype=getattr(model.config, "dtype", None) or torch.float32).element_size()
+    return sum(parameter.numel() for parameter in model.parameters()) * size
+
+
+def _weights(model: torch.nn.Module) -> list[tuple[int, int]]:
+    from ..blocks import linear_layers, weight_shape
+
+    return [weight_shape(layer) for layer in linear_layers(model).values()]
+
+
+def _sparsity(text: str) -> str | float:
+    return text if ":" in text else float(text)
+
+
+def _kept(sparsity: str) -> float:
+    n, colon, m = sparsity.partition(":")
+    return int(n) / int(m) if colon else 1 - float(sparsity)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table; every perplexity beside its distance from the dense model's."""
+    sets = list(rows[0]["perplexity"])
+    header = ["method", "sparsity", "rank", "refine", "seed", "layer error", *sets, "s", "MB"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        cells = [str(row.get(name, "") if row.get(name) is not None else "") for name in header[:5]]
+        cells.append(f"{row['layer_error']:.5f}" if "layer_error" in row else "")
+        for name in sets:
+            value = row["perplexity"][name]
+            gap = value - rows[0]["perplexity"][name]
+            cells.append(f"{value:.2f} (+{gap:.2f})" if row is not rows[0] else f"{value:.2f}")
+        cells += [f"{row['seconds']:.0f}", f"{row['bytes'] / 1e6:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    settings = " ".join(
+        str(row[name]) for name in ("method", "sparsity", "rank", "refine", "seed") if name in row
+    )
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in row["perplexity"].items())
+    return f"{settings}: {scores}, {row['seconds']:.1f} s, {row['bytes']:,} bytes"
+
+
+def _write(folder: Path, rows: list[dict[str, Any]], text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    try:
+        plot(rows, folder / "results.png")
+    except ImportError:
+        print("no results.png: matplotlib is not installed (the `plot` extra)")
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity on the first evaluation set against bytes, a marker a method.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    name = next(iter(rows[0]["perplexity"]))
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(rows[0]["perplexity"][name], color="gray", linestyle="--", label="dense")
+    labels = dict.fromkeys(f"{row['method']}, {row['refine'] or 'no refinement'}" for row in rows[1:])
+    markers = "os^vD*Pp<>hX"
+    for index, label in enumerate(labels):
+        own = [row for row in rows[1:] if f"{row['method']}, {row['refine'] or 'no refinement'}" == label]
+        axes.scatter(
+            [row["bytes"] / 1e6 for row in own],
+            [row["perplexity"][name] for row in own],
+            marker=markers[index % len(markers)],
+            label=label,
+        )
+    axes.set(xlabel="MB on disk", ylabel=f"perplexity on {name}", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=150)
