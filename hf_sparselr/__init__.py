@@ -13,9 +13,13 @@ _PUBLIC = {
     "SparseLRConfig": "config",
     "SparseLRLinear": "modules",
     "compress": "offline",
+    "refine": "outside",
     "lora_config": "integrations.peft",
     "as_peft_model": "integrations.peft",
+    "merge_and_unload": "integrations.merging",
+    "export_portable": "export",
     "perplexity": "evaluate",
+    "train_mode": "training",
 }
 
 __all__ = [*_PUBLIC, "__version__"]
