@@ -75,7 +75,19 @@ def test_compress(tiny_preset, tmp_path, capsys) -> None:
 
 def test_generate(tiny_preset, tmp_path, capsys) -> None:
     file = tmp_path / "result.json"
-    options = ["--preset", "smollm2-135m", "--sparsity", "2:4", "0.7", "--rank", "4", "--prompt", "8", "--tokens", "4"]
+    options = [
+        "--preset",
+        "smollm2-135m",
+        "--sparsity",
+        "2:4",
+        "0.7",
+        "--rank",
+        "4",
+        "--prompt",
+        "8",
+        "--tokens",
+        "4",
+    ]
     fast = ["--eager", "--dtype", "float32", "--device", "cpu", "--json", str(file)]
     assert main(["bench", "generate", *options, *fast]) == 0
     results = json.loads(file.read_text())

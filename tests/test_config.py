@@ -81,7 +81,7 @@ def test_every_field_is_stored(field: str) -> None:
 def test_stores_resolved_options_and_identity() -> None:
     stored = SparseLRConfig(**FULL).to_dict()
     assert stored["quant_method"] == "sparselr" and stored["format_version"] == FORMAT_VERSION
-    assert stored["solver"]["rho"] == 0.2 and stored["solver"]["max_iterations"] == Options().max_iterations
+    assert stored["solver"]["rho"] == 0.2 and stored["solver"]["cg_steps"] == Options().cg_steps
     assert stored["tm"]["passes"] == 3 and stored["tm"]["batch_size"] == TMOptions().batch_size
     assert json.loads(json.dumps(stored)) == stored
 
