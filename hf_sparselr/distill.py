@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from .blocks import find_stacks, instance_forwards
 from .calibration import eval_mode
 from .checks import check_choice, check_integer, check_number
-from .matching import WorkingLinear, adam, only_trained, trainable
+from .matching import WorkingLinear, adam, group_batches, only_trained, restore, snapshot, trainable
 from .modules import SparseLRLinear
 from .packing import unpack, unpack_mask
 from .precision import PRECISIONS, arithmetic
@@ -197,14 +197,8 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def _steps(batches: list[torch.Tensor], windows: int) -> list[list[torch.Tensor]]:
     """Batches grouped into steps of at least the tokens of `windows` long windows (the last may have fewer)."""
     tokens = windows * max(batch.shape[1] for batch in batches)
-    steps, held = [[]], 0
-    for batch in batches:
-        if held >= tokens:
-            steps.append([])
-            held = 0
-        steps[-1].append(batch)
-        held += batch.numel()
-    return steps
+    groups = group_batches([batch.numel() for batch in batches], tokens)
+    return [[batches[index] for index in group] for group in groups]
 
 
 def _unpack(
@@ -296,7 +290,7 @@ def _places(model: nn.Module) -> Iterator[None]:
 def _undone_unless(groups: dict[str, list[nn.Parameter]]) -> Iterator[Callable[[bool], None]]:
     """Brings the parameters back unless the function it gives is called with True."""
     parameters = [parameter for group in groups.values() for parameter in group]
-    values = [parameter.detach().clone() for parameter in parameters]
+    values = snapshot(parameters)
     kept = False
 
     def keep(wanted: bool) -> None:
@@ -307,9 +301,7 @@ def _undone_unless(groups: dict[str, list[nn.Parameter]]) -> Iterator[Callable[[
         yield keep
     finally:
         if not kept:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, values, strict=True):
-                    parameter.copy_(value)
+            restore(parameters, values)
 
 
 @contextmanager

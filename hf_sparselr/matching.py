@@ -135,7 +135,7 @@ def match_block(
     started = time.perf_counter()
     groups = trainable(block)
     parameters = [parameter for group in groups.values() for parameter in group]
-    start = best = _snapshot(parameters)
+    start = best = snapshot(parameters)
     before = after = mean_squared_error(block, inputs, targets, calls)
     best_loss, best_pass, passes = math.inf, 0, 0
     if before > 0:
@@ -144,11 +144,11 @@ def match_block(
                 passes += 1
                 on_pass(loss)
                 if loss < best_loss:
-                    best, best_loss, best_pass = _snapshot(parameters), loss, passes
-        _restore(parameters, best)
+                    best, best_loss, best_pass = snapshot(parameters), loss, passes
+        restore(parameters, best)
         after = mean_squared_error(block, inputs, targets, calls)
     if not after < before:  # NaN included
-        _restore(parameters, start)
+        restore(parameters, start)
         after, best_pass = before, 0
     return {
         "loss_before": before,
@@ -165,7 +165,7 @@ def _train(block, groups, inputs, targets, calls, options: TMOptions, seed: int,
     The relative loss keeps gradients far above Adam's epsilon, whatever the size of the block's error.
     """
     device = inputs[0].device
-    chunks = _chunks(inputs, options.batch_size)
+    chunks = group_batches([len(batch) for batch in inputs], options.batch_size)
     generator = torch.Generator().manual_seed(seed)
     total = options.passes * len(chunks)
     optimizer, schedule = adam(groups, options.lr, options.factor_lr, options.final_lr, total)
@@ -230,22 +230,22 @@ def _cosine(progress: float, final: float) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def _chunks(inputs: list[torch.Tensor], windows: int) -> list[list[int]]:
-    """Batch indices, grouped into steps of at least `windows` windows (the last may have fewer)."""
-    chunks, held = [[]], 0
-    for index, batch in enumerate(inputs):
-        if held >= windows:
-            chunks.append([])
+def group_batches(sizes: list[int], least: int) -> list[list[int]]:
+    """Indices of consecutive batches, grouped into steps of at least `least` in size (the last may have less)."""
+    steps, held = [[]], 0
+    for index, size in enumerate(sizes):
+        if held >= least:
+            steps.append([])
             held = 0
-        chunks[-1].append(index)
-        held += batch.shape[0]
-    return chunks
+        steps[-1].append(index)
+        held += size
+    return steps
 
 
-def _snapshot(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+def snapshot(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in parameters]
 
 
-def _restore(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
+def restore(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.data.copy_(value)

@@ -109,10 +109,6 @@ class SparseLRLinear(nn.Linear):
 
     compute_dtype = dtype  # PEFT's name for it
 
-    def sparse_forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """x S^T + bias, without the low-rank part."""
-        return self(inputs, low_rank=False)
-
     def forward(self, inputs: torch.Tensor, low_rank: bool = True) -> torch.Tensor:
         """x: (..., in) to (..., out); `low_rank=False` leaves out A and B, for adapters that replace them."""
         A, B = (self.A, self.B) if low_rank else (None, None)
