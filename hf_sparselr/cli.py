@@ -117,6 +117,7 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
             "metavar": "D",
             "help": "where blocks are worked on; CUDA where there is one if not given",
         },
+        "activations": {"choices": ("device", "host"), "help": "where hidden states of all windows are kept"},
     }
     _add_options(parser, SparseLRConfig, options)
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (default: auto)")

@@ -92,6 +92,8 @@ class SparseLRConfig(QuantizationConfigMixin):
         tokenizer: for text and chats; None loads it from the model's name. Never serialised.
         device: where blocks are worked on; None: the model's accelerator, else CUDA, else the CPU. Never
             serialised.
+        activations: "device" keeps the hidden states of all windows beside the block at work, "host" keeps them in
+            main memory and moves one batch at a time. Never serialised.
         kernel: how packed layers compute: "auto" (the fastest, measured once per device), "packed" (S is never unpacked
             for up to 16 rows of input) or "dense" (S + B A stays in memory too). Given with a packed checkpoint, it
             only sets this. Never serialised.
@@ -127,6 +129,7 @@ class SparseLRConfig(QuantizationConfigMixin):
         damping: tuple[float, float] = (0.005, 0.005),
         tokenizer: Any = None,
         device: Any = None,
+        activations: str = "device",
         kernel: str = "auto",
         **stored: Any,
     ) -> None:
@@ -160,7 +163,9 @@ class SparseLRConfig(QuantizationConfigMixin):
         self.allocation = allocation
         self.tokenizer = tokenizer
         self.device = device
+        self.activations = activations
         self.kernel = kernel
+        check_choice("activations", activations, ("device", "host"))
         check_choice("kernel", kernel, KERNELS)
         check_choice("method", method, tuple(METHODS))
         self._resolve_budget()
@@ -278,7 +283,7 @@ class SparseLRConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only: nested options resolved, data as "custom", no runtime objects."""
-        runtime = ("tokenizer", "device", "kernel")
+        runtime = ("tokenizer", "device", "activations", "kernel")
         stored = {k: v for k, v in self.__dict__.items() if k not in runtime and not k.startswith("_")}
         stored["calibration"] = calibration_sources.describe(self.calibration)
         for group in ("solver", "tm", "distill", "allocation_options"):

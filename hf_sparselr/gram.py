@@ -5,9 +5,12 @@ Solvers work on `ScaledGram`: H damped and scaled to a unit diagonal, shared by 
 input.
 """
 
+import itertools
 from functools import cached_property
 
 import torch
+
+KEPT_INVERSES = 2**25  # entries, 128 MiB
 
 
 class GramAccumulator:
@@ -63,6 +66,7 @@ class ScaledGram:
         self.scale = damped.sqrt()
         self.matrix = gram / self.scale[:, None] / self.scale[None, :]
         self.matrix.fill_diagonal_(1.0)
+        self._inverses: dict[float, torch.Tensor] = {}
 
     @cached_property
     def _eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,8 +79,34 @@ class ScaledGram:
         values, vectors = self._eigen
         return vectors * values.sqrt()
 
+    @cached_property
+    def inverse_factor(self) -> tuple[torch.Tensor, float]:
+        """Upper triangular U (n, n) with U^T U = (G + jitter I)^-1, and the jitter.
+
+        U is the inverse of the upper triangular R with R R^T = G, a Cholesky factorisation from the last column to
+        the first: without the inverse of G, whose rounding errors would enter twice. The jitter is 0, or where G is
+        singular the smallest power of ten that leaves every pivot above rounding.
+        """
+        G = self.matrix
+        identity = torch.eye(len(G), dtype=G.dtype, device=G.device)
+        for jitter in itertools.chain([0.0], (10.0**power for power in itertools.count(-7))):
+            R, failed = torch.linalg.cholesky_ex((G + jitter * identity).flip(0, 1))
+            if not failed and float(R.diagonal().square().min()) > torch.finfo(G.dtype).eps:
+                return torch.linalg.solve_triangular(R.flip(0, 1), identity, upper=True), jitter
+
     def inverse(self, rho: float) -> torch.Tensor:
-        """(G + rho I)^-1, (n, n), by Cholesky, or by eigenvalues where FP32 rounding makes that fail."""
+        """(G + rho I)^-1, (n, n), by Cholesky, or by eigenvalues where FP32 rounding makes that fail.
+
+        Of small matrices the first inverses are kept for later calls, so the result must not be written to.
+        """
+        if rho in self._inverses:
+            return self._inverses[rho]
+        inverse = self._inverse(rho)
+        if (len(self._inverses) + 1) * inverse.numel() <= KEPT_INVERSES:
+            self._inverses[rho] = inverse
+        return inverse
+
+    def _inverse(self, rho: float) -> torch.Tensor:
         shifted = self.matrix.clone()
         shifted.diagonal().add_(rho)
         factor, failed = torch.linalg.cholesky_ex(shifted)

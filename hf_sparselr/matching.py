@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from .blocks import replay
 from .checks import check_choice, check_integer, check_number
-from .precision import PRECISIONS, arithmetic
+from .graphed import Graphed
+from .precision import LARGE, PRECISIONS, arithmetic
 from .solvers import Decomposition
 
 Call = tuple[tuple, dict]
@@ -38,7 +39,9 @@ class TMOptions:
         target: what the block's output is to match: "block", the dense block's output on the same inputs (the
             published target); "stream", the dense model's own activations there, which also makes up for the blocks
             before; "mean", the mean of both.
-        precision: of the products on a GPU: "fp32", "tf32", or "bf16" (autocast with FP32 masters).
+        precision: of the products on a GPU: "fp32", "tf32", "bf16" (autocast with FP32 masters; hidden states between
+            blocks are then kept in BF16), or "auto": "bf16" where a layer of the block has more than 2^22 weights, else
+            "tf32". The forward passes of the layer solves follow it too.
     """
 
     passes: int = 20
@@ -56,7 +59,19 @@ class TMOptions:
         check_number("tm.factor_lr", self.factor_lr, 0)
         check_number("tm.final_lr", self.final_lr, 0)
         check_choice("tm.target", self.target, ("block", "stream", "mean"))
-        check_choice("tm.precision", self.precision, PRECISIONS)
+        check_choice("tm.precision", self.precision, ("auto", *PRECISIONS))
+
+
+def resolve_precision(options: TMOptions, block: nn.Module) -> TMOptions:
+    """`options` with what "auto" means for a block."""
+    if options.precision != "auto":
+        return options
+    return replace(options, precision="bf16" if large(block) else "tf32")
+
+
+def large(block: nn.Module) -> bool:
+    """Whether the work on a block is bound by its arithmetic, not by launching it."""
+    return any(parameter.numel() > LARGE for parameter in block.parameters())
 
 
 class WorkingLinear(nn.Module):
@@ -75,12 +90,11 @@ class WorkingLinear(nn.Module):
         self.S.register_hook(lambda grad: grad * self.mask)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        out = F.linear(inputs, self.S, self.bias)
-        return out if self.A is None else out + F.linear(F.linear(inputs, self.A), self.B)
+        return F.linear(inputs, self.weight, self.bias)
 
     @property
     def weight(self) -> torch.Tensor:
-        """S + B A: some blocks read a layer's weight, or its dtype (T5)."""
+        """S + B A, cheaper than two thin products with as many inputs as training has. Some blocks read it (T5)."""
         return self.S if self.A is None else self.S + self.B @ self.A
 
     def decomposition(self) -> Decomposition:
@@ -100,13 +114,19 @@ def trainable(module: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 @torch.no_grad()
 def mean_squared_error(
-    block: nn.Module, inputs: list[torch.Tensor], targets: list[torch.Tensor], calls: list[Call]
+    block: nn.Module,
+    inputs: list[torch.Tensor],
+    targets: list[torch.Tensor],
+    calls: list[Call],
+    precision: str = "fp32",
 ) -> float:
     """Mean of (block(x) - target)^2 over all batches."""
-    total = sum(
-        (replay(block, x, call) - target.to(x.device)).square().sum(dtype=torch.float64)
-        for x, target, call in zip(inputs, targets, calls, strict=True)
-    )
+    device = next(block.parameters()).device
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    for x, target, call in zip(inputs, targets, calls, strict=True):
+        with arithmetic(device, precision):
+            out = replay(block, x.to(device).float(), call)
+        total += (out.float() - target.to(device)).square().sum(dtype=torch.float64)
     return float(total) / sum(target.numel() for target in targets)
 
 
@@ -123,20 +143,20 @@ def match_block(
 
     Args:
         block: on the compute device, in FP32.
-        inputs: hidden states (batch, length, hidden), one tensor a batch, on the block's device.
+        inputs: hidden states (batch, length, hidden), one tensor a batch, on any device.
         targets: what the block's outputs are to match, see `TMOptions.target`.
         calls: the block's other arguments, see `blocks.record_calls`.
         seed: of the order of the steps.
         on_pass: called after every pass with its mean relative loss.
 
     Returns:
-        loss_before, loss_after (mean squared errors, FP32), best_pass (0: the start), passes, seconds.
+        loss_before, loss_after (mean squared errors), best_pass (0: the start), passes, seconds.
     """
     started = time.perf_counter()
     groups = trainable(block)
     parameters = [parameter for group in groups.values() for parameter in group]
     start = best = snapshot(parameters)
-    before = after = mean_squared_error(block, inputs, targets, calls)
+    before = after = mean_squared_error(block, inputs, targets, calls, options.precision)
     best_loss, best_pass, passes = math.inf, 0, 0
     if before > 0:
         with closing(_train(block, groups, inputs, targets, calls, options, seed, before)) as losses:
@@ -146,7 +166,7 @@ def match_block(
                 if loss < best_loss:
                     best, best_loss, best_pass = snapshot(parameters), loss, passes
         restore(parameters, best)
-        after = mean_squared_error(block, inputs, targets, calls)
+        after = mean_squared_error(block, inputs, targets, calls, options.precision)
     if not after < before:  # NaN included
         restore(parameters, start)
         after, best_pass = before, 0
@@ -164,24 +184,30 @@ def _train(block, groups, inputs, targets, calls, options: TMOptions, seed: int,
 
     The relative loss keeps gradients far above Adam's epsilon, whatever the size of the block's error.
     """
-    device = inputs[0].device
+    device = next(block.parameters()).device
     chunks = group_batches([len(batch) for batch in inputs], options.batch_size)
     generator = torch.Generator().manual_seed(seed)
     total = options.passes * len(chunks)
     optimizer, schedule = adam(groups, options.lr, options.factor_lr, options.final_lr, total)
+    losses = torch.zeros((), device=device)
+
+    def step(batches: list[tuple[torch.Tensor, torch.Tensor, Call]]) -> None:
+        size = sum(target.numel() for _, target, _ in batches) * scale
+        optimizer.zero_grad()
+        for x, target, call in batches:
+            with arithmetic(device, options.precision):
+                out = replay(block, x.to(device).float(), call)
+                loss = (out.float() - target.to(device)).square().sum() / size
+                loss.backward()
+            losses.add_(loss.detach())
+        optimizer.step()
+
+    run = step if large(block) else Graphed(step, device)
     with only_trained(block, groups), torch.enable_grad():
         for _ in range(options.passes):
-            losses = torch.zeros((), device=device)
+            losses.zero_()
             for index in torch.randperm(len(chunks), generator=generator).tolist():
-                size = sum(targets[batch].numel() for batch in chunks[index]) * scale
-                for batch in chunks[index]:
-                    with arithmetic(device, options.precision):
-                        out = replay(block, inputs[batch], calls[batch])
-                        loss = (out.float() - targets[batch].to(device)).square().sum() / size
-                        loss.backward()
-                    losses += loss.detach()
-                optimizer.step()
-                optimizer.zero_grad()
+                run([(inputs[batch], targets[batch], calls[batch]) for batch in chunks[index]])
                 schedule.step()
             mean = float(losses) / len(chunks)
             if not math.isfinite(mean):
@@ -203,8 +229,11 @@ def adam(
         for name, parameters in groups.items()
         if parameters
     ]
-    fused = rates[0]["params"][0].is_cuda
-    optimizer = torch.optim.Adam(rates, betas=betas, fused=fused)
+    device = rates[0]["params"][0].device
+    on_cuda = device.type == "cuda"
+    for group in rates if on_cuda else ():
+        group["lr"] = torch.tensor(group["lr"], device=device)  # a captured step reads it
+    optimizer = torch.optim.Adam(rates, betas=betas, fused=on_cuda, capturable=on_cuda)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _cosine(step / steps, final_lr)
     )

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+LARGE = 2**22  # weights: above, work on a layer is bound by arithmetic and memory; below, by launches
 
 
 @contextmanager

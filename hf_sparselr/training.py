@@ -1,5 +1,6 @@
 """Which parameters of a compressed model train, and which ways of sharding them cannot work."""
 
+import torch
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from peft import PeftModel
@@ -12,6 +13,7 @@ from .integrations.lora_layer import SparseLRLoraLayer
 from .modules import SparseLRLinear
 
 MODES = ("factors", "factors+norms", "full")
+FSDP2_TORCH = "2.12"  # the first torch whose fully_shard takes integer parameters
 
 
 def train_mode(model: nn.Module, mode: str = "factors") -> nn.Module:
@@ -35,7 +37,8 @@ def train_mode(model: nn.Module, mode: str = "factors") -> nn.Module:
 
     Raises:
         ValueError: an unknown mode, nothing that it selects, a mode that adapter files could not store, or a way
-            of sharding set up in this process that packed layers cannot follow (FSDP1, DeepSpeed ZeRO-3).
+            of sharding set up in this process that packed layers cannot follow (FSDP1, FSDP2 before torch 2.12,
+            DeepSpeed ZeRO-3).
     """
     check_choice("mode", mode, MODES)
     check_sharding()
@@ -80,9 +83,10 @@ def _adapter_factors(model: nn.Module, mode: str) -> list[nn.Parameter]:
 
 
 def check_sharding() -> None:
-    """Raises ValueError where this process is set up to train with FSDP1 or DeepSpeed ZeRO-3.
+    """Raises ValueError where this process is set up to train with FSDP1, DeepSpeed ZeRO-3 or too old an FSDP2.
 
-    FSDP1 flattens the parameters of a module into one tensor, which cannot hold the integer mask.
+    FSDP1 flattens the parameters of a module into one tensor, which cannot hold the integer mask; before torch 2.12
+    FSDP2 makes every parameter one that requires gradients, which the mask cannot.
     """
     zero3, kind = is_deepspeed_zero3_enabled(), DistributedType.NO
     if is_initialized():
@@ -92,5 +96,10 @@ def check_sharding() -> None:
     if zero3 or (kind == DistributedType.FSDP and not state.is_fsdp2):
         raise ValueError(
             f"{'DeepSpeed ZeRO-3' if zero3 else 'FSDP1'} is not supported for packed layers: use DDP, FSDP2 "
-            "(fsdp_version=2), or DeepSpeed ZeRO-1 or ZeRO-2"
+            f"(fsdp_version=2, torch >= {FSDP2_TORCH}), or DeepSpeed ZeRO-1 or ZeRO-2"
+        )
+    if kind == DistributedType.FSDP and torch.__version__ < FSDP2_TORCH:
+        raise ValueError(
+            f"torch {torch.__version__}: FSDP2 with packed layers needs torch >= {FSDP2_TORCH}; use DDP, or DeepSpeed "
+            "ZeRO-1 or ZeRO-2"
         )

@@ -10,10 +10,11 @@ import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -21,7 +22,7 @@ from .allocation import DenseGroup
 from .blocks import Layer, dense_weight, replay, weight_shape
 from .given import Given
 from .gram import GramAccumulator, ScaledGram, squared_error
-from .matching import WorkingLinear, match_block
+from .matching import WorkingLinear, match_block, resolve_precision
 from .modules import SparseLRLinear
 from .precision import arithmetic
 from .report import Report, layer_line
@@ -55,7 +56,10 @@ class BlockWorker:
         own = next(block.parameters()).device
         self.home = own
         self.device = work_device(config.device, own)
-        self.precision = config.tm.precision
+        self.tm = resolve_precision(config.tm, block)
+        self.precision = self.tm.precision
+        self.storage = self.device if config.activations == "device" else torch.device("cpu")
+        self.stored = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.phases = Phases(self.device)
         self.dtypes = {key: tensor.dtype for key, tensor in _floats(block)}
         self.block = self.dense = self._copy(block)
@@ -83,11 +87,9 @@ class BlockWorker:
         started = time.perf_counter()
         row = {"name": self.name, "tm": None}
         with self.phases("propagation"):
-            hidden = [batch.to(self.device, torch.float32) for batch in hidden]
+            hidden, calls = self._kept(hidden), self._placed(calls)
             if dense is not None:
-                dense = self._forward(
-                    self.dense, [batch.to(self.device, torch.float32) for batch in dense], calls
-                )
+                dense = self._forward(self.dense, self._kept(dense), calls)
         if self.layers:
             with self.phases("capture and Gram"):
                 groups = self._groups(hidden, calls)
@@ -107,11 +109,28 @@ class BlockWorker:
         self.report.blocks.append(row)
         return self.block, hidden, dense
 
+    def _kept(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Hidden states where, and as, they are kept."""
+        return [batch.to(self.storage, self.stored) for batch in hidden]
+
+    def _placed(self, calls: list) -> list:
+        """The blocks' other arguments on the device, so that no pass waits for them; on the host if all stays there."""
+
+        def move(value: Any) -> Any:
+            return value.to(self.storage) if isinstance(value, torch.Tensor) else value
+
+        return tree_map(move, calls)
+
+    def _replay(self, block: nn.Module, batch: torch.Tensor, call: tuple) -> torch.Tensor:
+        """Runs a block in FP32 on one batch of hidden states; their sum over the layers is never rounded inside."""
+        return replay(block, batch.to(self.device).float(), call)
+
     @torch.no_grad()
     def _forward(self, block: nn.Module, hidden: list[torch.Tensor], calls: list) -> list[torch.Tensor]:
         """The outputs of the block at work, or of its dense self."""
         with arithmetic(self.device, self.precision):
-            return [replay(block, batch, call).float() for batch, call in zip(hidden, calls, strict=True)]
+            outputs = (self._replay(block, batch, call) for batch, call in zip(hidden, calls, strict=True))
+            return [out.to(self.storage, self.stored) for out in outputs]
 
     def _targets(
         self, hidden: list[torch.Tensor], dense: list[torch.Tensor] | None, calls: list
@@ -119,11 +138,12 @@ class BlockWorker:
         """What TM matches, see `TMOptions.target`; None without TM."""
         if "tm" not in self.config.refine_steps:
             return None
-        if self.config.tm.target == "stream":
+        if self.tm.target == "stream":
             return dense
         own = self._forward(self.dense, hidden, calls)
-        if self.config.tm.target == "mean":
-            return [(mine + theirs) / 2 for mine, theirs in zip(own, dense, strict=True)]
+        if self.tm.target == "mean":
+            for mine, theirs in zip(own, dense, strict=True):
+                mine.lerp_(theirs, 0.5)
         return own
 
     @torch.no_grad()
@@ -144,7 +164,7 @@ class BlockWorker:
             self.block.get_submodule(layer).register_forward_pre_hook(hook(layer)) for layer in self.layers
         ]
         for batch, call in zip(hidden, calls, strict=True):
-            replay(self.block, batch, call)
+            self._replay(self.block, batch, call)
             if set(self.layers) == {layer for group in groups.values() for layer in group}:
                 break  # one batch shows it, as a rule
             alive.clear()
@@ -173,7 +193,7 @@ class BlockWorker:
         try:
             for batch, call in zip(hidden, calls, strict=True):
                 with suppress(_Reached), arithmetic(self.device, self.precision):
-                    replay(self.block, batch, call)
+                    self._replay(self.block, batch, call)
         finally:
             handle.remove()
         return accumulator.gram
@@ -182,7 +202,7 @@ class BlockWorker:
         self, hidden: list[torch.Tensor], calls: list
     ) -> Generator[DenseGroup, None, list[torch.Tensor]]:
         """Yields the dense block's groups of layers, returns its outputs."""
-        hidden = [batch.to(self.device, torch.float32) for batch in hidden]
+        hidden = self._kept(hidden)
         outputs, output_loss = self._forward(self.dense, hidden, calls), self._output_loss(hidden, calls)
         for group in self._groups(hidden, calls):
             weights = {
@@ -200,7 +220,7 @@ class BlockWorker:
         def forward() -> list[torch.Tensor]:
             with arithmetic(self.device, "tf32"):
                 return [
-                    replay(self.dense, batch, call)
+                    self._replay(self.dense, batch, call)
                     for batch, call in zip(hidden[:few], calls[:few], strict=True)
                 ]
 
@@ -290,16 +310,15 @@ class BlockWorker:
         logger.info(layer_line(row))
 
     def _match(self, hidden: list[torch.Tensor], targets: list[torch.Tensor], calls: list) -> dict:
-        options = self.config.tm
         bar = transformers_logging.tqdm(
-            total=options.passes, desc="  transformer matching", leave=False, unit="pass"
+            total=self.tm.passes, desc="  transformer matching", leave=False, unit="pass"
         )
 
         def on_pass(loss: float) -> None:
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}")
 
-        stats = match_block(self.block, hidden, targets, calls, options, self.config.seed, on_pass)
+        stats = match_block(self.block, hidden, targets, calls, self.tm, self.config.seed, on_pass)
         bar.close()
         logger.info(
             f"{self.name}: transformer matching took the block's squared error from {stats['loss_before']:.3e} "

@@ -58,7 +58,7 @@ def state(run: Admm) -> dict[str, torch.Tensor]:
     """The blocks D and L and the dual V, float64."""
     T = run.T.double()
     D, V = torch.where(run.mask, T, 0), torch.where(run.mask, 0, run.rho * T)
-    return {"D": D, "V": V, "L": run.W.double() - run.R.double()}
+    return {"D": D, "V": V, "L": run.L.double()}
 
 
 def exact_fit(E: torch.Tensor, G: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +111,7 @@ def test_restart_is_a_new_start() -> None:
     run.raise_rho(1.1)
     run.restart(0.02)
     fresh = start(HALF, rho=0.02)
-    for name in ("T", "mask", "R", "M"):
+    for name in ("T", "mask", "L", "M"):
         assert torch.equal(getattr(run, name), getattr(fresh, name))
     assert run.rho == fresh.rho
     run.run(7)
@@ -203,11 +203,13 @@ def test_the_order_of_a_group_does_not_matter() -> None:
 
 @pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("pattern", [TWO_OF_FOUR, HALF, Unstructured(0.7)])
-def test_both_forms_are_equally_good(pattern, rank: int) -> None:
+def test_one_product_ends_no_higher_than_the_textbook_form(pattern, rank: int) -> None:
     gram, weight = gram_of(n=128), weight_of(96, 128)
-    found = [solve(weight, gram, pattern, rank, Options(form=form)) for form in ("one-product", "textbook")]
-    assert found[0].stats["objective"] == pytest.approx(found[1].stats["objective"], rel=0.025)
-    assert not torch.equal(found[0].S, found[1].S)
+    ours, published = (
+        solve(weight, gram, pattern, rank, Options(form=form)) for form in ("one-product", "textbook")
+    )
+    assert ours.stats["objective"] < 1.025 * published.stats["objective"]
+    assert not torch.equal(ours.S, published.S)
 
 
 # Gram matrices that are hard in FP32
@@ -296,7 +298,7 @@ def test_orthonormalise_keeps_the_span(shape: tuple[int, int]) -> None:
     """Columns as a warm start has them: nearly orthogonal, of very different lengths."""
     Q = torch.linalg.qr(randn(*shape)).Q
     Y = (Q + 0.02 * randn(*shape, seed=1) / shape[0] ** 0.5) * torch.logspace(3, -6, shape[1])
-    P = orthonormalise(Y.float()).double()
+    P = orthonormalise([Y.float()])[0].double()
     torch.testing.assert_close(P.T @ P, torch.eye(shape[1], dtype=torch.float64), rtol=0, atol=1e-3)
     exact = torch.linalg.qr(Y).Q
     torch.testing.assert_close(exact @ (exact.T @ P), P, rtol=0, atol=1e-4)
@@ -305,7 +307,7 @@ def test_orthonormalise_keeps_the_span(shape: tuple[int, int]) -> None:
 def test_orthonormalise_gives_the_fit_of_a_qr_factorisation() -> None:
     gram, E = gram_of(), weight_of(32)
     basis = start_basis(E, gram.matrix, 6, seed=0, steps=1)
-    one, other = orthonormalise(E @ (gram.matrix @ (E.T @ basis))), range_step(E, gram.matrix, basis)
+    one, other = orthonormalise([E @ (gram.matrix @ (E.T @ basis))])[0], range_step(E, gram.matrix, basis)
     assert fit_error(E, gram, one) == pytest.approx(fit_error(E, gram, other), rel=1e-3)
 
 
@@ -314,7 +316,7 @@ def test_orthonormalise_gives_the_fit_of_a_qr_factorisation() -> None:
 @pytest.mark.parametrize("shape", [(64, 8), (400, 60)])
 def test_dependent_columns_come_out_short_and_finite(shape: tuple[int, int], noise: float, seed: int) -> None:
     Y = (randn(shape[0], 1, seed=seed) + noise * randn(*shape, seed=seed + 50)).float()
-    P = orthonormalise(Y)
+    P = orthonormalise([Y])[0]
     assert torch.linalg.matrix_norm(P, 2) < 1.01
     largest = torch.linalg.svd(Y.double(), full_matrices=False).U[:, 0]
     assert (largest @ P.double()).norm() > 0.99  # what dominates them all is in the span
@@ -323,11 +325,11 @@ def test_dependent_columns_come_out_short_and_finite(shape: tuple[int, int], noi
 def test_zero_columns_give_zeros() -> None:
     Y = randn(20, 6).float()
     Y[:, [1, 4]] = 0
-    P = orthonormalise(Y)
+    P = orthonormalise([Y])[0]
     assert not P[:, [1, 4]].any()
     kept = P[:, [0, 2, 3, 5]]
     torch.testing.assert_close(kept.T @ kept, torch.eye(4), rtol=0, atol=1e-3)
-    assert not orthonormalise(torch.zeros(20, 6)).any()
+    assert not orthonormalise([torch.zeros(20, 6)])[0].any()
 
 
 def test_more_rank_than_the_error_has() -> None:
@@ -346,9 +348,9 @@ def test_a_machine_without_a_compiler_runs_the_steps_as_they_are(tmp_path) -> No
     code = """
 import torch
 from hf_sparselr.solvers.admm import _compiled, _correction
-T, R, rho = torch.randn(4, 8), torch.randn(4, 8), torch.tensor(0.1)
+T, W, L, rho = torch.randn(4, 8), torch.randn(4, 8), torch.randn(4, 8), torch.tensor(0.1)
 for _ in range(2):
-    assert torch.equal(_compiled(_correction)(T, T > 0, R, rho), _correction(T, T > 0, R, rho))
+    assert torch.equal(_compiled(_correction)(T, T > 0, W, L, rho), _correction(T, T > 0, W, L, rho))
 """
     environment = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -375,8 +377,7 @@ def test_the_best_iterate_of_the_refit_is_returned() -> None:
     run = Admm([scaled(weight, gram)], gram, [HALF], [3], 0.1, 0, "fp32")
     run.run(60)
     (D, mask, basis), W = next(run.result()), run.W
-    S, basis, objective = threebasil._refit(W, D, mask, basis, gram.matrix, Options())
+    S, basis = threebasil._refit(W, D, mask, basis, gram.matrix, Options())
     assert not S[~mask].any()
     E = W - S
-    assert squared_error(E - basis @ (basis.T @ E), gram.matrix) == pytest.approx(objective, rel=1e-5)
-    assert objective < least_error(W - D, gram, 3)
+    assert squared_error(E - basis @ (basis.T @ E), gram.matrix) < least_error(W - D, gram, 3)

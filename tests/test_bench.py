@@ -105,6 +105,6 @@ def test_generate_needs_both_checkpoints(capsys) -> None:
 def test_synthetic_inputs_are_correlated(tiny_preset) -> None:
     from hf_sparselr.bench.compress import synthetic_model
 
-    embedding = synthetic_model("smollm2-135m", 1).get_input_embeddings().weight.float()
+    embedding = synthetic_model("smollm2-135m", 1, "cpu").get_input_embeddings().weight.float()
     values = torch.linalg.svdvals(embedding)
     assert values[0] > 3 * values[-1]

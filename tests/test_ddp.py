@@ -22,10 +22,15 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import hf_sparselr
+from hf_sparselr.training import FSDP2_TORCH
 
 STEPS = 3
 BATCH = 4  # of all processes together
 KINDS = ("factors", "full", "adapter")
+needs_fsdp2 = pytest.mark.skipif(
+    torch.__version__ < FSDP2_TORCH, reason=f"FSDP2 needs torch >= {FSDP2_TORCH}"
+)
+WAYS = [pytest.param("", id="ddp"), pytest.param("fsdp2-", id="fsdp2", marks=needs_fsdp2)]
 DATA = torch.randint(3, tiny.VOCAB, (STEPS * BATCH, 16), generator=torch.Generator().manual_seed(1))
 
 
@@ -80,6 +85,8 @@ def main(folder: Path, output: Path) -> None:
         model = accelerator.unwrap_model(model)
         torch.save(model.state_dict(), output / f"{kind}-{accelerator.process_index}.pt")
         model.save_pretrained(output / f"saved-{kind}", is_main_process=accelerator.is_main_process)
+    if torch.__version__ < FSDP2_TORCH:
+        return
     options = StateDictOptions(full_state_dict=True)
     for kind in KINDS:
         model = train_sharded(folder, kind)
@@ -124,7 +131,7 @@ def check(states: list[dict], expected: dict, start: dict) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["", "fsdp2-"], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("way", WAYS)
 def test_two_processes_equal_one(folder: Path, alone: dict, kind: str, way: str) -> None:
     start = build(folder, kind).state_dict()
     moved = {name for name in start if not torch.equal(start[name], alone[kind][name])}
@@ -133,13 +140,13 @@ def test_two_processes_equal_one(folder: Path, alone: dict, kind: str, way: str)
 
 
 @pytest.mark.parametrize("kind", ["factors", "full"])
-@pytest.mark.parametrize("way", ["", "fsdp2-"], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("way", WAYS)
 def test_what_two_processes_save_reloads_packed(folder: Path, kind: str, way: str) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(folder / f"saved-{way}{kind}", dtype=torch.float64)
     assert tiny.same(loaded.state_dict(), torch.load(folder / f"{way}{kind}-0.pt"))
 
 
-@pytest.mark.parametrize("way", ["", "fsdp2-"], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("way", WAYS)
 def test_the_adapter_of_two_processes_reloads(folder: Path, way: str) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     saved = folder / f"saved-{way}adapter"
@@ -147,6 +154,7 @@ def test_the_adapter_of_two_processes_reloads(folder: Path, way: str) -> None:
     assert tiny.same(loaded.state_dict(), torch.load(folder / f"{way}adapter-0.pt"))
 
 
+@needs_fsdp2
 def test_fsdp2_in_mixed_precision_leaves_the_mask_alone(folder: Path, alone: dict) -> None:
     state = torch.load(folder / "fsdp2-bf16-0.pt")
     for name, tensor in alone["full"].items():

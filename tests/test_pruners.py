@@ -283,7 +283,7 @@ def test_sparsegpt_without_correlation_is_wanda() -> None:
 @pytest.mark.parametrize(("tokens", "least", "most"), [(400, 0, 0), (10, 1e-7, 1e-4)])
 def test_inverse_factor_adds_jitter_only_to_a_singular_gram(tokens: int, least: float, most: float) -> None:
     weight, gram = problem(8, 40, tokens=tokens, damping=(0.0, 0.0))
-    U, jitter = sparsegpt.inverse_factor(gram.matrix)
+    U, jitter = gram.inverse_factor
     assert least <= jitter <= most and torch.equal(U, U.triu()) and bool(torch.isfinite(U).all())
     if not jitter:  # else too ill-conditioned to compare
         torch.testing.assert_close(U.T @ U @ gram.matrix, torch.eye(40), rtol=0, atol=1e-3)

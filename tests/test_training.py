@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_sparselr
@@ -147,6 +149,29 @@ def test_zero3_is_refused(packed: Path) -> None:
         model.hf_quantizer.is_trainable  # noqa: B018 (which Trainer asks for)
     del config
     hf_sparselr.train_mode(model)
+
+
+@pytest.mark.parametrize(
+    ("installed", "works"), [("2.11.0+cu128", False), ("2.12.0", True), ("2.13.1+cpu", True)]
+)
+def test_fsdp2_needs_a_torch_that_shards_integers(
+    packed: Path, accelerator: Accelerator, monkeypatch, installed: str, works: bool
+) -> None:
+    model = load(packed)
+    # as on GPUs: accelerate leaves the CPU to DDP
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
+    plugin = AcceleratorState().fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    monkeypatch.setattr(torch, "__version__", TorchVersion(installed))
+    if works:
+        hf_sparselr.train_mode(model)
+        return
+    with pytest.raises(ValueError, match=r"torch 2\.11\.0\+cu128: FSDP2 .* needs torch >= 2\.12; use DDP"):
+        hf_sparselr.train_mode(model)
+    plugin.fsdp_version = 1
+    with pytest.raises(
+        ValueError, match=r"FSDP1 is not supported .* FSDP2 \(fsdp_version=2, torch >= 2\.12\)"
+    ):
+        hf_sparselr.train_mode(model)
 
 
 # --- with adapters

@@ -1,8 +1,8 @@
 """The iteration of 3BASiL (arXiv 2603.01376, section 3) for layers that share a Gram matrix, one product a step.
 
-With R = Wt - L and M = (G + rho I)^-1 the dense copy's update (G + rho I)^-1 (G (Wt - L) - V + rho D) is
-R + (rho (D - R) - V) M, because M G = I - rho M: one large product, and a correction that is small next to R, so
-that TF32 is accurate enough for it.
+With M = (G + rho I)^-1 and Z = rho (D + L - Wt) - V the dense copy's update (G + rho I)^-1 (G (Wt - L) - V + rho D) is
+Wt - L + Z M, because M G = I - rho M: one large product, and a correction that is small next to Wt, so that TF32 is
+accurate enough for it. What the copy leaves of Wt is E = L - Z M.
 
 D lives on the support and the dual V = rho (T - D) off it, so one matrix T = copy + V / rho holds both. Rows of all
 layers of a group are stacked: they share the product and the penalty, and only the low-rank step and unstructured
@@ -17,10 +17,9 @@ import torch
 
 from ..gram import ScaledGram, shift_inverse, squared_error
 from ..patterns import NM, Pattern, project
-from ..precision import matmuls
+from ..precision import LARGE, matmuls
 from .base import orthonormalise, start_basis
 
-LARGE = 2**22  # weights: above, a step is bound by memory and is fused; below, by launches and is graphed
 CHUNK = 2**16  # weights that stay in a core's cache between the elementwise passes of a step on the CPU
 LARGEST_SHIFT = 1.15  # a larger factor for rho takes a new factorisation
 TF32_ERROR = 2e-3  # share of the objective that rounding the product to TF32 may add
@@ -68,17 +67,31 @@ class Admm:
             self.layers.append(_Layer(slice(first, first + len(weight)), pattern, rank))
             first += len(weight)
         self.kept = sum(pattern.kept(weight.shape) for weight, pattern in zip(weights, patterns, strict=True))
+        self.ranked: dict[int, list[_Layer]] = {}
+        for layer in self.layers:
+            if layer.rank:
+                self.ranked.setdefault(layer.rank, []).append(layer)
         self.mask = torch.empty_like(self.W, dtype=torch.bool)
-        self.T, self.R = torch.empty_like(self.W), torch.empty_like(self.W)
+        self.T, self.L = torch.empty_like(self.W), torch.empty_like(self.W)
         self.M = torch.empty_like(gram.matrix)
         self._rho = torch.empty((), device=self.W.device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._runs = 0
+        self._seed = seed
+        self._start(rho)
+
+    def retarget(self, weights: list[torch.Tensor], rho: float) -> None:
+        """A new start, as of a new object, on weights of the same shapes; it overwrites the weights of now."""
+        torch.cat(weights, out=self.W)  # graphs read it where it is
+        self._start(rho)
+
+    def _start(self, rho: float) -> None:
         self.restart(rho)
         for layer in self.layers:
             if layer.rank:
                 error = self.W[layer.rows] - self.T[layer.rows]
-                layer.basis = start_basis(error, gram.matrix, layer.rank, seed)
+                basis = start_basis(error, self.gram.matrix, layer.rank, self._seed)
+                layer.basis = basis if layer.basis is None else layer.basis.copy_(basis)
 
     def restart(self, rho: float) -> None:
         """D = project(Wt), V = 0, L = 0."""
@@ -87,7 +100,7 @@ class Admm:
         for layer in self.layers:
             D, mask = project(self.W[layer.rows], layer.pattern)
             self.T[layer.rows], self.mask[layer.rows] = D, mask
-        self.R.copy_(self.W)
+        self.L.zero_()
 
     def raise_rho(self, factor: float) -> None:
         """Multiplies the penalty by a factor >= 1; V stays what it is."""
@@ -105,9 +118,9 @@ class Admm:
         self._rho.fill_(rho)  # steps read it on the device
 
     def run(self, steps: int) -> None:
-        """Steps without a host synchronisation; small problems on CUDA replay them as a graph."""
+        """Steps without a host synchronisation, on CUDA from the second run on replayed as a graph."""
         self._runs += 1
-        if not self.W.is_cuda or self.W.numel() > LARGE or self._runs == 1:
+        if not self.W.is_cuda or self._runs == 1:
             for _ in range(steps):
                 self._step()
             if self._runs == 1 and self.precision == "auto":
@@ -126,33 +139,34 @@ class Admm:
             yield *project(self.T[layer.rows], layer.pattern), layer.basis
 
     def _step(self) -> None:
-        Z = (_compiled(_correction) if self._fused else _correction)(self.T, self.mask, self.R, self._rho)
+        Z = self._fused(_correction)(self.T, self.mask, self.W, self.L, self._rho)
         with self._products():
-            copy = torch.addmm(self.R, Z, self.M)
-        self._sparse(copy)
-        for layer in self.layers:
-            if layer.rank:
-                E, W = copy[layer.rows], self.W[layer.rows]
-                Y = E @ (self.gram.matrix @ (E.T @ layer.basis))
-                layer.basis.copy_(orthonormalise(Y))
-                torch.addmm(W, layer.basis, layer.basis.T @ E, alpha=-1, out=self.R[layer.rows])
-
-    def _sparse(self, copy: torch.Tensor) -> None:
-        """T = copy + V / rho and its support; turns `copy` into E = Wt - copy."""
+            E = torch.addmm(self.L, Z, self.M, alpha=-1)
+        for layers in self.ranked.values():
+            self._low_rank(E, layers)
         patterns = {layer.pattern for layer in self.layers}
-        if len(patterns) == 1 and isinstance(pattern := patterns.pop(), NM):
-            step = _compiled(_sparse_rows) if self._fused else _sparse_rows
-            for rows in self._chunks():
-                step(self.T[rows], self.mask[rows], copy[rows], self.W[rows], pattern)
-            return
+        shared = patterns.pop() if len(patterns) == 1 else None
+        pattern = shared if isinstance(shared, NM) else None
         for rows in self._chunks():
-            _sparse_rows(self.T[rows], self.mask[rows], copy[rows], self.W[rows], None)
-        for layer in self.layers:
-            self.mask[layer.rows] = layer.pattern.near_mask(self.T[layer.rows].abs())
+            self._fused(_sparse)(self.T[rows], self.mask[rows], self.W[rows], E[rows], pattern)
+        if pattern is None:
+            for layer in self.layers:
+                self.mask[layer.rows] = layer.pattern.near_mask(self.T[layer.rows].abs())
 
-    @property
-    def _fused(self) -> bool:
-        return self.W.is_cuda and self.W.numel() > LARGE
+    def _low_rank(self, E: torch.Tensor, layers: list[_Layer]) -> None:
+        """L = P P^T E after one subspace step on E G E^T, for layers of one rank."""
+        parts = [E[layer.rows] for layer in layers]
+        with self._products():
+            seen = torch.cat([part.T @ layer.basis for part, layer in zip(parts, layers, strict=True)], 1)
+            seen = (self.gram.matrix @ seen).split(layers[0].rank, 1)
+            spans = [part @ own for part, own in zip(parts, seen, strict=True)]
+        for layer, part, basis in zip(layers, parts, orthonormalise(spans), strict=True):
+            layer.basis.copy_(basis)
+            with self._products():
+                torch.mm(basis, basis.T @ part, out=self.L[layer.rows])
+
+    def _fused(self, function: Callable) -> Callable:
+        return _compiled(function) if self.W.is_cuda else function
 
     def _chunks(self) -> list[slice]:
         rows = len(self.W) if self.W.is_cuda else max(CHUNK // self.W.shape[1], 1)
@@ -164,25 +178,28 @@ class Admm:
     def _prefers_fp32(self) -> bool:
         """Whether TF32 rounding of the product would show in the objective: ill-conditioned Gram matrices."""
         rows = slice(0, min(len(self.W), 256))
-        Z = _correction(self.T[rows], self.mask[rows], self.R[rows], self._rho)
+        T, mask, W, L = self.T[rows], self.mask[rows], self.W[rows], self.L[rows]
+        Z = _correction(T, mask, W, L, self._rho)
         exact = Z @ self.M
         with matmuls("high"):
             rounding = Z @ self.M - exact
-        error = self.R[rows] - torch.where(self.mask[rows], self.T[rows], 0)
+        error = W - L - torch.where(mask, T, 0)
         allowed = TF32_ERROR * squared_error(error, self.gram.matrix)
         return squared_error(rounding, self.gram.matrix) > allowed
 
 
-def _correction(T: torch.Tensor, mask: torch.Tensor, R: torch.Tensor, rho: torch.Tensor) -> torch.Tensor:
-    """rho (D - R) - V."""
-    return torch.where(mask, T, -T).sub_(R).mul_(rho)
+def _correction(
+    T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, L: torch.Tensor, rho: torch.Tensor
+) -> torch.Tensor:
+    """Z = rho (D + L - W) - V."""
+    return torch.where(mask, T, -T).sub_(W).add_(L).mul_(rho)
 
 
-def _sparse_rows(
-    T: torch.Tensor, mask: torch.Tensor, copy: torch.Tensor, W: torch.Tensor, pattern: NM | None
+def _sparse(
+    T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, E: torch.Tensor, pattern: NM | None
 ) -> None:
-    T.masked_fill_(mask, 0.0).add_(copy)
-    copy.neg_().add_(W)
+    """T = W - E + V / rho and, under N:M, its support."""
+    T.masked_fill_(mask, 0.0).add_(W).sub_(E)
     if pattern is not None:
         mask.copy_(pattern.mask(T.abs()))
 

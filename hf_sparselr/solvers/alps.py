@@ -17,6 +17,8 @@ from ..checks import check_integer, check_number, check_numbers
 from ..gram import ScaledGram
 from ..patterns import Pattern
 from . import threebasil
+from .admm import Admm
+from .base import Repeated
 
 MIN_ITERATIONS = 30
 
@@ -51,7 +53,26 @@ def prune(
     Wt: torch.Tensor, gram: ScaledGram, pattern: Pattern, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """See `pruners.Pruner.prune`. `stats` also holds the last rho and the precision of the large products."""
-    schedule = threebasil.Options(
+    schedule = _schedule(options)
+    S, mask, _, stats = next(threebasil.decompose([Wt], gram, [pattern], [0], schedule, seed=0))
+    return S, mask, stats
+
+
+def repeated(gram: ScaledGram, pattern: Pattern, options: Options) -> Repeated:
+    """See `pruners.Pruner.repeated`: one `Admm` serves all weights."""
+    schedule, admm = _schedule(options), None
+
+    def again(Wt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal admm
+        if admm is None:
+            admm = Admm([Wt.clone()], gram, [pattern], [0], schedule.rho, 0, schedule.precision)
+        return next(threebasil.decompose([Wt], gram, [pattern], [0], schedule, seed=0, admm=admm))[:2]
+
+    return again
+
+
+def _schedule(options: Options) -> threebasil.Options:
+    return threebasil.Options(
         rho=options.rho,
         check_every=options.check_every,
         growth=options.growth,
@@ -60,5 +81,3 @@ def prune(
         refit_rounds=1,
         cg_steps=options.cg_steps,
     )
-    S, mask, _, stats = next(threebasil.decompose([Wt], gram, [pattern], [0], schedule, seed=0))
-    return S, mask, stats

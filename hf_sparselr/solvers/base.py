@@ -1,10 +1,14 @@
 """What every solver takes and returns."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from ..gram import ScaledGram, squared_error
+
+# One weight Wt after another of the same shape -> (S, mask); see `pruners.Pruner`.
+Repeated = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -47,17 +51,19 @@ def range_step(error: torch.Tensor, gram: torch.Tensor, basis: torch.Tensor) -> 
     return torch.linalg.qr(error @ (gram @ (error.T @ basis))).Q
 
 
-def orthonormalise(Y: torch.Tensor) -> torch.Tensor:
-    """Cholesky QR of normalised columns: (out, r), spanning what Y (out, r) spans.
+def orthonormalise(spans: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Cholesky QR of normalised columns: for every Y (out_i, r) an (out_i, r) that spans what Y spans.
 
-    A few kernels where a QR factorisation takes many, for columns that are far from dependent, as in a warm-started
-    iteration. Dependent columns come out short: never long, never NaN.
+    A few kernels for all of them where a QR factorisation takes many for one, for columns that are far from dependent,
+    as in a warm-started iteration. Dependent columns come out short: never long, never NaN.
     """
-    Y = Y / Y.norm(dim=0).clamp(min=torch.finfo(Y.dtype).tiny)
-    C = Y.T @ Y
-    C.diagonal().add_(10 * torch.finfo(Y.dtype).eps * len(C))  # above the rounding errors of C
-    factor = torch.linalg.cholesky_ex(C).L
-    return torch.linalg.solve_triangular(factor, Y.T, upper=False).T
+    spans = [Y / Y.norm(dim=0).clamp(min=torch.finfo(Y.dtype).tiny) for Y in spans]
+    C = torch.stack([Y.T @ Y for Y in spans])
+    rounding = 10 * torch.finfo(C.dtype).eps * C.shape[-1]
+    identity = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+    factors = torch.linalg.cholesky_ex(torch.add(C, identity, alpha=rounding)).L
+    inverses = torch.linalg.solve_triangular(factors, identity, upper=False)
+    return [Y @ inverse.T for Y, inverse in zip(spans, inverses.unbind(), strict=True)]
 
 
 def start_basis(

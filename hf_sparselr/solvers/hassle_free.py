@@ -56,13 +56,12 @@ def solve(
         The best iterate, with the `stats` of `alternate`.
     """
     Wt = scaled(weight, gram)
-    prune = PRUNERS[options.pruner].prune
     S, mask, basis, stats = alternate(
         Wt,
         gram,
         rank,
         options.iterations,
-        prune=lambda target: prune(target, gram, pattern, options.pruner_options)[:2],
+        prune=PRUNERS[options.pruner].repeated(gram, pattern, options.pruner_options),
         fit=lambda error, _: exact_basis(error, gram, rank),
     )
     result = unscale(S, mask, basis, Wt - S, gram)

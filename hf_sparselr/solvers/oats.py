@@ -52,7 +52,7 @@ def solve(
         a thousandth), scaled_error = ||(W - S - L) D||_F^2, objective.
     """
     Wt = scaled(weight, gram)
-    S, L, basis, last = torch.zeros_like(Wt), 0.0, None, math.inf
+    S, L, basis, errors = torch.zeros_like(Wt), 0.0, None, [math.inf]
     iterations = options.iterations if rank else 1
     for _ in range(iterations):
         E = Wt - S
@@ -62,14 +62,13 @@ def solve(
         target = Wt - L
         mask = compared_mask(target.abs(), pattern, options.compare)
         S = target * mask
-        error = float((target - S).square().sum(dtype=torch.float64))
-        converged = not rank or settled(last, error)
-        last = error
+        errors.append((target - S).square().sum(dtype=torch.float64))  # read at the end: nothing waits for it
+    last, error = map(float, errors[-2:])
     result = unscale(S, mask, basis, E, gram)
     objective = squared_error(target - S, gram.matrix)
     result.stats = {
         "iterations": iterations,
-        "converged": converged,
+        "converged": not rank or settled(last, error),
         "scaled_error": error,
         "objective": objective,
     }

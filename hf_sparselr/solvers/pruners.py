@@ -9,7 +9,7 @@ import torch
 from ..gram import ScaledGram
 from ..patterns import Pattern
 from . import alps, magnitude, sparsegpt, wanda
-from .base import Decomposition, scaled, unscale
+from .base import Decomposition, Repeated, scaled, unscale
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,18 @@ class Pruner:
             FP32 is W * gram.scale with zeros at dead inputs, S (out, in) FP32 is zero outside the bool mask, and
             stats holds iterations, converged, objective = tr((Wt - S) G (Wt - S)^T) and the pruner's own.
         options: see the pruner's file.
+        repeated: (gram, pattern, options) -> Wt -> (S, mask), `prune` for weights of one shape after another: what
+            they have in common is made once.
     """
 
     prune: Callable[..., tuple[torch.Tensor, torch.Tensor, dict]]
     options: type
+    repeated: Callable[..., Repeated] | None = None
 
 
 PRUNERS: dict[str, Pruner] = {
-    "sparsegpt": Pruner(sparsegpt.prune, sparsegpt.Options),
-    "alps": Pruner(alps.prune, alps.Options),
+    "sparsegpt": Pruner(sparsegpt.prune, sparsegpt.Options, sparsegpt.repeated),
+    "alps": Pruner(alps.prune, alps.Options, alps.repeated),
     "wanda": Pruner(wanda.prune, wanda.Options),
     "magnitude": Pruner(magnitude.prune, magnitude.Options),
 }

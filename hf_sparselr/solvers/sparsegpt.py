@@ -4,23 +4,23 @@ Columns are fixed in their natural order. Removing w_j costs w_j^2 / [F^-1]_jj, 
 columns from j on, and is made up for by w_k -= w_j [F^-1]_jk / [F^-1]_jj in the columns k > j. Every such row of
 F^-1 is a row of one upper triangular U with U^T U = G^-1, up to a factor U_jj (section 3.2, Algorithm 1).
 
-U here is the inverse of the upper triangular R with R R^T = G, a Cholesky factorisation from the last column to
-the first: the same U without the inverse of G, whose rounding errors would enter twice.
+Within a block a column takes up what was removed before it only when its turn comes, by one product of a matrix and
+a vector: two small kernels a column. Between columns nothing waits for the host, so that all of it can be replayed.
 
 The paper damps by 1% of the mean diagonal; the damping of the Gram matrix takes that place. Where it is (0, 0)
-and G is singular, the smallest power of ten is added to the diagonal that leaves every pivot above rounding
-(`stats["jitter"]`, for a unit diagonal).
+and G is singular, some jitter is added (`stats["jitter"]`, see `ScaledGram.inverse_factor`).
 """
 
-import itertools
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..checks import check_integer
 from ..gram import ScaledGram
+from ..graphed import Graphed
 from ..patterns import NM, Pattern, top_mask
-from .base import one_shot
+from .base import Repeated, one_shot
 
 
 @dataclass(frozen=True)
@@ -43,57 +43,67 @@ def prune(
     Wt: torch.Tensor, gram: ScaledGram, pattern: Pattern, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """See `pruners.Pruner.prune`. `stats` also holds the jitter."""
-    U, jitter = inverse_factor(gram.matrix)
-    S, mask = Wt.clone(), torch.empty_like(Wt, dtype=torch.bool)
-    inputs, block, span = Wt.shape[1], options.block, options.block
-    if isinstance(pattern, NM):
-        block, span = max(block - block % pattern.m, pattern.m), pattern.m
-    for first in range(0, inputs, block):
-        columns = slice(first, min(first + block, inputs))
-        choose = _chooser(pattern, Wt.shape, first)
-        fixed, chosen, removed = _fix(S[:, columns], U[columns, columns], span, choose)
-        S[:, columns], mask[:, columns] = fixed, chosen
-        S[:, columns.stop :] -= removed @ U[columns, columns.stop :]
-    return one_shot(S, mask, Wt, gram, jitter=jitter)
+    S, mask = repeated(gram, pattern, options)(Wt)
+    return one_shot(S, mask, Wt, gram, jitter=gram.inverse_factor[1])
 
 
-def _chooser(pattern: Pattern, shape: tuple[int, int], first: int):
-    """Scores (out, width) of the columns from `first` on -> their mask."""
-    if isinstance(pattern, NM):
-        return pattern.mask
-
-    def choose(scores: torch.Tensor) -> torch.Tensor:
-        # running totals in proportion to the columns: the blocks add up to the layer's exact number
-        before, after = (pattern.kept(shape) * n // shape[1] for n in (first, first + scores.shape[1]))
-        return top_mask(scores, after - before)
-
-    return choose
-
-
-def _fix(W: torch.Tensor, U: torch.Tensor, span: int, choose):
-    """Prunes one block of columns (out, width): the fixed columns, their mask, and removed weights / U_jj."""
-    W = W.T.contiguous()  # columns are worked on one at a time
-    fixed, removed = torch.empty_like(W), torch.empty_like(W)
-    mask = torch.empty_like(W, dtype=torch.bool)
+def repeated(gram: ScaledGram, pattern: Pattern, options: Options) -> Repeated:
+    """See `pruners.Pruner.repeated`."""
+    U, _ = gram.inverse_factor
     pivots = U.diagonal()[:, None]
-    for j in range(len(W)):
-        if j % span == 0:
-            group = slice(j, j + span)
-            mask[group] = choose((W[group] / pivots[group]).square().T).T
-        fixed[j] = W[j] * mask[j]
-        removed[j] = (W[j] - fixed[j]) / pivots[j]
-        W[j + 1 :].addr_(U[j, j + 1 :], removed[j], alpha=-1)
-    return fixed.T, mask.T, removed.T
+    # entry (k, j): what column k makes up for a unit that is removed from column j
+    shares = (U / pivots).T.contiguous()
+    return Graphed(lambda Wt: _prune(Wt, shares, pivots, pattern, options.block), U.device)
 
 
-def inverse_factor(G: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Upper triangular U with U^T U = (G + jitter I)^-1, and the jitter.
+def _prune(
+    Wt: torch.Tensor, shares: torch.Tensor, pivots: torch.Tensor, pattern: Pattern, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Algorithm 1: (S, mask), both (out, in)."""
+    W = Wt.T.clone(memory_format=torch.contiguous_format)  # columns are worked on one at a time
+    mask, span = torch.empty_like(W, dtype=torch.bool), block
+    if isinstance(pattern, NM):
+        span, block = pattern.m, max(block - block % pattern.m, pattern.m)
+    for columns in _split(len(W), block):
+        choose = _chooser(pattern, Wt.shape, columns)
+        mask[columns], removed = _fix(W[columns], shares[columns, columns], pivots[columns], span, choose)
+        behind = slice(columns.stop, None)
+        W[behind].addmm_(shares[behind, columns], removed, alpha=-1)
+    return (W * mask).T.contiguous(), mask.T.contiguous()
 
-    Args:
-        G: (n, n), symmetric, positive semidefinite up to rounding, unit diagonal.
-    """
-    identity = torch.eye(len(G), dtype=G.dtype, device=G.device)
-    for jitter in itertools.chain([0.0], (10.0**power for power in itertools.count(-7))):
-        R, failed = torch.linalg.cholesky_ex((G + jitter * identity).flip(0, 1))
-        if not failed and float(R.diagonal().square().min()) > torch.finfo(G.dtype).eps:
-            return torch.linalg.solve_triangular(R.flip(0, 1), identity, upper=True), jitter
+
+def _split(size: int, width: int) -> list[slice]:
+    return [slice(first, min(first + width, size)) for first in range(0, size, width)]
+
+
+def _chooser(pattern: Pattern, shape: tuple[int, int], columns: slice):
+    """Scores (width, out) of some columns of a layer (out, in) -> their mask."""
+    if isinstance(pattern, NM):
+        return partial(_largest, n=pattern.n)
+    # running totals in proportion to the columns: the blocks add up to the layer's exact number
+    before, after = (pattern.kept(shape) * end // shape[1] for end in (columns.start, columns.stop))
+    return partial(top_mask, kept=after - before)
+
+
+def _largest(scores: torch.Tensor, n: int) -> torch.Tensor:
+    """`NM.mask` for one group, in a few kernels: the `n` largest of (m, out) along the first dimension."""
+    first = torch.ones(len(scores), len(scores), dtype=torch.bool, device=scores.device).triu(1)[..., None]
+    wins = torch.where(first, scores[:, None] >= scores, scores[:, None] > scores)
+    return wins.sum(0) < n
+
+
+def _fix(W: torch.Tensor, shares: torch.Tensor, pivots: torch.Tensor, span: int, choose):
+    """Fixes a block of columns (width, out), in place: their mask, and what is removed from them."""
+    mask, removed = torch.empty_like(W, dtype=torch.bool), torch.empty_like(W)
+    for group in _split(len(W), span):
+        if group.start:
+            before = slice(0, group.start)
+            W[group].addmm_(shares[group, before], removed[before], alpha=-1)
+        mask[group] = choose((W[group] / pivots[group]).square())
+        torch.logical_not(mask[group], out=removed[group])
+        for j in range(group.start, group.stop):
+            if j > group.start:
+                fixed = slice(group.start, j)
+                W[j].addmv_(removed[fixed].T, shares[j, fixed], alpha=-1)
+            removed[j].mul_(W[j])
+    return mask, removed

@@ -1,8 +1,8 @@
 """3BASiL's iteration as published (arXiv 2603.01376, section 3): the form to reproduce and to compare with.
 
 Every step solves for the dense copy, (G + rho I)^-1 (G (Wt - L) - V + rho D), with two large FP32 products, factorises
-G + rho I anew for every rho, and takes the low-rank block from a randomised SVD of E G^(1/2), five columns wider than
-the rank. `admm` reaches the same fixed points with one product.
+G + rho I anew for every rho, and takes the low-rank block in closed form from the singular vectors of E G^(1/2).
+`admm` reaches the same fixed points with one product.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,7 @@ import torch
 
 from ..gram import ScaledGram
 from ..patterns import Pattern, project
-from .base import start_basis
-
-SPARE_COLUMNS = 5
-POWER_STEPS = 2
+from .base import exact_basis
 
 
 class TextbookAdmm:
@@ -23,9 +20,9 @@ class TextbookAdmm:
     precision = "fp32"
 
     def __init__(
-        self, weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, rho: float, seed: int
+        self, weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, rho: float
     ) -> None:
-        self.W, self.gram, self.pattern, self.rank, self.seed = weight, gram, pattern, rank, seed
+        self.W, self.gram, self.pattern, self.rank = weight, gram, pattern, rank
         self.kept = pattern.kept(weight.shape)
         self.basis = None
         self.restart(rho)
@@ -52,14 +49,8 @@ class TextbookAdmm:
     def _step(self) -> None:
         copy = ((self.W - self.L) @ self.gram.matrix - self.V + self.rho * self.D) @ self.inverse
         if self.rank:
-            self._low_rank(self.W - copy)
+            error = self.W - copy
+            self.basis = exact_basis(error, self.gram, self.rank)
+            self.L = self.basis @ (self.basis.T @ error)
         self.D, self.mask = project(copy + self.V / self.rho, self.pattern)
         self.V = self.V + self.rho * (copy - self.D)
-
-    def _low_rank(self, error: torch.Tensor) -> None:
-        width = min(self.rank + SPARE_COLUMNS, *error.shape)
-        wide = start_basis(error, self.gram.matrix, width, self.seed, POWER_STEPS)
-        small = wide.T @ error
-        _, vectors = torch.linalg.eigh(small @ self.gram.matrix @ small.T)  # in ascending order
-        self.basis = wide @ vectors[:, -self.rank :]
-        self.L = self.basis @ (self.basis.T @ error)

@@ -12,12 +12,14 @@ import torch
 from ..checks import check_choice, check_integer, check_number, check_numbers
 from ..gram import ScaledGram, squared_error
 from ..patterns import Pattern
+from ..precision import matmuls
 from ..timing import Phases
 from .admm import Admm
 from .base import Decomposition, range_step, scaled, unscale
 from .textbook import TextbookAdmm
 
 MAX_RESTARTS = 3
+SETTLED = 1e-4  # share of the objective: a refit round that gains less is the last
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,11 @@ class Options:
         tolerance: stop once the change is below this share ...
         min_iterations: ... and at least so many iterations have run.
         max_iterations: stop here in any case; `stats["converged"]` then is False.
-        refit_rounds: rounds of (low-rank fit, CG on the fixed support) at the end.
+        refit_rounds: rounds of (low-rank fit, CG on the fixed support) at the end, at most: they end with one that
+            lowers the objective by less than 1e-4 of it.
         cg_steps: conjugate gradient steps a round.
-        precision: of the large product on a GPU: "tf32", "fp32", or "auto", which takes TF32 unless its rounding
-            would show in the objective.
+        precision: of the large products on a GPU: "tf32", "fp32", or "auto", which takes TF32 for large layers unless
+            its rounding would show in the objective.
     """
 
     form: str = "one-product"
@@ -116,26 +119,35 @@ def decompose(
     ranks: list[int],
     options: Options,
     seed: int,
+    admm: Admm | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict]]:
-    """`solve_group` in scaled coordinates: (S, mask, basis, stats), where B A is basis @ (basis^T (Wt - S))."""
+    """`solve_group` in scaled coordinates: (S, mask, basis, stats), where B A is basis @ (basis^T (Wt - S)).
+
+    `admm` is one for weights of these shapes, patterns and ranks: it is used again, with its graphs.
+    """
     if options.form == "textbook" and len(weights) > 1:
         for Wt, pattern, rank in zip(weights, patterns, ranks, strict=True):
             yield from decompose([Wt], gram, [pattern], [rank], options, seed)
         return
     phases = Phases(gram.matrix.device, memory=False)
     with phases("factorisation"):
-        if options.form == "textbook":
-            admm = TextbookAdmm(weights[0], gram, patterns[0], ranks[0], options.rho, seed)
+        if admm is not None:
+            admm.retarget(weights, options.rho)
+        elif options.form == "textbook":
+            admm = TextbookAdmm(weights[0], gram, patterns[0], ranks[0], options.rho)
         else:
             admm = Admm(weights, gram, patterns, ranks, options.rho, seed, options.precision)
     stats = _iterate(admm, options, phases)
-    layers = list(admm.result())
+    layers, precision = list(admm.result()), "high" if admm.precision == "tf32" else "highest"
     shared = {name: seconds / len(layers) for name, seconds in phases.seconds.items()}
     del admm
     for Wt, (D, mask, basis) in zip(weights, layers, strict=True):
         phases = Phases(gram.matrix.device, memory=False)
         with phases("refit"):
-            S, basis, objective = _refit(Wt, D, mask, basis, gram.matrix, options)
+            with matmuls(precision):
+                S, basis = _refit(Wt, D, mask, basis, gram.matrix, options)
+            E = Wt - S
+            objective = squared_error(E if basis is None else E - basis @ (basis.T @ E), gram.matrix)
         yield S, mask, basis, {**stats, "objective": objective, "phases": {**shared, **phases.seconds}}
 
 
@@ -165,7 +177,7 @@ def _iterate(admm: Admm | TextbookAdmm, options: Options, phases: Phases) -> dic
 
 def _refit(Wt, S, mask, basis, G, options: Options):
     """Alternates the low-rank fit given S and CG on S given its support: the objective never rises."""
-    best, L = None, torch.zeros_like(Wt)
+    last, L = math.inf, torch.zeros_like(Wt)
     for round_ in range(options.refit_rounds + 1):
         if round_:
             S = refine_on_support(S, Wt - L, mask, G, options.cg_steps)
@@ -174,9 +186,10 @@ def _refit(Wt, S, mask, basis, G, options: Options):
             basis = range_step(E, G, basis)
             L = basis @ (basis.T @ E)
         objective = squared_error(E - L, G)
-        if best is None or objective < best[-1]:
-            best = (S, basis, objective)
-        elif not math.isfinite(objective) or objective > best[-1] * (1 - 1e-6):
+        if round_ and not objective < last:
+            break
+        best, gained, last = (S, basis), last - objective, objective
+        if gained < SETTLED * objective:
             break
     return best
 
