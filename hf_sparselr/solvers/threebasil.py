@@ -12,8 +12,8 @@ relative to that of the authors' code, a geometric mean; iterations are those of
     rho 0.03, growth (1.09, 1.045, 1.018): "default"    0.969    5730
     rho 0.03, growth (1.05, 1.025, 1.01), tolerance 1e-4: "high"    0.943
 
-Dead ends. Over-relaxing the dense copy by 1.3 or 1.6 raises the objective by 1.3% or 4% (q, o), under-relaxing by 0.4 to
-0.8 lowers it by 0.7% at most. The exact low-rank fit in every step, as published, is no better than one warm-started
+Dead ends. Over-relaxing the dense copy by 1.3 or 1.6 raises the objective by 1.3% or 4% (q, o), under-relaxing by 0.4
+to 0.8 lowers it by 0.7% at most. The exact low-rank fit in every step, as published, is no better than one warm-started
 subspace step (0.998 against 0.983 on q) and costs an eigendecomposition. The refit has its gain in two rounds: all
 later ones together are below 1e-4. A first rho of 0.3 was 1 to 18% worse, so was a start from D = 0.
 """
