@@ -69,7 +69,10 @@ def run(args: argparse.Namespace) -> None:
 def synthetic_model(
     preset: str, blocks: int, device: str, dtype: torch.dtype = torch.bfloat16
 ) -> LlamaForCausalLM:
-    """Seeded random weights, drawn on the device, for it is faster; embeddings of a decaying spectrum, so that inputs are correlated as real ones are."""
+    """Seeded random weights, drawn on the device, for it is faster. On the CPU.
+
+    The embeddings' spectrum decays, so that inputs are correlated as real ones are.
+    """
     shape = {**PRESETS[preset], "num_hidden_layers": blocks, "vocab_size": VOCABULARY}
     torch.manual_seed(0)
     with torch.device(device):

@@ -24,11 +24,11 @@ KERNELS = ("auto", "packed", "dense")
 VARIABLE = "HF_SPARSELR_KERNEL"
 
 _Optional = torch.Tensor | None
+_TRITON = importlib.util.find_spec("triton") is not None  # looked up here: torch.compile cannot trace into it
 
 
-@functools.cache
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 @torch.library.custom_op("hf_sparselr::linear", mutates_args=())
