@@ -194,7 +194,7 @@ def draw(curves: dict[str, list], references: dict[str, float], path: str) -> No
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = panels = figure.subplots(1, 2)  # everything, and what is below the compressed model's
+    left, right = panels = figure.subplots(1, 2)  # everything, and where the runs end
     for axes in panels:
         for label, points in curves.items():
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
@@ -202,7 +202,8 @@ def draw(curves: dict[str, list], references: dict[str, float], path: str) -> No
             axes.axhline(value, color="grey", linestyle=":" if label == "dense" else "--", label=label)
         axes.set(xlabel="step", ylabel="perplexity on the test text", yscale="log")
     lowest = min(value for points in curves.values() for _, value in points)
-    right.set(ylim=(lowest * 0.99, references["compressed"] * 1.02), yscale="linear")
+    ends = max(points[-1][1] for points in curves.values())
+    right.set(ylim=(lowest * 0.99, min(references["compressed"] * 1.02, 2 * ends)), yscale="linear")
     left.legend()
     figure.savefig(path, dpi=150)
 
@@ -233,7 +234,7 @@ def main() -> None:
             curve = curves[label] = train(model, data, tokenizer, args, lr, score)
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
             back = (before - curve[-1][1]) / (before - references.get("dense", float("nan")))
-            share = f"{back:.0%}" if back > 0 else "-"  # also where the dense model is not known
+            share = f"{back:.0%}" if 0 < back <= 1 else ">100%" if back > 1 else "-"  # or dense is not known
             rows.append((label, f"{count:,}", f"{curve[0][1]:.3f}", f"{curve[-1][1]:.3f}", share))
             print("  ".join(rows[-1]), flush=True)
     print("\n" + ", ".join(f"{label}: {value:.3f}" for label, value in references.items()) + "\n")
