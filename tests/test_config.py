@@ -217,6 +217,7 @@ INVALID = [
     ("overrides", [], TypeError, "{regex: {sparsity, rank, skip}}"),
     ("overrides", "q_proj", TypeError, "{regex: {sparsity, rank, skip}}"),
     ("on_incompatible", "warn", ValueError, "'error', 'skip'"),
+    ("activations", "disk", ValueError, "'device', 'host'"),
     ("solver", "fast", TypeError, "a dict or hf_sparselr.solvers.threebasil.Options"),
     ("solver", TMOptions(), TypeError, "a dict or hf_sparselr.solvers.threebasil.Options"),
     ("tm", 20, TypeError, "a dict or hf_sparselr.matching.TMOptions"),

@@ -73,6 +73,18 @@ def test_blocks_are_worked_on_the_gpu_while_the_model_stays_on_the_cpu(precision
         assert parse("2:4").allows(unpack_mask(layer.mask, layer.in_features))
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_hidden_states_on_the_host_change_nothing(precision):
+    models = [
+        hf_sparselr.compress(tiny(), settings(device="cuda", activations=where, tm={"precision": precision}))
+        for where in ("device", "host")
+    ]
+    for (name, here), there in zip(
+        models[0].state_dict().items(), models[1].state_dict().values(), strict=True
+    ):
+        assert torch.equal(here, there), name
+
+
 def test_compress_on_load_on_the_gpu_and_reload(tmp_path):
     tiny(torch.bfloat16).save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(

@@ -11,7 +11,14 @@ from torch import nn
 
 from hf_sparselr.blocks import find_stacks, record_calls, replay
 from hf_sparselr.gram import GramAccumulator, ScaledGram
-from hf_sparselr.matching import TMOptions, WorkingLinear, match_block, mean_squared_error, trainable
+from hf_sparselr.matching import (
+    TMOptions,
+    WorkingLinear,
+    match_block,
+    mean_squared_error,
+    resolve_precision,
+    trainable,
+)
 from hf_sparselr.patterns import NM
 from hf_sparselr.solvers import METHODS, Decomposition
 from hf_sparselr.solvers.threebasil import Options
@@ -102,6 +109,13 @@ def test_lowers_the_error_and_keeps_the_zeros(rank: int, precision: str) -> None
     assert f"{DENSE}.weight" not in moved
     if rank:
         assert {"mlp.up_proj.A", "mlp.up_proj.B"} <= moved
+
+
+@pytest.mark.parametrize(("width", "precision"), [(2048, "tf32"), (2049, "bf16")])
+def test_auto_takes_bf16_for_large_layers(width: int, precision: str) -> None:
+    block = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(width, width, device="meta"))
+    assert resolve_precision(TMOptions(precision="auto"), block).precision == precision
+    assert resolve_precision(TMOptions(precision="fp32"), block).precision == "fp32"
 
 
 def test_start_is_measured_before_anything_moves() -> None:
