@@ -10,6 +10,8 @@ from functools import cached_property
 
 import torch
 
+from .precision import product
+
 KEPT_INVERSES = 2**25  # entries, 128 MiB
 
 
@@ -116,14 +118,14 @@ class ScaledGram:
         return (vectors / (values + rho)) @ vectors.T
 
 
-def shift_inverse(M: torch.Tensor, delta: float) -> torch.Tensor:
-    """(A + delta I)^-1 from M = A^-1: four terms of its Neumann series, by two products.
+def shift_inverse(M: torch.Tensor, delta: float, precision: str = "fp32") -> torch.Tensor:
+    """(A + delta I)^-1 from M = A^-1: four terms of its Neumann series, by two products, see `precision.product`.
 
     The relative error is at most ||delta M||^4, and rounding acts on delta M only.
     """
-    square = M @ M
+    square = product(M, M, precision)
     two_terms = torch.add(M, square, alpha=-delta)
-    return torch.addmm(two_terms, square, two_terms, alpha=delta**2)
+    return product(square, two_terms, precision).mul_(delta**2).add_(two_terms)
 
 
 def squared_error(error: torch.Tensor, gram: torch.Tensor) -> float:

@@ -20,6 +20,14 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
             yield
 
 
+def product(left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Tensor:
+    """left @ right of FP32 matrices in "fp32", "tf32", or on CUDA "bf16": rounded factors, FP32 sums."""
+    if precision == "bf16":
+        return torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32)
+    with matmuls("high" if precision == "tf32" else "highest"):
+        return left @ right
+
+
 @contextmanager
 def matmuls(precision: str) -> Iterator[None]:
     """FP32 matrix products in full ("highest"), or on the TF32 units of devices that have them ("high").

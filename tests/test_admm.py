@@ -348,9 +348,10 @@ def test_a_machine_without_a_compiler_runs_the_steps_as_they_are(tmp_path) -> No
     code = """
 import torch
 from hf_sparselr.solvers.admm import _compiled, _correction
-T, W, L, rho = torch.randn(4, 8), torch.randn(4, 8), torch.randn(4, 8), torch.tensor(0.1)
+T, W, L = torch.randn(3, 4, 8)
+given = T, T > 0, W, L, torch.tensor(0.1), torch.float32
 for _ in range(2):
-    assert torch.equal(_compiled(_correction)(T, T > 0, W, L, rho), _correction(T, T > 0, W, L, rho))
+    assert torch.equal(_compiled(_correction)(*given), _correction(*given))
 """
     environment = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -50,6 +50,37 @@ def test_the_solver_agrees_with_the_cpu(sparsity):
     assert objectives[1] == pytest.approx(objectives[0], rel=0.02)
 
 
+@pytest.mark.parametrize("sparsity", ["2:4", 0.5])
+def test_rounding_the_large_product_does_not_show(sparsity):
+    inputs = torch.randn(4096, 2048, device="cuda") * torch.logspace(-1, 1, 2048, device="cuda")
+    gram, weight = ScaledGram(inputs.T @ inputs), torch.randn(2304, 2048, device="cuda")
+    method = METHODS["3basil"]
+    found = {
+        precision: method.solve(weight, gram, parse(sparsity), 16, method.options(precision=precision)).stats
+        for precision in ("fp32", "tf32", "bf16", "auto")
+    }
+    assert found["auto"]["precision"] == "bf16"
+    for stats in found.values():
+        assert stats["objective"] == pytest.approx(found["fp32"]["objective"], rel=0.01)
+
+
+def test_an_ill_conditioned_gram_matrix_is_not_rounded():
+    inputs = torch.randn(1024, 2048, device="cuda") * torch.logspace(-4, 4, 2048, device="cuda")
+    inputs = inputs @ torch.linalg.qr(torch.randn(2048, 2048, device="cuda")).Q
+    weight, method = torch.randn(2304, 2048, device="cuda"), METHODS["3basil"]
+    objectives = [
+        method.solve(
+            weight,
+            ScaledGram(inputs.T @ inputs, (0.0, 1e-8)),
+            parse("2:4"),
+            16,
+            method.options(precision=precision, rho=1e-4, max_iterations=200),
+        ).stats["objective"]
+        for precision in ("fp32", "auto")
+    ]
+    assert objectives[1] < 1.03 * objectives[0]
+
+
 def test_the_solver_is_deterministic():
     weight = torch.randn(96, 64, device="cuda")
     inputs = torch.randn(512, 64, device="cuda")

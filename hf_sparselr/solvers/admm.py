@@ -1,8 +1,8 @@
 """The iteration of 3BASiL (arXiv 2603.01376, section 3) for layers that share a Gram matrix, one product a step.
 
 With M = (G + rho I)^-1 and Z = rho (D + L - Wt) - V the dense copy's update (G + rho I)^-1 (G (Wt - L) - V + rho D) is
-Wt - L + Z M, because M G = I - rho M: one large product, and a correction that is small next to Wt, so that TF32 is
-accurate enough for it. What the copy leaves of Wt is E = L - Z M.
+Wt - L + Z M, because M G = I - rho M: one large product, and a correction that is small next to Wt, so that factors
+rounded to BF16 are accurate enough for it. What the copy leaves of Wt is E = L - Z M.
 
 D lives on the support and the dual V = rho (T - D) off it, so one matrix T = copy + V / rho holds both. Rows of all
 layers of a group are stacked: they share the product and the penalty, and only the low-rank step and unstructured
@@ -17,12 +17,12 @@ import torch
 
 from ..gram import ScaledGram, shift_inverse, squared_error
 from ..patterns import NM, Pattern, project
-from ..precision import LARGE, matmuls
+from ..precision import LARGE, matmuls, product
 from .base import orthonormalise, start_basis
 
 CHUNK = 2**16  # weights that stay in a core's cache between the elementwise passes of a step on the CPU
 LARGEST_SHIFT = 1.15  # a larger factor for rho takes a new factorisation
-TF32_ERROR = 2e-3  # share of the objective that rounding the product to TF32 may add
+ROUNDING = 2e-3  # share of the objective that rounding the product's factors may add
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Admm:
         patterns, ranks: one a layer.
         rho: first penalty.
         seed: of the first low-rank bases.
-        precision: of the large product on CUDA: "tf32", "fp32" or "auto" (TF32 for large layers, unless its rounding
-            would show).
+        precision: of the large product on CUDA: "bf16", "tf32", "fp32" or "auto": for large layers the first of these
+            whose rounding would not show.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Admm:
     ) -> None:
         self.W = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.gram = gram
-        # Bound by launches, small products gain nothing from TF32.
+        # Bound by launches, small products gain nothing from less.
         plain = not self.W.is_cuda or (precision == "auto" and self.W.numel() <= LARGE)
-        self.precision = "fp32" if plain else precision
+        self._undecided = precision == "auto" and not plain  # until the first steps have been taken
         self.layers: list[_Layer] = []
         first = 0
         for weight, pattern, rank in zip(weights, patterns, ranks, strict=True):
@@ -74,6 +74,8 @@ class Admm:
         self.mask = torch.empty_like(self.W, dtype=torch.bool)
         self.T, self.L = torch.empty_like(self.W), torch.empty_like(self.W)
         self.M = torch.empty_like(gram.matrix)
+        self._rounded_M: torch.Tensor | None = None  # in BF16
+        self._set_precision("fp32" if plain else "tf32" if self._undecided else precision)
         self._rho = torch.empty((), device=self.W.device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._runs = 0
@@ -96,7 +98,7 @@ class Admm:
     def restart(self, rho: float) -> None:
         """D = project(Wt), V = 0, L = 0."""
         self._set_rho(rho)
-        self.M.copy_(self.gram.inverse(rho))
+        self._set_inverse(self.gram.inverse(rho))
         for layer in self.layers:
             D, mask = project(self.W[layer.rows], layer.pattern)
             self.T[layer.rows], self.mask[layer.rows] = D, mask
@@ -105,13 +107,22 @@ class Admm:
     def raise_rho(self, factor: float) -> None:
         """Multiplies the penalty by a factor >= 1; V stays what it is."""
         rho = self.rho * factor
-        if factor <= LARGEST_SHIFT:
-            with self._products():
-                self.M.copy_(shift_inverse(self.M, rho - self.rho))
-        else:
-            self.M.copy_(self.gram.inverse(rho))
+        shifted = factor <= LARGEST_SHIFT
+        self._set_inverse(
+            shift_inverse(self.M, rho - self.rho, self.precision) if shifted else self.gram.inverse(rho)
+        )
         self._set_rho(rho)
         self.T.copy_(torch.where(self.mask, self.T, self.T / factor))
+
+    def _set_inverse(self, M: torch.Tensor) -> None:
+        self.M.copy_(M)
+        if self._rounded_M is not None:
+            self._rounded_M.copy_(M)
+
+    def _set_precision(self, precision: str) -> None:
+        self.precision = precision
+        if precision == "bf16":
+            self._rounded_M = self.M.bfloat16()
 
     def _set_rho(self, rho: float) -> None:
         self.rho = rho
@@ -123,8 +134,9 @@ class Admm:
         if not self.W.is_cuda or self._runs == 1:
             for _ in range(steps):
                 self._step()
-            if self._runs == 1 and self.precision == "auto":
-                self.precision = "fp32" if self._prefers_fp32() else "tf32"
+            if self._undecided:
+                self._undecided = False
+                self._set_precision(self._cheapest())
             return
         if steps not in self._graphs:
             self._graphs[steps] = graph = torch.cuda.CUDAGraph()
@@ -139,9 +151,11 @@ class Admm:
             yield *project(self.T[layer.rows], layer.pattern), layer.basis
 
     def _step(self) -> None:
-        Z = self._fused(_correction)(self.T, self.mask, self.W, self.L, self._rho)
-        with self._products():
-            E = torch.addmm(self.L, Z, self.M, alpha=-1)
+        rounded = self.precision == "bf16"
+        dtype = torch.bfloat16 if rounded else torch.float32
+        Z = self._fused(_correction)(self.T, self.mask, self.W, self.L, self._rho, dtype)
+        step = product(Z, self._rounded_M if rounded else self.M, self.precision)
+        E = torch.sub(self.L, step, out=step)
         for layers in self.ranked.values():
             self._low_rank(E, layers)
         patterns = {layer.pattern for layer in self.layers}
@@ -175,24 +189,32 @@ class Admm:
     def _products(self) -> AbstractContextManager:
         return matmuls("highest" if self.precision == "fp32" else "high")
 
-    def _prefers_fp32(self) -> bool:
-        """Whether TF32 rounding of the product would show in the objective: ill-conditioned Gram matrices."""
+    def _cheapest(self) -> str:
+        """The lowest precision of the product whose rounding would not show in the objective.
+
+        FP32 for ill-conditioned Gram matrices.
+        """
         rows = slice(0, min(len(self.W), 256))
         T, mask, W, L = self.T[rows], self.mask[rows], self.W[rows], self.L[rows]
-        Z = _correction(T, mask, W, L, self._rho)
-        exact = Z @ self.M
-        with matmuls("high"):
-            rounding = Z @ self.M - exact
-        error = W - L - torch.where(mask, T, 0)
-        allowed = TF32_ERROR * squared_error(error, self.gram.matrix)
-        return squared_error(rounding, self.gram.matrix) > allowed
+        Z = _correction(T, mask, W, L, self._rho, torch.float32)
+        exact = product(Z, self.M, "fp32")
+        allowed = ROUNDING * squared_error(W - L - torch.where(mask, T, 0), self.gram.matrix)
+        for precision in ("bf16", "tf32"):
+            if squared_error(product(Z, self.M, precision) - exact, self.gram.matrix) <= allowed:
+                return precision
+        return "fp32"
 
 
 def _correction(
-    T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, L: torch.Tensor, rho: torch.Tensor
+    T: torch.Tensor,
+    mask: torch.Tensor,
+    W: torch.Tensor,
+    L: torch.Tensor,
+    rho: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Z = rho (D + L - W) - V."""
-    return torch.where(mask, T, -T).sub_(W).add_(L).mul_(rho)
+    """Z = rho (D + L - W) - V, rounded to a dtype."""
+    return torch.where(mask, T, -T).sub_(W).add_(L).mul_(rho).to(dtype)
 
 
 def _sparse(
