@@ -155,7 +155,7 @@ def match_block(
     started = time.perf_counter()
     groups = trainable(block)
     parameters = [parameter for group in groups.values() for parameter in group]
-    start = best = snapshot(parameters)
+    start = best = snapshot(parameters, "cpu" if large(block) else None)  # needed only if all goes wrong
     before = after = mean_squared_error(block, inputs, targets, calls, options.precision)
     best_loss, best_pass, passes = math.inf, 0, 0
     if before > 0:
@@ -271,8 +271,9 @@ def group_batches(sizes: list[int], least: int) -> list[list[int]]:
     return steps
 
 
-def snapshot(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in parameters]
+def snapshot(parameters: list[nn.Parameter], device: str | None = None) -> list[torch.Tensor]:
+    """Copies of parameters, where they are or on a device."""
+    return [parameter.detach().to(device or parameter.device, copy=True) for parameter in parameters]
 
 
 def restore(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:

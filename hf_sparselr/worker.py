@@ -164,7 +164,8 @@ class BlockWorker:
             self.block.get_submodule(layer).register_forward_pre_hook(hook(layer)) for layer in self.layers
         ]
         for batch, call in zip(hidden, calls, strict=True):
-            self._replay(self.block, batch, call)
+            with arithmetic(self.device, self.precision):
+                self._replay(self.block, batch, call)
             if set(self.layers) == {layer for group in groups.values() for layer in group}:
                 break  # one batch shows it, as a rule
             alive.clear()

@@ -14,6 +14,7 @@ from hf_sparselr.integrations.transformers import packed_layers
 from hf_sparselr.packing import unpack_mask
 from hf_sparselr.patterns import parse
 from hf_sparselr.precision import matmuls
+from hf_sparselr.solvers.threebasil import Options
 from hf_sparselr.report import Report
 
 TM = {"refine": "tm", "tm": {"passes": 2, "batch_size": 4}}
@@ -166,7 +167,7 @@ def test_targets_differ_after_the_first_block_alone():
 
 
 def test_published_effort_is_the_published_options(tmp_path):
-    solver = {"form": "textbook", "refit_rounds": 1, "precision": "fp32", "max_iterations": 100}
+    solver = Options(form="textbook", refit_rounds=1, precision="fp32", max_iterations=100)
     tm = {"passes": 20, "lr": 2e-5, "final_lr": 0.2, "target": "block", "precision": "fp32"}
     short = {"effort": "published", "solver": {"max_iterations": 100}}
     compress(tiny.build("llama"), tiny.settings(refine="tm", **short), tmp_path / "a")
