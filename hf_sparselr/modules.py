@@ -109,9 +109,11 @@ class SparseLRLinear(nn.Linear):
 
     compute_dtype = dtype  # PEFT's name for it
 
-    def forward(self, inputs: torch.Tensor, low_rank: bool = True) -> torch.Tensor:
-        """x: (..., in) to (..., out); `low_rank=False` leaves out A and B, for adapters that replace them."""
-        A, B = (self.A, self.B) if low_rank else (None, None)
+    def forward(
+        self, inputs: torch.Tensor, factors: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
+    ) -> torch.Tensor:
+        """x: (..., in) to (..., out); `factors`, (A, B) or (None, None), stand in for the layer's own."""
+        A, B = (self.A, self.B) if factors is None else factors
         return packed_linear(inputs, self.mask, self.values, A, B, self.bias, self.in_features, self.kernel)
 
     def to_dense(self) -> nn.Module:

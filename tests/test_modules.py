@@ -59,7 +59,7 @@ def test_forward_equals_the_dense_layer(rank: int, bias: bool, shape: tuple) -> 
     expected = F.linear(inputs, dense, layer.bias)
     torch.testing.assert_close(layer(inputs), expected)
     S = dense - layer.B @ layer.A if rank else dense
-    torch.testing.assert_close(layer(inputs, low_rank=False), F.linear(inputs, S, layer.bias))
+    torch.testing.assert_close(layer(inputs, factors=(None, None)), F.linear(inputs, S, layer.bias))
 
 
 def test_forward_takes_non_contiguous_inputs() -> None:

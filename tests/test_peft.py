@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from peft_models import (
+    IDS,
     RANKS,
     additive,
     all_equal,
@@ -14,6 +16,7 @@ from peft_models import (
     dense_twin,
     dense_weights,
     disturb,
+    layers_of,
     logits,
     lora_layers,
     train,
@@ -36,6 +39,39 @@ def test_start_equals_the_compressed_model_to_the_bit(dtype):
     adapted = hf_sparselr.as_peft_model(model).eval()
     assert torch.equal(logits(adapted), expected)
     assert {p.dtype for n, p in adapted.named_parameters() if "lora_" in n} == {dtype}
+
+
+@pytest.mark.parametrize("kernel", ["auto", "packed", "dense"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_start_and_merge_are_exact_however_the_product_is_computed(kernel, rows):
+    model = compressed_model(bias=True)
+    for layer in layers_of(model, SparseLRLinear).values():
+        layer.kernel = kernel
+    ids = IDS[:1, :rows]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        adapted = hf_sparselr.as_peft_model(model, lora_dropout=0.5).eval()
+        assert torch.equal(adapted(input_ids=ids).logits, expected)
+        disturb(adapted)
+        trained = adapted(input_ids=ids).logits
+        assert not torch.allclose(trained, expected, atol=1e-3)
+        with adapted.disable_adapter():
+            assert torch.equal(adapted(input_ids=ids).logits, expected)
+        assert torch.equal(adapted.merge_and_unload()(input_ids=ids).logits, trained)
+
+
+def test_hooks_on_an_adapter_are_called():
+    adapted = hf_sparselr.as_peft_model(compressed_model()).eval()
+    disturb(adapted)
+    expected, seen = logits(adapted), []
+    layer = lora_layers(adapted)["layers.0.mlp.up_proj"]
+    hook = layer.lora_A["default"].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    torch.testing.assert_close(logits(adapted), expected)
+    assert seen == [(*IDS.shape, 4)]
+    hook.remove()
+    add_hook_to_module(layer.lora_B["default"], AlignDevicesHook("cpu", offload=True))
+    assert layer.lora_B["default"].weight.is_meta
+    torch.testing.assert_close(logits(adapted), expected)
 
 
 def test_start_with_fp32_adapters_over_bf16_stays_close():
@@ -122,7 +158,7 @@ def test_trained_replacing_adapter_replaces_and_disabling_brings_the_factors_bac
     x = torch.randn(5, 64)
     with torch.no_grad():
         low_rank = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-        expected = layer.base_layer(x, low_rank=False) + x @ low_rank.T
+        expected = layer.base_layer(x, factors=(None, None)) + x @ low_rank.T
         torch.testing.assert_close(layer(x), expected)
     assert not torch.allclose(logits(adapted), reference, atol=1e-3)
     with adapted.disable_adapter():
@@ -138,7 +174,7 @@ def test_replacing_and_additive_adapters_add_up():
     x = torch.randn(5, 96)
     with torch.no_grad():
         new, more = (layer.lora_B[n].weight @ layer.lora_A[n].weight for n in ("default", "more"))
-        expected = layer.base_layer(x, low_rank=False) + x @ (new + 2 * more).T
+        expected = layer.base_layer(x, factors=(None, None)) + x @ (new + 2 * more).T
         torch.testing.assert_close(layer(x), expected)
         adapted.base_model.set_adapter("more")
         torch.testing.assert_close(layer(x), layer.base_layer(x) + 2 * x @ more.T)

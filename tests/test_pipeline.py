@@ -14,8 +14,8 @@ from hf_sparselr.integrations.transformers import packed_layers
 from hf_sparselr.packing import unpack_mask
 from hf_sparselr.patterns import parse
 from hf_sparselr.precision import matmuls
-from hf_sparselr.solvers.threebasil import Options
 from hf_sparselr.report import Report
+from hf_sparselr.solvers.threebasil import Options
 
 TM = {"refine": "tm", "tm": {"passes": 2, "batch_size": 4}}
 ROW = {"name", "shape", "pattern", "rank", "sparsity", "relative_error", "seconds", "iterations"}

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_sparselr
 from hf_sparselr.integrations.transformers import packed_layers
+from hf_sparselr.kernels import resident
 from hf_sparselr.modules import SparseLRLinear
 from hf_sparselr.packing import unpack, unpack_mask
 from hf_sparselr.patterns import parse
@@ -221,6 +222,20 @@ def test_every_way_of_computing_follows_training(packed: Path, kernel: str, rows
             weight = unpack(layer.mask, layer.values, layer.in_features) + layer.B @ layer.A
             torch.testing.assert_close(layer(x), x @ weight.T)
         train(model, steps=1)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_dense_layers_in_memory_do_not_pile_up_in_training(packed: Path, adapter: bool) -> None:
+    model = load(packed)
+    layers = packed_layers(model)
+    for layer in layers.values():
+        layer.kernel = "dense"
+    model = hf_sparselr.as_peft_model(model) if adapter else hf_sparselr.train_mode(model)
+    resident._KEPT.clear()
+    for _ in range(3):
+        train(model, steps=1)
+        tiny.logits(model.eval())
+    assert sum(key[0] == "dense" for key in resident._KEPT) == len(layers)
 
 
 # --- casts, checkpointing, autocast

@@ -92,6 +92,22 @@ def test_peak_memory_of_factors_is_below_dense_lora(dtype, adapter):
     assert ours <= dense - 0.9 * saved + max(sizes)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "packed", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+def test_own_factors_as_an_adapter_start_at_the_same_bits(dtype, kernel, tokens):
+    model, ids = build(dtype, hidden=256, blocks=2).eval(), IDS[:1, :tokens].cuda()
+    for layer in packed_layers(model).values():
+        layer.kernel = kernel
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        adapted = hf_sparselr.as_peft_model(model).eval()
+        assert torch.equal(adapted(input_ids=ids).logits, expected)
+        with adapted.disable_adapter():
+            assert torch.equal(adapted(input_ids=ids).logits, expected)
+        assert torch.equal(adapted.merge_and_unload()(input_ids=ids).logits, expected)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", ["factors", "factors+norms", "full"])
 def test_every_mode_trains_in_mixed_precision(mode, checkpointing):

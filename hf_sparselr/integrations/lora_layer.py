@@ -46,6 +46,11 @@ def check_config(config: LoraConfig) -> None:
             )
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)  # accelerate puts its own there
+
+
 class SparseLRLoraLayer(LoraLinear):
     """LoRA around a `SparseLRLinear`; inputs (..., in), outputs (..., out). Nothing dense is built."""
 
@@ -96,22 +101,47 @@ class SparseLRLoraLayer(LoraLinear):
         """Whether PEFT's `convert_to_lora` takes the adapter: only what adds to the layer."""
         return adapter_name not in self.replacing and super().supports_lora_conversion(adapter_name)
 
-    def _replaces(self, names: list[str]) -> bool:
+    def _replacing(self, names: list[str]) -> str | None:
+        """The adapter among these that stands for the layer's factors, if any."""
         found = [name for name in names if name in self.replacing]
         if len(found) > 1:
             raise ValueError(
                 f"the adapters {', '.join(found)} each replace the layer's low-rank factors: activate or merge "
                 "one of them at a time"
             )
-        return bool(found)
+        return found[0] if found else None
+
+    def _stands_in(self, name: str) -> bool:
+        """Whether an adapter's A and B can enter the base's product as its own factors do.
+
+        Then the outputs have the same bits, however that product is computed, and cost no more. If not, the
+        adapter's modules are called: for their hooks (offloading, sharding), dropout, another dtype, scale or bias.
+        """
+        A, B, dropout, scale = (
+            parts[name] for parts in (self.lora_A, self.lora_B, self.lora_dropout, self.scaling)
+        )
+        return (
+            not isinstance(scale, torch.Tensor)  # as hot-swapping without recompiling needs it
+            and scale == 1
+            and B.bias is None
+            and A.weight.dtype == B.weight.dtype == self.base_layer.dtype
+            and (isinstance(dropout, nn.Identity) or not dropout.training)
+            and not (_is_hooked(A) or _is_hooked(B))
+        )
 
     def _own(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.lora_A]
 
     def _adapted(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:
         names = self._own(names)
+        factors, replacing = None, self._replacing(names)
+        if replacing is not None:
+            factors = (None, None)
+            if self._stands_in(replacing):
+                factors = self.lora_A[replacing].weight, self.lora_B[replacing].weight
+                names = [name for name in names if name != replacing]
         # Called as a module, as accelerate's and FSDP's hooks bring offloaded or sharded tensors in.
-        out = self.base_layer(x, low_rank=not self._replaces(names))
+        out = self.base_layer(x, factors=factors)
         dtype = out.dtype
         for name in names:
             A, B = self.lora_A[name], self.lora_B[name]
@@ -142,7 +172,7 @@ class SparseLRLoraLayer(LoraLinear):
     def _merged_factors(self, original: _Factors, names: list[str]) -> _Factors:
         values = self.base_layer.values
         A, B, bias = original
-        keep = not self._replaces(names) and A is not None
+        keep = self._replacing(names) is None and A is not None
         A_parts, B_parts = ([A], [B]) if keep else ([], [])
         for name in names:
             A_parts.append(self.lora_A[name].weight.to(values))

@@ -12,33 +12,35 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 T = TypeVar("T")
 
-_KEPT: dict[tuple, tuple[list[StorageWeakRef], Any]] = {}
+_KEPT: dict[tuple, tuple[list[StorageWeakRef], list[int], Any]] = {}
 
 
 def keep(name: str, sources: tuple[torch.Tensor | None, ...], build: Callable[[], T]) -> T:
     """What `build` made of these tensors when they were as they are now; builds it (again) if they are new.
 
-    An edit is noticed by the tensor's version, so one through `.data` is not.
+    An edit is noticed by the tensor's version, so one through `.data` is not. What was made before it is dropped.
 
     Raises:
         RuntimeError: it would have to be built while a CUDA graph is being captured.
     """
     tensors = [tensor for tensor in sources if tensor is not None]
     key = (name, *(_identity(tensor) for tensor in sources))
-    if key in _KEPT and not any(reference.expired() for reference in _KEPT[key][0]):
-        return _KEPT[key][1]
-    for old in [old for old, (references, _) in _KEPT.items() if any(r.expired() for r in references)]:
+    versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    if key in _KEPT and _KEPT[key][1] == versions and not _is_expired(key):
+        return _KEPT[key][2]
+    for old in [old for old in _KEPT if old == key or _is_expired(old)]:
         del _KEPT[old]
     value = _build_apart(build, tensors[0].device)
-    _KEPT[key] = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors], value
+    _KEPT[key] = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors], versions, value
     return value
 
 
+def _is_expired(key: tuple) -> bool:
+    return any(reference.expired() for reference in _KEPT[key][0])
+
+
 def _identity(tensor: torch.Tensor | None) -> tuple | None:
-    if tensor is None:
-        return None
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor.shape, version
+    return None if tensor is None else (tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor.shape)
 
 
 def _build_apart(build: Callable[[], T], device: torch.device) -> T:
