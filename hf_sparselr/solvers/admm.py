@@ -78,7 +78,7 @@ class Admm:
         self._set_precision("fp32" if plain else "tf32" if self._undecided else precision)
         self._rho = torch.empty((), device=self.W.device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._runs = 0
+        self._warm = False  # whether the kernels of a step have been compiled
         self._seed = seed
         self._start(rho)
 
@@ -129,14 +129,15 @@ class Admm:
         self._rho.fill_(rho)  # steps read it on the device
 
     def run(self, steps: int) -> None:
-        """Steps without a host synchronisation, on CUDA from the second run on replayed as a graph."""
-        self._runs += 1
-        if not self.W.is_cuda or self._runs == 1:
+        """Steps without a host synchronisation, on CUDA replayed as a graph once their kernels are compiled."""
+        if not (self.W.is_cuda and self._warm):
             for _ in range(steps):
                 self._step()
+            self._warm = True
             if self._undecided:
                 self._undecided = False
                 self._set_precision(self._cheapest())
+                self._warm = self.precision == "tf32"  # else the next run brings new kernels
             return
         if steps not in self._graphs:
             self._graphs[steps] = graph = torch.cuda.CUDAGraph()
