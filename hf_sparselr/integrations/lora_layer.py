@@ -47,7 +47,12 @@ def check_config(config: LoraConfig) -> None:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
     return any(hooks) or "forward" in vars(module)  # accelerate puts its own there
 
 

@@ -33,6 +33,8 @@ _DERIVED = (
     "use_rslora",
     "use_dora",
 )
+# Arguments that PEFT ignores where targets are full names.
+_IGNORED = ("layers_to_transform", "layers_pattern")
 # Methods that run beside a layer and never ask for the values of its weight. tests/test_peft_tuners.py proves it
 # for each; all others are refused, so that a new one cannot densify, or change, a layer unnoticed.
 BESIDE = tuple(
@@ -143,6 +145,13 @@ def _check_weighting(
             f"weights={weights}: those of replacing adapters must sum to 1, as each adapter holds the model's own "
             "factors once"
         )
+    for name, layer in _lora_layers(tuner).items():
+        lacking = [adapter for adapter in adapters if adapter not in layer.replacing]
+        if 0 < len(lacking) < len(adapters):
+            raise ValueError(
+                f"add_weighted_adapter: {', '.join(lacking)} has no factors for {name}, and zeros would take the place "
+                "of the model's own: weight replacing adapters of the same layers"
+            )
 
 
 def _check_same_kind(adapter_name: str, replacing: bool, config: PeftConfig) -> None:
@@ -253,14 +262,19 @@ def lora_config(model: nn.Module, **lora_kwargs) -> LoraConfig:
             model generates.
 
     Raises:
-        ValueError: an argument that is derived from the model, no layer with low-rank factors, or another
-            module whose name ends in a layer's full name.
+        ValueError: an argument that is derived from the model or has no effect, no layer with low-rank factors, or
+            another module whose name ends in a layer's full name.
     """
     if given := [name for name in _DERIVED if name in lora_kwargs]:
         raise ValueError(
             f"lora_config sets {', '.join(given)} itself: the adapter must have the shape and scale of the "
             "model's factors, or the start would not equal the compressed model. For a new adapter beside the "
             "factors use peft.LoraConfig."
+        )
+    if given := [name for name in _IGNORED if lora_kwargs.get(name) is not None]:
+        raise ValueError(
+            f"lora_config targets layers by their full names, where PEFT ignores {', '.join(given)}: leave layers out "
+            "with exclude_modules, a list of names or a regular expression"
         )
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     ranks = {name: layer.rank for name, layer in _compressed_layers(model).items() if layer.rank}

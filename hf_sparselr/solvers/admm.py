@@ -22,7 +22,7 @@ from .base import orthonormalise, start_basis
 
 CHUNK = 2**16  # weights that stay in a core's cache between the elementwise passes of a step on the CPU
 LARGEST_SHIFT = 1.15  # a larger factor for rho takes a new factorisation
-ROUNDING = 2e-3  # share of the objective that rounding the product's factors may add
+TF32_ERROR = 2e-3  # share of the objective that rounding the product to TF32 may add
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Admm:
         patterns, ranks: one a layer.
         rho: first penalty.
         seed: of the first low-rank bases.
-        precision: of the large product on CUDA: "bf16", "tf32", "fp32" or "auto": for large layers the first of these
-            whose rounding would not show.
+        precision: of the large product on CUDA: "bf16", "tf32", "fp32", or "auto": TF32 for large layers, unless its
+            rounding would show.
     """
 
     def __init__(
@@ -136,8 +136,7 @@ class Admm:
             self._warm = True
             if self._undecided:
                 self._undecided = False
-                self._set_precision(self._cheapest())
-                self._warm = self.precision == "tf32"  # else the next run brings new kernels
+                self._set_precision("fp32" if self._prefers_fp32() else "tf32")
             return
         if steps not in self._graphs:
             self._graphs[steps] = graph = torch.cuda.CUDAGraph()
@@ -190,20 +189,14 @@ class Admm:
     def _products(self) -> AbstractContextManager:
         return matmuls("highest" if self.precision == "fp32" else "high")
 
-    def _cheapest(self) -> str:
-        """The lowest precision of the product whose rounding would not show in the objective.
-
-        FP32 for ill-conditioned Gram matrices.
-        """
+    def _prefers_fp32(self) -> bool:
+        """Whether TF32 rounding of the product would show in the objective: ill-conditioned Gram matrices."""
         rows = slice(0, min(len(self.W), 256))
         T, mask, W, L = self.T[rows], self.mask[rows], self.W[rows], self.L[rows]
         Z = _correction(T, mask, W, L, self._rho, torch.float32)
-        exact = product(Z, self.M, "fp32")
-        allowed = ROUNDING * squared_error(W - L - torch.where(mask, T, 0), self.gram.matrix)
-        for precision in ("bf16", "tf32"):
-            if squared_error(product(Z, self.M, precision) - exact, self.gram.matrix) <= allowed:
-                return precision
-        return "fp32"
+        rounding = product(Z, self.M, "tf32") - product(Z, self.M, "fp32")
+        allowed = TF32_ERROR * squared_error(W - L - torch.where(mask, T, 0), self.gram.matrix)
+        return squared_error(rounding, self.gram.matrix) > allowed
 
 
 def _correction(
