@@ -248,7 +248,8 @@ def candidates(layer: "Layer", own: Mapping, shape: Shape, options: GlobalOption
         kepts |= {max(kept - step, 1), min(kept + step, size)}
     if "rank" not in own:
         most = min(math.floor(options.rank_ceiling * rank), min(shape) - 1)
-        ranks |= {math.ceil(options.rank_floor * rank), max(most, rank)}
+        least = max(math.ceil(options.rank_floor * rank), 0 if kept else 1)  # without S, B A is all there is
+        ranks |= {least, max(most, rank)}
     return list(itertools.product(sorted(kepts), sorted(ranks)))
 
 

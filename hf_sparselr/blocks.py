@@ -161,6 +161,8 @@ def _misfit(name: str, shape: tuple[int, int], pattern: Pattern, rank: int) -> s
         return f"{name}: its {shape[1]} inputs do not divide into the groups of sparsity={str(pattern)!r}"
     if rank and rank >= min(shape):
         return f"{name}: rank={rank} must be smaller than both sides of its weight {shape[0]} x {shape[1]}"
+    if not rank and not pattern.kept(shape):
+        return f"{name}: a budget this small gives its weight {shape[0]} x {shape[1]} neither S nor a rank"
     return None
 
 

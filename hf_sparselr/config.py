@@ -224,7 +224,7 @@ class SparseLRConfig(QuantizationConfigMixin):
         if not isinstance(self.overrides, dict):
             raise TypeError(f"overrides={self.overrides!r}: expected {{regex: {{sparsity, rank, skip}}}}")
         for pattern, override in self.overrides.items():
-            _check_override(pattern, override)
+            _check_override(self.method, pattern, override)
 
     def _check_parts(self) -> None:
         """Sparsity and rank, and whether the method makes both parts."""
@@ -353,8 +353,9 @@ def _regex_list(field: str, value: Any) -> list[str] | None:
     return list(patterns)
 
 
-def _check_override(pattern: Any, override: Any) -> None:
-    field = f"overrides[{pattern!r}]"
+def _check_override(name: str, pattern: Any, override: Any) -> None:
+    """Checks an override for itself, and whether the method of this name makes the parts it sets."""
+    method, field = METHODS[name], f"overrides[{pattern!r}]"
     _check_regex("overrides", pattern)
     if not isinstance(override, dict) or not override:
         raise TypeError(f"{field}={override!r}: expected a dict with some of {', '.join(_OVERRIDE_KEYS)}")
@@ -365,8 +366,12 @@ def _check_override(pattern: Any, override: Any) -> None:
         raise ValueError(f"{field}={override!r}: skip=True contradicts sparsity and rank")
     if "sparsity" in override:
         parse(override["sparsity"], f"{field}['sparsity']")
+        if not method.sparse:
+            raise ValueError(f"{field}={override!r}: method={name!r} has no sparse part to set sparsity for")
     if "rank" in override:
-        check_integer(f"{field}['rank']", override["rank"], 0)
+        check_integer(f"{field}['rank']", override["rank"], 0 if method.sparse else 1)
+        if override["rank"] and not method.low_rank:
+            raise ValueError(f"{field}={override!r}: method={name!r} only prunes, expected rank 0")
 
 
 def _jsonable(value: Any) -> Any:

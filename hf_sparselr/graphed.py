@@ -22,7 +22,7 @@ class Graphed:
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
         self._function = function
         self._device = device
-        self._calls: dict[Any, Callable[[list], Any]] = {}
+        self._calls: dict[Any, Callable[[list], Any] | None] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, *args: Any) -> Any:
@@ -32,9 +32,10 @@ class Graphed:
         leaves, structure = tree_flatten(args)
         key = (str(structure), *map(_kind, leaves))
         if key in self._calls:
+            self._calls[key] = self._calls[key] or self._captured(leaves, structure)
             return self._calls[key](leaves)
         # The first call is no graph's: it makes what is made once, such as an optimiser's state.
-        self._calls[key] = lambda leaves: self._capture(key, leaves, structure)
+        self._calls[key] = None
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)  # a capture must not meet what began on the default stream
         with torch.cuda.stream(self._stream):
@@ -42,12 +43,14 @@ class Graphed:
         current.wait_stream(self._stream)
         return result
 
-    def _capture(self, key: Any, leaves: list, structure: Any) -> Any:
+    def _captured(self, leaves: list, structure: Any) -> Callable[[list], Any]:
+        """A graph for arguments like these. It does not refer to `self`: without a cycle, its memory is free at once."""
+        function = self._function
         own = tree_map(lambda leaf: leaf.to(self._device, copy=True) if _is_tensor(leaf) else leaf, leaves)
         graph = torch.cuda.CUDAGraph()
 
         def call(leaves: list) -> Any:
-            return self._function(*tree_unflatten(leaves, structure))
+            return function(*tree_unflatten(leaves, structure))
 
         def replay(leaves: list) -> Any:
             for mine, given in zip(own, leaves, strict=True):
@@ -59,11 +62,10 @@ class Graphed:
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 results = call(own)
-            self._calls[key] = replay
+            return replay
         except RuntimeError as error:
             logger.info(f"not replayed as a CUDA graph: {error}")
-            self._calls[key] = call
-        return self._calls[key](leaves)
+            return call
 
 
 def _is_tensor(leaf: Any) -> bool:

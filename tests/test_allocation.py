@@ -73,6 +73,14 @@ def test_a_compressed_model_keeps_its_budget():
     assert sum(sizes.values()) / 2 - sum(sides.values()) < kept_parameters(model) <= sum(sizes.values()) / 2
 
 
+def test_a_budget_that_leaves_nothing_of_a_layer_is_found_early():
+    changes = {"method": "svd", "solver": None, "sparsity": None, "rank": None, "compression": 0.97}
+    with pytest.raises(ValueError, match=r"k_proj: a budget this small gives its weight 16 x 32 neither S nor"):
+        plan_layers(tiny.build("llama"), tiny.settings(**changes, ignore=["q_proj"]))
+    plan = plan_layers(tiny.build("llama"), tiny.settings(**{**changes, "compression": 0.9}))
+    assert all(layer.rank > 0 for layer in plan.values())
+
+
 @pytest.mark.parametrize(
     ("kept", "size"), [(0, 7), (1, 7), (6, 7), (7, 7), (3, 10**9 + 7), (10**9, 10**9 + 7)]
 )
@@ -232,6 +240,7 @@ def test_ranks_stay_below_both_sides_and_zero_stays_zero():
     options = GlobalOptions(rank_ceiling=10, rank_floor=0)
     assert {rank for _, rank in candidates(Layer("x", NM(2, 4), 5), {}, (16, 32), options)} == {0, 5, 15}
     assert {rank for _, rank in candidates(Layer("x", NM(2, 4), 0), {}, (16, 32), options)} == {0}
+    assert {rank for _, rank in candidates(Layer("x", EMPTY, 5), {}, (16, 32), options)} == {1, 5, 15}
 
 
 # -- the global allocation

@@ -264,6 +264,21 @@ NESTED = [
     ({"overrides": {"q": 4}}, TypeError, "overrides['q']=4: expected a dict"),
     ({"overrides": {"q": {"rank": -1}}}, ValueError, "overrides['q']['rank']=-1: expected an integer >= 0"),
     ({"overrides": {"q": {"sparsity": 2}}}, ValueError, "overrides['q']['sparsity']=2: expected"),
+    (
+        {"overrides": {"q": {"rank": 4}}, "method": "wanda", "rank": 0},
+        ValueError,
+        "overrides['q']={'rank': 4}: method='wanda' only prunes, expected rank 0",
+    ),
+    (
+        {"overrides": {"q": {"sparsity": 0.5}}, "method": "svd", "sparsity": None},
+        ValueError,
+        "overrides['q']={'sparsity': 0.5}: method='svd' has no sparse part",
+    ),
+    (
+        {"overrides": {"q": {"rank": 0}}, "method": "svd", "sparsity": None},
+        ValueError,
+        "overrides['q']['rank']=0: expected an integer >= 1",
+    ),
     ({"overrides": {"q": {"skip": 1}}}, TypeError, "overrides['q']['skip']=1: expected True or False"),
     ({"overrides": {"q": {"skip": True, "rank": 1}}}, ValueError, "skip=True contradicts sparsity and rank"),
     ({"calibration": ""}, ValueError, "calibration='' names no source"),

@@ -48,9 +48,12 @@ def test_the_pair_gives_the_same_logits_without_the_package(tmp_path, monkeypatc
         "t5": {},
     }.items():
         model = compress(tiny.build(name), tiny.settings(overrides=overrides))
-        before = tiny.snapshot(model)
+        before, model.generation_config.max_new_tokens = tiny.snapshot(model), 7
         assert hf_sparselr.export_portable(model, name) == (Path(name, "base"), Path(name, "adapter"))
         assert tiny.same(tiny.snapshot(model), before)
+        assert json.loads(Path(name, "base", "generation_config.json").read_text())["max_new_tokens"] == 7
+        config = json.loads(Path(name, "adapter", "adapter_config.json").read_text())
+        assert config["fan_in_fan_out"] == (name == "gpt2")  # whose weights are (in, out)
         saved[name] = (type(model).__name__, tiny.IDS, tiny.logits(model))
     torch.save(saved, "saved.pt")
     check(CODE, cwd=tmp_path)
@@ -112,3 +115,15 @@ def test_models_without_factors_are_refused(tmp_path):
         with pytest.raises(ValueError, match="no compressed layer with low-rank factors"):
             hf_sparselr.export_portable(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_in_memory_are_refused(tmp_path):
+    compress(tiny.build("llama"), tiny.settings()).save_pretrained(tmp_path / "packed")
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "lm_head"), "cpu")
+    places |= {"model.rotary_emb": "cpu", "model.layers.1": "disk"}
+    model = tiny.tf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj is not in memory"):
+        hf_sparselr.export_portable(model, tmp_path / "pair")
+    assert not (tmp_path / "pair").exists()

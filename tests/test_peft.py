@@ -137,6 +137,17 @@ def test_arguments_that_are_derived_are_refused(name):
         hf_sparselr.lora_config(compressed_model(), **{name: 4})
 
 
+def test_leaving_layers_out():
+    model = compressed_model()
+    expected = logits(model)
+    for name, value in {"layers_to_transform": [0], "layers_pattern": "layers"}.items():
+        with pytest.raises(ValueError, match=f"PEFT ignores {name}: leave layers out with exclude_modules"):
+            hf_sparselr.lora_config(model, **{name: value})
+    adapted = hf_sparselr.as_peft_model(model, exclude_modules=r".*layers\.1\..*").eval()
+    assert len(lora_layers(adapted)) == 7 and all(".1." not in name for name in lora_layers(adapted))
+    assert torch.equal(logits(adapted), expected)
+
+
 def test_model_without_factors_is_refused():
     with pytest.raises(ValueError, match="no compressed layer"):
         hf_sparselr.lora_config(nn.Sequential(nn.Linear(4, 4)))
@@ -149,6 +160,20 @@ def test_replacing_adapter_on_a_layer_it_does_not_fit_is_refused():
         config = LoraConfig(init_lora_weights="sparselr", r=2, target_modules=[target])
         with pytest.raises(ValueError, match=problem):
             get_peft_model(compressed_model(ranks={"0.self_attn.v_proj": 3, "0.self_attn.q_proj": 0}), config)
+
+
+@pytest.mark.parametrize(("r", "alpha"), [(4, 4), (7, 7), (4, 8), (7, 3)])
+def test_replacing_adapter_of_a_users_own_rank_and_scale(r, alpha):
+    model = compressed_model()
+    expected = logits(model)
+    config = LoraConfig(init_lora_weights="sparselr", r=r, lora_alpha=alpha, target_modules=["up_proj"])
+    adapted = get_peft_model(model, config).eval()
+    torch.testing.assert_close(logits(adapted), expected)
+    disturb(adapted)
+    layer = lora_layers(adapted)["layers.0.mlp.up_proj"]
+    x, A, B = torch.randn(5, 64), layer.lora_A["default"], layer.lora_B["default"]
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.base_layer(x, factors=(None, None)) + alpha / r * B(A(x)))
 
 
 def test_trained_replacing_adapter_replaces_and_disabling_brings_the_factors_back(reference):
@@ -201,12 +226,15 @@ def test_mixed_batch(reference):
     adapted = hf_sparselr.as_peft_model(compressed_model()).eval()
     adapted.add_adapter("more", additive(init_lora_weights=False))
     disturb(adapted)
-    rows = ["more", "__base__", "default"]
-    mixed = logits(adapted, adapter_names=rows)
-    torch.testing.assert_close(mixed[1], reference[1])
-    for row in (0, 2):
-        adapted.set_adapter(rows[row])
-        torch.testing.assert_close(mixed[row], logits(adapted)[row])
+    rows = ["more", "__base__", "default", "__base__", "more", "default"]
+    with torch.no_grad():
+        mixed = adapted(input_ids=IDS.repeat(2, 1), adapter_names=rows).logits
+    expected = {"__base__": reference}
+    for name in ("more", "default"):
+        adapted.set_adapter(name)
+        expected[name] = logits(adapted)
+    for row, name in enumerate(rows):
+        torch.testing.assert_close(mixed[row], expected[name][row % 3])
 
 
 def test_a_replacing_adapter_on_a_dense_model_is_refused():
@@ -228,6 +256,35 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_is():
     assert not built
     assert losses[-1] < losses[0] - 0.05
     assert all_equal(base_tensors(adapted), before)
+
+
+def test_the_disabled_adapter_is_the_reference_of_a_preference_loss(reference):
+    adapted, frozen = hf_sparselr.as_peft_model(compressed_model(), "policy"), compressed_model()
+    assert adapted.active_adapters == ["policy"]
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=5e-3)
+    chosen, rejected = IDS[:1], IDS[1:2]
+
+    def margin(model: nn.Module) -> torch.Tensor:
+        scores = []
+        for ids in (chosen, rejected):
+            tokens = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+            scores.append(tokens.gather(-1, ids[:, 1:, None]).sum())
+        return scores[0] - scores[1]
+
+    losses = []
+    for _ in range(5):
+        policy = margin(adapted.train())
+        with torch.no_grad(), adapted.disable_adapter():
+            base = margin(adapted)
+        assert torch.equal(base, margin(frozen))
+        loss = -nn.functional.logsigmoid(0.1 * (policy - base))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4)  # the policy starts as the reference
+    assert losses[-1] < losses[0] - 0.02
+    assert torch.equal(logits(adapted.unload().eval()), reference)
 
 
 def test_gradients_equal_those_of_the_dense_layer():

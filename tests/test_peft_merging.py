@@ -191,6 +191,10 @@ def test_weightings_that_would_distort_replacing_adapters():
     for kind in ("linear", "ties", "ties_svd", "dare_linear", "magnitude_prune"):
         with pytest.raises(ValueError, match=f"'{kind}' averages or prunes.*use 'svd' or 'cat'"):
             weigh(["default", "second"], [0.5, 0.5], "sum", kind, density=0.5)
+    adapted.add_adapter("fewer", hf_sparselr.lora_config(adapted, exclude_modules=["down_proj"]))
+    for kind in ("svd", "cat"):
+        with pytest.raises(ValueError, match=r"fewer has no factors for .*layers\.0\.mlp\.down_proj"):
+            weigh(["default", "fewer"], [0.5, 0.5], "sum", combination_type=kind)
     assert "sum" not in adapted.peft_config
 
 

@@ -47,6 +47,21 @@ def test_hot_swap_under_compile_does_not_recompile(tmp_path):
     torch.testing.assert_close(swapped, logits(expected), **CLOSE)
 
 
+def test_hot_swap_of_replacing_adapters_under_compile(tmp_path):
+    for seed in (1, 2):
+        adapted = hf_sparselr.as_peft_model(compressed_model()).eval()
+        disturb(adapted, seed=seed)
+        adapted.save_pretrained(tmp_path / str(seed))
+    loaded = PeftModel.from_pretrained(compressed_model(), tmp_path / "1").eval()
+    hotswap.prepare_model_for_compiled_hotswap(loaded, target_rank=8)
+    torch._dynamo.reset()
+    compiled = torch.compile(loaded, backend="eager", fullgraph=True)
+    logits(compiled)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        hotswap.hotswap_adapter(compiled, str(tmp_path / "2"), "default")
+        torch.testing.assert_close(logits(compiled), logits(adapted), **CLOSE)
+
+
 def test_transformers_hot_swap(tmp_path):
     folders = [random_adapter(additive(), tmp_path / str(seed), seed) for seed in (1, 2)]
     model = compressed_model()

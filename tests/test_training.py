@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -330,9 +330,25 @@ def test_trainer_trains_saves_and_reloads_packed(packed: Path, tmp_path: Path, m
     assert tiny.same(supports(loaded), masks)
 
 
-def test_trainer_resumes_full_training(packed: Path, tmp_path: Path) -> None:
+def test_trainer_trains_the_adapter_of_the_factors(packed: Path, tmp_path: Path) -> None:
+    model = hf_sparselr.as_peft_model(load(packed))
+    before = tiny.snapshot(model)
+    options = arguments(tmp_path, bf16=True, gradient_checkpointing=True)
+    trainer = Trainer(model=model, args=options, train_dataset=data())
+    trainer.train()
+    after = model.state_dict()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == trainable(model)
+    trainer.save_model(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("model*"))
+    loaded = PeftModel.from_pretrained(load(packed), tmp_path / "saved")
+    assert tiny.same(loaded.state_dict(), after)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_trainer_resumes(packed: Path, tmp_path: Path, kind: str) -> None:
     def trainer(**changes) -> Trainer:
-        model = hf_sparselr.train_mode(load(packed), "full")
+        model = load(packed)
+        model = hf_sparselr.as_peft_model(model) if kind == "adapter" else hf_sparselr.train_mode(model, kind)
         return Trainer(model=model, args=arguments(tmp_path, **changes), train_dataset=data())
 
     whole = trainer(save_strategy="steps", save_steps=2)

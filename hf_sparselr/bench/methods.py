@@ -3,14 +3,17 @@
     hf-sparselr bench methods MODEL --sparsity 2:4 0.5 --rank 16 --methods 3basil oats --refine none tm \\
         --calibration "file:train/*.txt" --eval "file:test/*.txt" --output DIR
 
-Every model is compressed, saved, reloaded and scored in FP32. DIR gets results.md, results.json and, with matplotlib,
-results.png (perplexity against bytes).
+Every model is compressed, saved, reloaded and scored in FP32. DIR gets results.md and results.json, written after every
+model, and in the end, with matplotlib, results.png (perplexity against bytes).
 """
 
 import argparse
 import gc
+import itertools
 import json
+import math
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ..blocks import plan_layers, weight_shape
 from ..config import SparseLRConfig
 from ..evaluate import perplexity
 from ..offline import compress
+from ..patterns import parse
 from ..solvers import GIVEN, METHODS
 
-REFINEMENTS = ("none", "tm", "distill", "tm+distill")
+_MARKERS = {"none": "o", "tm": "^", "distill": "s", "tm+distill": "D"}
+REFINEMENTS = tuple(_MARKERS)
+_COLORS = (*range(0, 20, 2), *range(1, 20, 2))  # of tab20, the strong ones first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,20 +65,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
     data = _Data(args)
-    configs = [config for config in _configs(args, data)]  # checked before the first, long run
+    configs = list(_configs(args, data))  # all are checked before the first, long run
     dense = _load(args.model, args.device)
+    for config in configs:
+        plan = plan_layers(dense, config)
+    shapes = [weight_shape(dense.get_submodule(name)) for name in plan]
+    configs += _equal_size(args, data, shapes)
     rows = [{"method": "dense", "seconds": 0.0, "bytes": _bytes(dense), "perplexity": data.score(dense)}]
-    shares = _weights(dense)
     del dense
     print(_line(rows[0]), flush=True)
-    for config in configs + list(_equal_size(args, data, shares)):
+    for config in configs:
+        _release()
         rows.append(_measure(args, config, data))
         print(_line(rows[-1]), flush=True)
-        gc.collect()
-    text = markdown(rows)
-    print(text)
+        if args.output:
+            _write(Path(args.output), rows)
+    print(markdown(rows))
     if args.output:
-        _write(Path(args.output), rows, text)
+        _draw(rows, Path(args.output))
+
+
+def _release() -> None:
+    """Frees what only reference cycles keep, and hands back the GPU memory that dead CUDA graphs had for themselves."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 class _Data:
@@ -83,6 +100,10 @@ class _Data:
             from safetensors.torch import load_file
 
             tokens = load_file(args.tokens)
+            if "calibration" not in tokens or len(tokens) < 2:
+                raise ValueError(
+                    f"--tokens {args.tokens}: it has {sorted(tokens)}, expected `calibration` and a set to score on"
+                )
             self.calibration = tokens.pop("calibration").long()
             self.sets: dict[str, Any] = {name: ids.long() for name, ids in tokens.items()}
             self.samples, self.length = self.calibration.shape
@@ -114,31 +135,34 @@ def _config(
     )
 
 
-def _configs(args: argparse.Namespace, data: _Data):
-    for sparsity in args.sparsity:
-        for method in args.methods:
-            ranks = args.rank if METHODS[method].low_rank else [0]
-            for rank in dict.fromkeys(ranks):
-                for refine in args.refine:
-                    for seed in args.seeds:
-                        pattern = _sparsity(sparsity) if METHODS[method].sparse else None
-                        yield _config(args, data, method, refine, seed, sparsity=pattern, rank=rank)
+def _configs(args: argparse.Namespace, data: _Data) -> Iterator[SparseLRConfig]:
+    """Every combination once: pure pruning at rank 0 only, low rank alone at every rank but 0."""
+    grid = itertools.product(args.sparsity, args.methods, args.rank, args.refine, args.seeds)
+    runs = {}
+    for sparsity, name, rank, refine, seed in grid:
+        method = METHODS[name]
+        if method.sparse or rank or not any(args.rank):
+            pattern = _sparsity(sparsity) if method.sparse else None
+            runs[name, refine, seed, pattern, rank if method.low_rank else 0] = None
+    for name, refine, seed, pattern, rank in runs:
+        yield _config(args, data, name, refine, seed, sparsity=pattern, rank=rank)
 
 
-def _equal_size(args: argparse.Namespace, data: _Data, shapes: list[tuple[int, int]]):
+def _equal_size(
+    args: argparse.Namespace, data: _Data, shapes: list[tuple[int, int]]
+) -> Iterator[SparseLRConfig]:
     """Pure pruning of every layer's share of zeros at which S alone has the parameters of S + B A."""
     if not args.equal_size:
         return
-    for method in args.methods:
-        if METHODS[method].low_rank:
-            continue
-        for sparsity in args.sparsity:
-            for rank in filter(None, args.rank):
-                kept = sum(_kept(sparsity) * out * n + rank * (out + n) for out, n in shapes)
-                zeros = 1 - kept / sum(out * n for out, n in shapes)
-                for refine in args.refine:
-                    for seed in args.seeds:
-                        yield _config(args, data, method, refine, seed, sparsity=round(zeros, 6), rank=0)
+    pruners = [name for name in args.methods if not METHODS[name].low_rank]
+    if not pruners or not any(args.rank):
+        raise ValueError("--equal-size: expected a pure pruner among --methods, and a --rank > 0 to match")
+    grid = itertools.product(pruners, args.sparsity, filter(None, args.rank), args.refine, args.seeds)
+    for name, sparsity, rank, refine, seed in grid:
+        pattern = parse(_sparsity(sparsity))
+        kept = sum(pattern.kept(shape) + rank * sum(shape) for shape in shapes)
+        zeros = 1 - kept / sum(map(math.prod, shapes))
+        yield _config(args, data, name, refine, seed, sparsity=round(zeros, 6), rank=0)
 
 
 def _measure(args: argparse.Namespace, config: SparseLRConfig, data: _Data) -> dict[str, Any]:
@@ -181,19 +205,11 @@ def _bytes(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) * size
 
 
-def _weights(model: torch.nn.Module) -> list[tuple[int, int]]:
-    from ..blocks import linear_layers, weight_shape
-
-    return [weight_shape(layer) for layer in linear_layers(model).values()]
-
-
 def _sparsity(text: str) -> str | float:
-    return text if ":" in text else float(text)
-
-
-def _kept(sparsity: str) -> float:
-    n, colon, m = sparsity.partition(":")
-    return int(n) / int(m) if colon else 1 - float(sparsity)
+    try:
+        return float(text)
+    except ValueError:
+        return text  # "n:m", which the config checks
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -207,7 +223,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         for name in sets:
             value = row["perplexity"][name]
             gap = value - rows[0]["perplexity"][name]
-            cells.append(f"{value:.2f} (+{gap:.2f})" if row is not rows[0] else f"{value:.2f}")
+            cells.append(f"{value:.2f} ({gap:+.2f})" if row is not rows[0] else f"{value:.2f}")
         cells += [f"{row['seconds']:.0f}", f"{row['bytes'] / 1e6:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -221,10 +237,13 @@ def _line(row: dict[str, Any]) -> str:
     return f"{settings}: {scores}, {row['seconds']:.1f} s, {row['bytes']:,} bytes"
 
 
-def _write(folder: Path, rows: list[dict[str, Any]], text: str) -> None:
+def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(markdown(rows) + "\n", encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def _draw(rows: list[dict[str, Any]], folder: Path) -> None:
     try:
         plot(rows, folder / "results.png")
     except ImportError:
@@ -232,28 +251,38 @@ def _write(folder: Path, rows: list[dict[str, Any]], text: str) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Perplexity on the first evaluation set against bytes, a marker a method.
+    """Perplexity on the first evaluation set against bytes: a colour a method, a marker a refinement.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     name = next(iter(rows[0]["perplexity"]))
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(rows[0]["perplexity"][name], color="gray", linestyle="--", label="dense")
-    labels = dict.fromkeys(f"{row['method']}, {row['refine'] or 'no refinement'}" for row in rows[1:])
-    markers = "os^vD*Pp<>hX"
-    for index, label in enumerate(labels):
-        own = [row for row in rows[1:] if f"{row['method']}, {row['refine'] or 'no refinement'}" == label]
-        axes.scatter(
-            [row["bytes"] / 1e6 for row in own],
-            [row["perplexity"][name] for row in own],
-            marker=markers[index % len(markers)],
-            label=label,
-        )
+    methods = dict.fromkeys(row["method"] for row in rows[1:])
+    colors = {
+        method: colormaps["tab20"].colors[index] for method, index in zip(methods, _COLORS, strict=False)
+    }
+    used = {row["refine"] or "none": None for row in rows[1:]}
+
+    def draw(xs: list[float], ys: list[float], refine: str, color: Any, label: str | None = None) -> None:
+        face = "none" if refine == "none" else color
+        axes.plot(xs, ys, _MARKERS[refine], color=color, markerfacecolor=face, label=label)
+
+    for row in rows[1:]:
+        draw([row["bytes"] / 1e6], [row["perplexity"][name]], row["refine"] or "none", colors[row["method"]])
+    for method, color in colors.items():  # nothing but entries of the legend
+        axes.plot([], [], "o", color=color, label=method)
+    for refine in used:
+        draw([], [], refine, "black", "no refinement" if refine == "none" else refine)
     axes.set(xlabel="MB on disk", ylabel=f"perplexity on {name}", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=150)

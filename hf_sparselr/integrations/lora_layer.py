@@ -120,7 +120,7 @@ class SparseLRLoraLayer(LoraLinear):
         """Whether an adapter's A and B can enter the base's product as its own factors do.
 
         Then the outputs have the same bits, however that product is computed, and cost no more. If not, the
-        adapter's modules are called: for their hooks (offloading, sharding), dropout, another dtype, scale or bias.
+        adapter's modules are called: for their hooks (offloading, sharding), dropout, another dtype or scale.
         """
         A, B, dropout, scale = (
             parts[name] for parts in (self.lora_A, self.lora_B, self.lora_dropout, self.scaling)
@@ -128,7 +128,6 @@ class SparseLRLoraLayer(LoraLinear):
         return (
             not isinstance(scale, torch.Tensor)  # as hot-swapping without recompiling needs it
             and scale == 1
-            and B.bias is None
             and A.weight.dtype == B.weight.dtype == self.base_layer.dtype
             and (isinstance(dropout, nn.Identity) or not dropout.training)
             and not (_is_hooked(A) or _is_hooked(B))
