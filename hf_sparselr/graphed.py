@@ -44,7 +44,7 @@ class Graphed:
         return result
 
     def _captured(self, leaves: list, structure: Any) -> Callable[[list], Any]:
-        """A graph for arguments like these. It does not refer to `self`: without a cycle, its memory is free at once."""
+        """A graph for arguments like these; free of references to `self`, so that its memory is free without `gc`."""
         function = self._function
         own = tree_map(lambda leaf: leaf.to(self._device, copy=True) if _is_tensor(leaf) else leaf, leaves)
         graph = torch.cuda.CUDAGraph()

@@ -75,7 +75,9 @@ def test_a_compressed_model_keeps_its_budget():
 
 def test_a_budget_that_leaves_nothing_of_a_layer_is_found_early():
     changes = {"method": "svd", "solver": None, "sparsity": None, "rank": None, "compression": 0.97}
-    with pytest.raises(ValueError, match=r"k_proj: a budget this small gives its weight 16 x 32 neither S nor"):
+    with pytest.raises(
+        ValueError, match=r"k_proj: a budget this small gives its weight 16 x 32 neither S nor"
+    ):
         plan_layers(tiny.build("llama"), tiny.settings(**changes, ignore=["q_proj"]))
     plan = plan_layers(tiny.build("llama"), tiny.settings(**{**changes, "compression": 0.9}))
     assert all(layer.rank > 0 for layer in plan.values())

@@ -1,6 +1,8 @@
 """Replayed functions: on the CPU the function itself, on a GPU the same results from a graph."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -62,3 +64,18 @@ def test_what_looks_at_its_results_is_called_as_it_is(caplog) -> None:
             x = torch.randn(5, device=DEVICE)
             assert torch.equal(graphed(x), x * float(x.sum()))
     assert "not replayed as a CUDA graph" in caplog.text
+
+
+@gpu
+@pytest.mark.parametrize("calls", [1, 3])
+def test_what_a_replayed_function_holds_is_free_at_once(calls: int) -> None:
+    held = torch.zeros(5, device=DEVICE)
+    graphed, alive = Graphed(held.add, DEVICE), weakref.ref(held)
+    for _ in range(calls):
+        graphed(torch.ones(5, device=DEVICE))
+    gc.disable()
+    try:
+        del graphed, held
+        assert alive() is None
+    finally:
+        gc.enable()
