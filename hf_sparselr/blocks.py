@@ -322,11 +322,18 @@ def _input_device(model: nn.Module) -> torch.device:
 
 
 def replay(block: nn.Module, hidden: torch.Tensor, call: tuple[tuple, dict]) -> torch.Tensor:
-    """Calls a block as it was recorded, on the device of the hidden states; returns the new hidden states."""
-
-    def move(value: Any) -> Any:
-        return value.to(hidden.device) if isinstance(value, torch.Tensor) else value
-
-    args, kwargs = tree_map(move, call)
-    out = block(hidden, *args, **kwargs)
+    """Calls a block as it was recorded, on its own device and on hidden states in FP32; returns the new ones."""
+    device = next(block.parameters()).device
+    args, kwargs = placed(call, device)
+    out = block(hidden.to(device).float(), *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
+
+
+def placed(values: Any, device: torch.device) -> Any:
+    """Nested containers with every tensor in them on a device."""
+    return tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, values)
+
+
+def named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """A module's parameters and buffers."""
+    return [*module.named_parameters(), *module.named_buffers()]

@@ -22,6 +22,7 @@ from .effort import PRESETS
 from .evaluate import perplexity
 from .inspect_checkpoint import inspect_checkpoint
 from .offline import compress
+from .patterns import from_text
 from .solvers import GIVEN, METHODS
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -85,7 +86,7 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     integer = {"type": int, "metavar": "N"}
     regexes = {"nargs": "+", "metavar": "RE"}
     options = {
-        "sparsity": {"type": _sparsity, "help": '"n:m" or the fraction of zeros'},
+        "sparsity": {"type": from_text, "help": '"n:m" or the fraction of zeros'},
         "rank": {**integer, "help": "rank of the low-rank part"},
         "compression": {
             "type": float,
@@ -203,13 +204,6 @@ def _eval(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     inspection = inspect_checkpoint(args.path)
     print(json.dumps(asdict(inspection), indent=1) if args.json else inspection)
-
-
-def _sparsity(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text  # "n:m", which the config checks
 
 
 def _json(field: str, text: str) -> Any:

@@ -18,10 +18,19 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import find_stacks, instance_forwards
+from .blocks import find_stacks, instance_forwards, named_tensors
 from .calibration import eval_mode
-from .checks import check_choice, check_integer, check_number
-from .matching import WorkingLinear, adam, group_batches, only_trained, restore, snapshot, trainable
+from .checks import check_choice, check_integer
+from .matching import (
+    WorkingLinear,
+    adam,
+    check_schedule,
+    group_batches,
+    only_trained,
+    restore,
+    snapshot,
+    trainable,
+)
 from .modules import SparseLRLinear
 from .packing import unpack, unpack_mask
 from .precision import PRECISIONS, arithmetic
@@ -64,13 +73,9 @@ class DistillOptions:
     precision: str = "bf16"
 
     def __post_init__(self) -> None:
-        check_integer("distill.passes", self.passes, 1)
-        check_integer("distill.batch_size", self.batch_size, 1)
+        check_schedule("distill", self)
         check_integer("distill.self_samples", self.self_samples, 0)
         check_integer("distill.self_len", self.self_len, 2)
-        check_number("distill.lr", self.lr, 0, exclusive=True)
-        check_number("distill.factor_lr", self.factor_lr, 0)
-        check_number("distill.final_lr", self.final_lr, 0)
         check_choice("distill.train", self.train, ("all", "factors"))
         check_choice("distill.checkpointing", self.checkpointing, (True, False))
         check_choice("distill.precision", self.precision, PRECISIONS)
@@ -106,7 +111,7 @@ def distill(
     """
     started = time.perf_counter()
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLRLinear)}
-    stored = {name: tensor.dtype for name, tensor in _named_tensors(model)}
+    stored = {name: tensor.dtype for name, tensor in named_tensors(model)}
     probe, losses = batches[: max(1, PROBE_WINDOWS // len(batches[0]))], []
     with _places(model), eval_mode(model), _checkpointing(model, options.checkpointing):
         try:
@@ -214,7 +219,7 @@ def _unpack(
             model.set_submodule(name, WorkingLinear(Decomposition(S, mask, *factors), layer.bias))
     groups = trainable(model) if options.train == "all" else _without_sparse(model, layers)
     trained = {id(parameter) for group in groups.values() for parameter in group}
-    for _, tensor in _named_tensors(model):
+    for _, tensor in named_tensors(model):
         dtype = torch.float32 if id(tensor) in trained else _frozen_dtype(tensor, options)
         tensor.data = tensor.data.to(device, dtype)
     return groups
@@ -230,7 +235,7 @@ def _frozen_dtype(tensor: torch.Tensor, options: DistillOptions) -> torch.dtype:
 @torch.no_grad()
 def _round(model: nn.Module, stored: dict[str, torch.dtype]) -> None:
     """Rounds to the stored dtypes but stays FP32: the last loss is that of what will be stored."""
-    for name, tensor in _named_tensors(model):
+    for name, tensor in named_tensors(model):
         if tensor.is_floating_point():
             packed = f"{name.removesuffix('S')}values"
             tensor.copy_(tensor.to(stored[name if name in stored else packed]))
@@ -262,7 +267,7 @@ def _without_sparse(model: nn.Module, layers: dict[str, SparseLRLinear]) -> dict
 @contextmanager
 def on_device(teacher: nn.Module, device: torch.device, options: DistillOptions) -> Iterator[None]:
     """The dense model on the device inside, frozen, in the precision that distillation needs; then as it was."""
-    own = [(tensor, tensor.data, tensor.requires_grad) for _, tensor in _named_tensors(teacher)]
+    own = [(tensor, tensor.data, tensor.requires_grad) for _, tensor in named_tensors(teacher)]
     with eval_mode(teacher):
         try:
             for tensor, data, _ in own:
@@ -278,7 +283,7 @@ def on_device(teacher: nn.Module, device: torch.device, options: DistillOptions)
 @contextmanager
 def _places(model: nn.Module) -> Iterator[None]:
     """Every tensor is afterwards where it was, in the dtype it had."""
-    places = [(tensor, tensor.device, tensor.dtype) for _, tensor in _named_tensors(model)]
+    places = [(tensor, tensor.device, tensor.dtype) for _, tensor in named_tensors(model)]
     try:
         yield
     finally:
@@ -311,7 +316,3 @@ def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     recomputing = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     with instance_forwards(blocks, lambda _, forward: partial(recomputing, forward)):
         yield
-
-
-def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]

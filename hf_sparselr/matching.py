@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,13 +54,18 @@ class TMOptions:
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        check_integer("tm.passes", self.passes, 1)
-        check_integer("tm.batch_size", self.batch_size, 1)
-        check_number("tm.lr", self.lr, 0, exclusive=True)
-        check_number("tm.factor_lr", self.factor_lr, 0)
-        check_number("tm.final_lr", self.final_lr, 0)
+        check_schedule("tm", self)
         check_choice("tm.target", self.target, ("block", "stream", "mean"))
         check_choice("tm.precision", self.precision, ("auto", *PRECISIONS))
+
+
+def check_schedule(field: str, options: Any) -> None:
+    """What training one block and training the whole model have in common: steps and step sizes."""
+    check_integer(f"{field}.passes", options.passes, 1)
+    check_integer(f"{field}.batch_size", options.batch_size, 1)
+    check_number(f"{field}.lr", options.lr, 0, exclusive=True)
+    check_number(f"{field}.factor_lr", options.factor_lr, 0)
+    check_number(f"{field}.final_lr", options.final_lr, 0)
 
 
 def resolve_precision(options: TMOptions, block: nn.Module) -> TMOptions:
@@ -125,7 +131,7 @@ def mean_squared_error(
     total = torch.zeros((), device=device, dtype=torch.float64)
     for x, target, call in zip(inputs, targets, calls, strict=True):
         with arithmetic(device, precision):
-            out = replay(block, x.to(device).float(), call)
+            out = replay(block, x, call)
         total += (out.float() - target.to(device)).square().sum(dtype=torch.float64)
     return float(total) / sum(target.numel() for target in targets)
 
@@ -196,7 +202,7 @@ def _train(block, groups, inputs, targets, calls, options: TMOptions, seed: int,
         optimizer.zero_grad()
         for x, target, call in batches:
             with arithmetic(device, options.precision):
-                out = replay(block, x.to(device).float(), call)
+                out = replay(block, x, call)
                 loss = (out.float() - target.to(device)).square().sum() / size
                 loss.backward()
             losses.add_(loss.detach())

@@ -134,6 +134,14 @@ def parse(sparsity: str | float, field: str = "sparsity") -> Pattern:
     return Unstructured(float(sparsity))
 
 
+def from_text(text: str) -> str | float:
+    """What a command line says of sparsity, for `parse`: a number where it is one, else "n:m" or an error to come."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def top_mask(scores: torch.Tensor, kept: int) -> torch.Tensor:
     """The `kept` largest entries of the whole matrix: bool, same shape."""
     indices = torch.topk(scores.flatten(), kept, sorted=False).indices

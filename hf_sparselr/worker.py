@@ -10,16 +10,15 @@ import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from .allocation import DenseGroup
-from .blocks import Layer, dense_weight, replay, weight_shape
+from .blocks import Layer, dense_weight, named_tensors, placed, replay, weight_shape
 from .given import Given
 from .gram import GramAccumulator, ScaledGram, squared_error
 from .matching import WorkingLinear, match_block, resolve_precision
@@ -87,7 +86,7 @@ class BlockWorker:
         started = time.perf_counter()
         row = {"name": self.name, "tm": None}
         with self.phases("propagation"):
-            hidden, calls = self._kept(hidden), self._placed(calls)
+            hidden, calls = self._kept(hidden), placed(calls, self.storage)  # no pass waits for arguments
             if dense is not None:
                 dense = self._forward(self.dense, self._kept(dense), calls)
         if self.layers:
@@ -113,23 +112,11 @@ class BlockWorker:
         """Hidden states where, and as, they are kept."""
         return [batch.to(self.storage, self.stored) for batch in hidden]
 
-    def _placed(self, calls: list) -> list:
-        """The blocks' other arguments on the device, so that no pass waits for them; on the host if all stays there."""
-
-        def move(value: Any) -> Any:
-            return value.to(self.storage) if isinstance(value, torch.Tensor) else value
-
-        return tree_map(move, calls)
-
-    def _replay(self, block: nn.Module, batch: torch.Tensor, call: tuple) -> torch.Tensor:
-        """Runs a block in FP32 on one batch of hidden states; their sum over the layers is never rounded inside."""
-        return replay(block, batch.to(self.device).float(), call)
-
     @torch.no_grad()
     def _forward(self, block: nn.Module, hidden: list[torch.Tensor], calls: list) -> list[torch.Tensor]:
         """The outputs of the block at work, or of its dense self."""
         with arithmetic(self.device, self.precision):
-            outputs = (self._replay(block, batch, call) for batch, call in zip(hidden, calls, strict=True))
+            outputs = (replay(block, batch, call) for batch, call in zip(hidden, calls, strict=True))
             return [out.to(self.storage, self.stored) for out in outputs]
 
     def _targets(
@@ -165,7 +152,7 @@ class BlockWorker:
         ]
         for batch, call in zip(hidden, calls, strict=True):
             with arithmetic(self.device, self.precision):
-                self._replay(self.block, batch, call)
+                replay(self.block, batch, call)
             if set(self.layers) == {layer for group in groups.values() for layer in group}:
                 break  # one batch shows it, as a rule
             alive.clear()
@@ -194,7 +181,7 @@ class BlockWorker:
         try:
             for batch, call in zip(hidden, calls, strict=True):
                 with suppress(_Reached), arithmetic(self.device, self.precision):
-                    self._replay(self.block, batch, call)
+                    replay(self.block, batch, call)
         finally:
             handle.remove()
         return accumulator.gram
@@ -221,7 +208,7 @@ class BlockWorker:
         def forward() -> list[torch.Tensor]:
             with arithmetic(self.device, "tf32"):
                 return [
-                    self._replay(self.dense, batch, call)
+                    replay(self.dense, batch, call)
                     for batch, call in zip(hidden[:few], calls[:few], strict=True)
                 ]
 
@@ -354,9 +341,8 @@ class BlockWorker:
         self.block.to(self.home)
 
 
-def _floats(module: nn.Module):
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
+def _floats(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor) for name, tensor in named_tensors(module) if tensor.is_floating_point()]
 
 
 def work_device(asked, own: torch.device) -> torch.device:

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import SparseLRConfig
 from ..offline import compress
+from ..patterns import from_text
 from ..report import table
 from .presets import PRESETS
 
@@ -92,7 +93,7 @@ def _compress(args: argparse.Namespace, blocks: int, refine: str | None, effort:
         VOCABULARY, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0)
     )
     config = SparseLRConfig(
-        sparsity=args.sparsity if ":" in args.sparsity else float(args.sparsity),
+        sparsity=from_text(args.sparsity),
         rank=args.rank,
         refine=refine,
         effort=effort,

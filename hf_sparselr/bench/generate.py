@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..blocks import linear_layers, weight_shape
 from ..modules import SparseLRLinear
-from ..patterns import parse
+from ..patterns import from_text, parse
 from ..report import table
 from ..solvers import Decomposition
 from .presets import PRESETS
@@ -90,7 +90,7 @@ def _loaded(args: argparse.Namespace, name: str) -> nn.Module:
 def _packed(args: argparse.Namespace, sparsity: str) -> nn.Module:
     """The preset's model with every linear layer of its blocks replaced by a packed one of random support."""
     model = _dense(args)
-    pattern = parse(sparsity if ":" in sparsity else float(sparsity))
+    pattern = parse(from_text(sparsity))
     for name, layer in linear_layers(model).items():
         out, width = weight_shape(layer)
         mask = pattern.mask(torch.rand(out, width, device=args.device))

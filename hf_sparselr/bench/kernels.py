@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..modules import SparseLRLinear
 from ..packing import pack_mask
-from ..patterns import NM, Pattern, parse
+from ..patterns import NM, Pattern, from_text, parse
 from ..report import table
 from .presets import PRESETS
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     shapes = list(dict.fromkeys(itertools.chain.from_iterable(map(_shapes, args.shapes))))
-    patterns = [parse(text if ":" in text else float(text), "--patterns") for text in args.patterns]
+    patterns = [parse(from_text(text), "--patterns") for text in args.patterns]
     device = torch.device(args.device)
     rate = copy_rate(device)
     name = (

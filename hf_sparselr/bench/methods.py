@@ -25,7 +25,7 @@ from ..blocks import plan_layers, weight_shape
 from ..config import SparseLRConfig
 from ..evaluate import perplexity
 from ..offline import compress
-from ..patterns import parse
+from ..patterns import from_text, parse
 from ..solvers import GIVEN, METHODS
 
 _MARKERS = {"none": "o", "tm": "^", "distill": "s", "tm+distill": "D"}
@@ -142,7 +142,7 @@ def _configs(args: argparse.Namespace, data: _Data) -> Iterator[SparseLRConfig]:
     for sparsity, name, rank, refine, seed in grid:
         method = METHODS[name]
         if method.sparse or rank or not any(args.rank):
-            pattern = _sparsity(sparsity) if method.sparse else None
+            pattern = from_text(sparsity) if method.sparse else None
             runs[name, refine, seed, pattern, rank if method.low_rank else 0] = None
     for name, refine, seed, pattern, rank in runs:
         yield _config(args, data, name, refine, seed, sparsity=pattern, rank=rank)
@@ -159,7 +159,7 @@ def _equal_size(
         raise ValueError("--equal-size: expected a pure pruner among --methods, and a --rank > 0 to match")
     grid = itertools.product(pruners, args.sparsity, filter(None, args.rank), args.refine, args.seeds)
     for name, sparsity, rank, refine, seed in grid:
-        pattern = parse(_sparsity(sparsity))
+        pattern = parse(from_text(sparsity))
         kept = sum(pattern.kept(shape) + rank * sum(shape) for shape in shapes)
         zeros = 1 - kept / sum(map(math.prod, shapes))
         yield _config(args, data, name, refine, seed, sparsity=round(zeros, 6), rank=0)
@@ -203,13 +203,6 @@ def _bytes(model: torch.nn.Module) -> int:
     """Of the dense checkpoint, in the dtype it is stored in; tied tensors once."""
     size = torch.empty(0, dtype=getattr(model.config, "dtype", None) or torch.float32).element_size()
     return sum(parameter.numel() for parameter in model.parameters()) * size
-
-
-def _sparsity(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text  # "n:m", which the config checks
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
