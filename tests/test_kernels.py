@@ -6,11 +6,10 @@ import copy
 import importlib.util
 import json
 import logging
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from kernel_cases import CUDA, DEVICE, SUPPORTS, Problem, assert_near, draw, layer_of, problem
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -20,85 +19,10 @@ from hf_sparselr.kernels import native, ops, packed_linear, resident
 from hf_sparselr.kernels.index import build_index, index_of, row_starts
 from hf_sparselr.modules import SparseLRLinear
 from hf_sparselr.packing import pack
-from hf_sparselr.patterns import parse
-from hf_sparselr.solvers import Decomposition
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not TRITON, reason="needs Triton")
-needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 needs_native = pytest.mark.skipif(not native.supports(torch.float32), reason="needs AVX2 and a C compiler")
-
-# (out, in, sparsity or support): odd sizes, exact and inexact N:M, extreme supports
-SUPPORTS = [
-    (9, 100, 0.5), (1, 64, 0.7), (5, 3, 0.5), (7, 130, 0.9), (6, 257, 0.6), (16, 256, "2:4"), (5, 320, "2:4"),
-    (4, 100, "2:4"), (6, 192, "4:8"), (6, 128, "1:4"), (4, 96, "empty"), (3, 70, "full"), (5, 128, "empty rows"),
-    (2, 576, "short groups"),
-]  # fmt: skip
-
-
-@dataclass
-class Problem:
-    """S + B A packed, and as float64 `dense`."""
-
-    mask: torch.Tensor
-    values: torch.Tensor
-    A: torch.Tensor | None
-    B: torch.Tensor | None
-    bias: torch.Tensor | None
-    S: torch.Tensor
-    support: torch.Tensor
-
-    @property
-    def dense(self) -> torch.Tensor:
-        return self.S if self.A is None else self.S + self.B.double() @ self.A.double()
-
-    def expected(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.double(), self.dense, None if self.bias is None else self.bias.double())
-
-    @property
-    def packed(self) -> tuple:
-        return self.mask, self.values, self.A, self.B
-
-
-def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def choose_support(out: int, n: int, kind: str | float) -> torch.Tensor:
-    scores = draw(out, n, seed=1).abs()
-    if isinstance(kind, float) or ":" in kind:
-        return parse(kind).mask(scores)
-    if kind == "short groups":  # 2:4 with a group that keeps one: its values are not where exact 2:4 has them
-        support = parse("2:4").mask(scores)
-        support[0, :4] = torch.tensor([True, False, False, False])
-        return support
-    support = torch.full((out, n), kind != "empty", device=DEVICE)
-    if kind == "empty rows":
-        support[1] = support[-1] = False
-    return support
-
-
-def problem(
-    out: int, n: int, kind: str | float, rank: int = 3, bias: bool = True, dtype: torch.dtype = torch.float32
-) -> Problem:
-    support = choose_support(out, n, kind)
-    S = draw(out, n, seed=2, dtype=dtype) * support
-    mask, values = pack(S, support)
-    A = draw(rank, n, seed=3, dtype=dtype) if rank else None
-    B = draw(out, rank, seed=4, dtype=dtype) if rank else None
-    return Problem(mask, values, A, B, draw(out, seed=5, dtype=dtype) if bias else None, S.double(), support)
-
-
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    """Within a few roundings of `dtype` of the largest entry: sums are in FP32, results rounded once."""
-    assert actual.dtype == dtype and actual.shape == expected.shape
-    if actual.numel():
-        scale = max(float(expected.abs().max()), 1e-30)
-        assert float((actual.double() - expected).abs().max()) <= 8 * torch.finfo(dtype).eps * scale
-
 
 # The tables
 
@@ -151,9 +75,12 @@ def test_too_many_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def plans() -> list:
     if not TRITON:
         return []
-    from hf_sparselr.kernels.decode import Plan
+    from hf_sparselr.kernels.plan import Plan
 
-    return [Plan(False, 2, 1, 4), Plan(False, 4, 2, 8), Plan(True, 8, 1, 8), Plan(True, 4, 1, 4, split=3)]
+    return [
+        Plan("vector", 2, 1, 4), Plan("vector", 4, 2, 8), Plan("matrix", 8, 1, 8), Plan("matrix", 4, 1, 4, split=3),
+        Plan("blocks", 2, 1, 8), Plan("blocks", 4, 2, 8, ahead=True), Plan("blocks", 2, 1, 16, ahead=True),
+    ]  # fmt: skip
 
 
 def decode(x: torch.Tensor, case: Problem, plan) -> torch.Tensor:
@@ -167,7 +94,7 @@ def decode(x: torch.Tensor, case: Problem, plan) -> torch.Tensor:
 @pytest.mark.parametrize("plan", plans(), ids=str)
 @pytest.mark.parametrize(("out", "n", "kind"), SUPPORTS)
 def test_decode(out: int, n: int, kind: str | float, plan) -> None:
-    dtype = torch.bfloat16 if plan.matrix else torch.float32
+    dtype = torch.float32 if plan.form == "vector" else torch.bfloat16
     case = problem(out, n, kind, dtype=dtype)
     x = draw(2, n, seed=6, dtype=dtype)
     assert_near(decode(x, case, plan), case.expected(x), dtype)
@@ -176,7 +103,7 @@ def test_decode(out: int, n: int, kind: str | float, plan) -> None:
 @needs_triton
 @pytest.mark.parametrize("plan", plans(), ids=str)
 @pytest.mark.parametrize(
-    ("rows", "rank", "bias"), [(1, 0, False), (3, 0, True), (3, 1, False), (16, 40, True)]
+    ("rows", "rank", "bias"), [(1, 0, False), (3, 0, True), (3, 1, False), (9, 33, True)]
 )
 def test_decode_rows_ranks_and_bias(plan, rows: int, rank: int, bias: bool) -> None:
     case = problem(3, 70, 0.5, rank, bias, torch.float16)
@@ -185,15 +112,15 @@ def test_decode_rows_ranks_and_bias(plan, rows: int, rank: int, bias: bool) -> N
 
 
 @needs_triton
-@pytest.mark.parametrize("plan", plans()[1:3], ids=str)
-def test_decode_at_rank_512(plan) -> None:
-    case = problem(3, 64, "2:4", 512, dtype=torch.bfloat16)
+@pytest.mark.parametrize("plan", plans()[1::2], ids=str)
+def test_decode_at_rank_70(plan) -> None:
+    case = problem(3, 64, "2:4", 70, dtype=torch.bfloat16)
     x = draw(2, 64, seed=6, dtype=torch.bfloat16)
     assert_near(decode(x, case, plan), case.expected(x), torch.bfloat16)
 
 
 @needs_triton
-@pytest.mark.parametrize("plan", plans()[1:3], ids=str)
+@pytest.mark.parametrize("plan", plans()[1::2], ids=str)
 def test_decode_takes_values_at_any_address(plan) -> None:
     case = problem(4, 64, "2:4", dtype=torch.bfloat16)
     storage = torch.cat([case.values[:1], case.values])
@@ -201,6 +128,18 @@ def test_decode_takes_values_at_any_address(plan) -> None:
     assert case.values.data_ptr() % 8
     x = draw(1, 64, seed=6, dtype=torch.bfloat16)
     assert_near(decode(x, case, plan), case.expected(x), torch.bfloat16)
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", [0.5, "2:4"])
+def test_one_large_entry_of_x_meets_only_its_column(kind: str | float) -> None:
+    from hf_sparselr.kernels.plan import Plan
+
+    case = problem(4, 320, kind, 0, False, torch.bfloat16)  # "blocks" multiplies each by eight entries of x
+    x = torch.zeros(1, 320, dtype=torch.bfloat16, device=DEVICE)
+    x[0, 37] = 2.0**100
+    expected = case.S[:, 37].double() * 2.0**100
+    assert torch.equal(decode(x, case, Plan("blocks", 4, 1, 8))[0].double(), expected)
 
 
 # Unpacking, and back
@@ -222,25 +161,64 @@ def test_densify(out: int, n: int, kind: str | float, rank: int) -> None:
 
 
 @needs_triton
-def test_densify_in_16_bits_at_rank_80() -> None:
+@pytest.mark.parametrize(("out", "n", "kind"), [(20, 130, 0.5), (5, 320, "2:4")])
+@pytest.mark.parametrize("rank", [0, 80])
+@pytest.mark.parametrize("steps", [None, 1])
+def test_densify_in_16_bits(out: int, n: int, kind: str | float, rank: int, steps: int | None) -> None:
     from hf_sparselr.kernels.densify import densify
 
-    case = problem(20, 130, 0.5, 80, dtype=torch.bfloat16)
-    dense = densify(case.mask, index_of(case.mask, 130), *case.packed[1:])
+    case = problem(out, n, kind, rank, dtype=torch.bfloat16)
+    dense = densify(case.mask, index_of(case.mask, n), *case.packed[1:], steps)
     assert_near(dense, case.dense, torch.bfloat16)
 
 
 @needs_triton
-@pytest.mark.parametrize("bias", [False, True])
-def test_slabs_give_the_whole_product(bias: bool) -> None:
-    from hf_sparselr.kernels.densify import unpacked_product
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, torch.float32), (1, torch.bfloat16), (20, torch.bfloat16), (70, torch.bfloat16)]
+)
+def test_all_that_is_worth_trying_gives_the_product(rows: int, dtype: torch.dtype) -> None:
+    from hf_sparselr.kernels.plan import MAX_ROWS, MOST_PACKED_ROWS, UNPACKED, candidates
+    from hf_sparselr.kernels.unpacked import multiply_unpacked
 
-    case = problem(140, 8, 0.5, 2, bias)
-    x = draw(3, 8, seed=6, dtype=torch.float32)
-    index = index_of(case.mask, 8)
-    for slabs in (1, 2):
-        out = unpacked_product(x, case.mask, index, *case.packed[1:], case.bias, slabs)
-        assert_near(out, case.expected(x), torch.float32)
+    x = draw(rows, 24, seed=6, dtype=dtype)
+    for rank, bias in ((1, True), (0, False)):
+        case = problem(3, 24, 0.5, rank, bias, dtype)
+        index, forms = index_of(case.mask, 24), set()
+        for plan in candidates(rows, dtype, rank):
+            forms.add(plan.form)
+            if plan.form in UNPACKED:
+                out = multiply_unpacked(x, case.mask, index, *case.packed[1:], case.bias, plan)
+                assert_near(out, case.expected(x), dtype)
+            else:
+                assert_near(decode(x[:MAX_ROWS], case, plan), case.expected(x[:MAX_ROWS]), dtype)
+        assert ("beside" in forms) == (rank > 0 and rows > MOST_PACKED_ROWS)
+
+
+@needs_triton
+@pytest.mark.parametrize(("rows", "kernel", "form"), [
+    (1, "packed", None), (9, "packed", None), (3, "auto", "vector"), (20, "auto", "blocks"), (20, "auto", "beside"),
+])  # fmt: skip
+def test_the_chosen_plan_is_followed(rows: int, kernel: str, form: str | None) -> None:
+    from hf_sparselr.kernels.plan import Plan
+    from hf_sparselr.kernels.triton_product import triton_product
+
+    case = problem(3, 24, 0.5, 1, dtype=torch.bfloat16)
+    x, plans = draw(rows, 24, seed=6, dtype=torch.bfloat16), index_of(case.mask, 24).plans
+    if form is not None:  # by the next power of two
+        plans[1 << rows.bit_length(), 1, torch.bfloat16] = Plan(form, 2, 1)
+    out = triton_product(x, *case.packed, case.bias, 24, kernel)
+    assert_near(out, case.expected(x), torch.bfloat16)
+    assert len(plans) == (form is not None)  # nothing was measured
+
+
+@needs_triton
+def test_what_cusparselt_does_not_take_is_not_tried() -> None:
+    from hf_sparselr.kernels.unpacked import sparse_plans
+
+    for n, kind, rows in ((72, "2:4", 2048), (128, 0.5, 2048), (128, "2:4", 64)):
+        case = problem(64, n, kind, 0, False, torch.bfloat16)
+        x = draw(rows, n, seed=6, dtype=torch.bfloat16)
+        assert sparse_plans(x, case.mask, index_of(case.mask, n), case.values, None) == ()
 
 
 # The CPU
@@ -257,13 +235,6 @@ def test_one_row_on_the_cpu(out: int, n: int, kind: str | float, dtype: torch.dt
 
 
 # The entry
-
-
-def layer_of(case: Problem, n: int, kernel: str = "auto") -> SparseLRLinear:
-    S = case.S.to(case.values.dtype)
-    layer = SparseLRLinear.from_decomposition(Decomposition(S, case.support, case.A, case.B), case.bias)
-    layer.kernel = kernel
-    return layer
 
 
 @pytest.mark.parametrize("kernel", ["auto", "packed", "dense"])
@@ -371,92 +342,3 @@ def test_bench_kernels(tmp_path, capsys: pytest.CaptureFixture) -> None:
     assert "24x36" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--shapes='24'"):
         bench.run(parser.parse_args(["--shapes", "24"]))
-
-
-# What only a GPU can show
-
-
-def both_gradients(case: Problem, n: int, rows: int) -> list[list[torch.Tensor]]:
-    layer = layer_of(case, n)
-    parts = [draw(rows, n, seed=6), *(t.double() for t in (case.S, case.A, case.B, case.bias))]
-    parts = [part.clone().requires_grad_() for part in parts]
-    x, S, A, B, bias = parts
-    F.linear(x, S + B @ A, bias).square().sum().backward()
-    expected = [x.grad, S.grad[case.support], A.grad, B.grad, bias.grad]
-    for parameter in (layer.values, layer.A, layer.B, layer.bias):
-        parameter.requires_grad_(True)
-    inputs = x.detach().to(layer.values.dtype).requires_grad_()
-    layer(inputs).float().square().sum().backward()
-    return [expected, [inputs.grad, *(getattr(layer, name).grad for name in ("values", "A", "B", "bias"))]]
-
-
-@needs_cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["2:4", 0.6])
-@pytest.mark.parametrize("rows", [2, 100])
-def test_gradients_on_the_gpu(dtype: torch.dtype, kind: str | float, rows: int) -> None:
-    for expected, actual in zip(*both_gradients(problem(48, 128, kind, dtype=dtype), 128, rows), strict=True):
-        assert (actual.double() - expected).norm() <= (
-            1e-4 if dtype == torch.float32 else 0.03
-        ) * expected.norm()
-
-
-@needs_cuda
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("kernel", ["auto", "packed", "dense"])
-def test_compiled_on_the_gpu(mode: str, kernel: str) -> None:
-    torch._dynamo.reset()
-    layers = nn.Sequential(
-        *(layer_of(problem(64, 64, kind, dtype=torch.bfloat16), 64, kernel) for kind in (0.5, "2:4"))
-    )
-    compiled = torch.compile(layers, mode=mode, fullgraph=True)
-    x = draw(1, 64, seed=6, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for _ in range(4):
-            assert torch.equal(compiled(x).clone(), layers(x))
-            x = x + 1
-
-
-@needs_cuda
-def test_a_cuda_graph_needs_one_run_before() -> None:
-    layer, x = (
-        layer_of(problem(64, 64, 0.5, dtype=torch.bfloat16), 64),
-        draw(1, 64, seed=6, dtype=torch.bfloat16),
-    )
-    with torch.no_grad():
-        expected, graph = layer(x), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = layer(x)
-        graph.replay()
-        assert torch.equal(out, expected)
-
-
-@needs_cuda
-def test_several_streams() -> None:
-    case = problem(256, 512, 0.5, dtype=torch.bfloat16)
-    layer, xs = layer_of(case, 512), [draw(1, 512, seed=s, dtype=torch.bfloat16) for s in range(8)]
-    streams, outs = [torch.cuda.Stream() for _ in xs], []
-    with torch.no_grad():
-        expected = [layer(x) for x in xs]
-        torch.cuda.synchronize()
-        for x, stream in zip(xs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                outs.append(layer(x))
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
-
-
-@needs_cuda
-@pytest.mark.parametrize(("out", "n"), [(14336, 4096), (4096, 14336), (1000, 1544)])
-@pytest.mark.parametrize("kind", ["2:4", "0.5", "0.7"])
-@pytest.mark.parametrize("rows", [1, 8, 40])
-def test_large_layers(out: int, n: int, kind: str, rows: int) -> None:
-    pattern = parse(kind if ":" in kind else float(kind))
-    layer = bench.random_layer((out, n), pattern, 64, torch.bfloat16, torch.device(DEVICE))
-    x = draw(rows, n, seed=6, dtype=torch.bfloat16)
-    with torch.no_grad():
-        dense = layer.to_dense().weight.double()
-        for kernel in ("auto", "packed"):
-            layer.kernel = kernel
-            error = (layer(x).double() - x.double() @ dense.T).norm() / (x.double() @ dense.T).norm()
-            assert error < 0.01

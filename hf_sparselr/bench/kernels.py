@@ -2,9 +2,10 @@
 
     hf-sparselr bench kernels --shapes llama-3-8b 4096x4096 --rows 1 8 2048 --patterns 2:4 0.5 0.7 --rank 64 [--tune]
 
-Both sides in the same run, the median of many calls, on a GPU with a flushed L2 cache. "GB/s" counts the packed bytes
-(mask, values, factors); "of bound" is the time in which a device copy moves as many, over the time taken. --tune also
-tries launch plans beyond those that the package chooses from, and splits of the dense product.
+Both sides in the same run, the median of many calls, on a GPU of replays of a CUDA graph with a flushed L2 cache.
+"GB/s" counts the packed bytes (mask, values, factors); "of bound" is the time in which a device copy moves as many,
+over the time taken; "host us" is what an eager packed call costs before the GPU has it. --tune also tries plans beyond
+those that the package chooses from, and the parts of the unpacked product.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +30,9 @@ from ..report import table
 from .presets import PRESETS
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_WORKERS = 8  # processes that compile plans
+_WORKERS = min(16, os.cpu_count() or 1)  # processes that compile plans
+_BEST = 3  # plans to print
+_STEPS = (1, 2, 4)  # rows unpacked at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +125,7 @@ def copy_rate(device: torch.device) -> float:
 def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Median time of a call."""
     if device.type == "cuda":
-        from ..kernels.choice import milliseconds
+        from ..kernels.timing import milliseconds
 
         return milliseconds(call, device, repeats)
     call()
@@ -163,70 +167,80 @@ def _compare(
         "error": error,
     }
     if device.type == "cuda":
-        result["kernel"] = _chosen(layer, rows)
+        result |= {"kernel": _chosen(layer, rows), "host_us": _host_microseconds(layer, x)}
         if args.tune:
             result |= _tuned(layer, x, slow, args.repeats)
     return result
 
 
+def _host_microseconds(layer: SparseLRLinear, x: torch.Tensor, calls: int = 20) -> float:
+    """Time in which the host issues an eager call, whatever the GPU is at."""
+    torch.cuda.synchronize(x.device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        layer(x)
+    elapsed = time.perf_counter() - started
+    torch.cuda.synchronize(x.device)
+    return 1e6 * elapsed / calls
+
+
 def _chosen(layer: SparseLRLinear, rows: int) -> str:
-    from ..kernels.choice import chosen
+    from ..kernels.choice import known
     from ..kernels.index import index_of
 
-    plan = chosen(rows, index_of(layer.mask, layer.in_features), layer.values)
-    return "dense product" if plan is None else _short(plan)
+    return str(known(rows, layer.rank, index_of(layer.mask, layer.in_features), layer.values))
 
 
-def _short(plan: Any) -> str:
-    kind = "matrix" if plan.matrix else "vector"
-    return f"{kind} {plan.rows} rows {plan.warps} warps {plan.columns} columns" + f" / {plan.split}" * (
-        plan.split > 1
+def _plans(rows: int, itemsize: int, pairs: bool) -> list[Any]:
+    """A grid around the plans that the package chooses from, for up to 16 rows."""
+    from ..kernels.plan import MATRIX, VECTOR, Plan
+
+    if itemsize != 2:
+        return list(VECTOR)
+    grid = itertools.product(
+        (2, 4, 8), (1, 2, 4, 8), (8,) if pairs else (8, 16), (False,) if pairs else (False, True)
     )
-
-
-def _plans(rows: int, itemsize: int) -> list[Any]:
-    """A grid around the plans that the package chooses from."""
-    from ..kernels.decode import Plan
-
-    vector = [
-        Plan(False, height, warps, columns)
-        for height, warps, columns in itertools.product((2, 4, 8), (1, 2, 4, 8), (4, 8))
-        if height * columns <= 32
+    blocks = [
+        Plan("blocks", height, warps, columns, ahead=ahead)
+        for height, warps, columns, ahead in grid
+        if height * min(rows, 8) <= 32
     ]
-    matrix = [
-        Plan(True, height, warps, columns, split)
-        for height, warps, columns, split in itertools.product((8, 16), (1, 2, 4), (4, 8), (1, 2, 4, 8))
-        if height * columns <= 64 or warps < 4
-    ]
-    return (vector if rows <= 2 else []) + (matrix if itemsize == 2 else [])
+    vector = [*VECTOR, Plan("vector", 4, 8, 8), Plan("vector", 2, 4, 8)]
+    matrix = [*MATRIX, Plan("matrix", 8, 1, 4, split=8), Plan("matrix", 16, 1, 8, split=8)]
+    return blocks + (vector if rows == 1 else matrix)
 
 
 def _tuned(layer: SparseLRLinear, x: torch.Tensor, slow: float, repeats: int) -> dict[str, Any]:
-    """Times of all plans (or, for many rows, of splits of the dense product), best first."""
-    from ..kernels.decode import MAX_ROWS, decode
-    from ..kernels.densify import densify, unpacked_product
+    """Times of all plans, best first; for many rows, also of the parts of the product."""
+    from ..kernels.decode import decode
+    from ..kernels.densify import densify
     from ..kernels.index import index_of
+    from ..kernels.plan import MAX_ROWS, Plan
+    from ..kernels.unpacked import multiply_unpacked, sparse_plans
 
     mask, values, A, B = layer.mask, layer.values, layer.A, layer.B
     index = index_of(mask, layer.in_features)
-    packed = (mask, index, values, A, B)
+    packed, parts = (mask, index, values, A, B), {}
     if len(x) <= MAX_ROWS:
-        calls = {
-            _short(p): functools.partial(decode, x, *packed, None, p) for p in _plans(len(x), x.itemsize)
-        }
-        calls["matrix product"] = functools.partial(unpacked_product, x, *packed, None)
+        plans, multiply = _plans(len(x), x.itemsize, index.pairs), decode
     else:
-        calls = {
-            f"{n} slabs": functools.partial(unpacked_product, x, *packed, None, n) for n in (1, 2, 4, 8, 16)
-        }
-        calls["unpacking alone"] = functools.partial(densify, *packed)
-    times = {name: milliseconds(call, x.device, min(repeats, 20)) for name, call in calls.items()}
-    best = sorted(times, key=times.get)[:6]
-    where = f"{layer.out_features}x{layer.in_features}, {len(x)} rows:"
-    return {
-        "times": times,
-        "plans": [f"  {where} {n}: {times[n]:.4f} ms, {slow / times[n]:.2f} x" for n in best],
-    }
+        plans = (Plan("folded"), Plan("beside"), *sparse_plans(x, mask, index, values, None))
+        multiply = multiply_unpacked
+        for steps in _STEPS:
+            parts[f"unpacking S, {steps} rows"] = functools.partial(densify, mask, index, values, steps=steps)
+            parts[f"unpacking S + B A, {steps} rows"] = functools.partial(densify, *packed, steps=steps)
+        if len(plans) > 2:
+            parts["compressing S"] = functools.partial(torch._cslt_compress, densify(mask, index, values))
+    calls = {str(plan): functools.partial(multiply, x, *packed, None, plan) for plan in plans}
+    times, inner = (
+        {name: milliseconds(call, x.device, min(repeats, 20)) for name, call in group.items()}
+        for group in (calls, parts)
+    )
+    where = f"  {layer.out_features}x{layer.in_features}, {len(x)} rows: "
+    lines = [f"{n}: {times[n]:.4f} ms, {slow / times[n]:.2f} x" for n in sorted(times, key=times.get)[:_BEST]]
+    if inner:
+        lines.append("; ".join(f"{name} {inner[name]:.4f}" for name in sorted(inner, key=inner.get)))
+    return {"times": times | inner, "plans": [where + line for line in lines]}
 
 
 def _compile_plans(args: argparse.Namespace, shapes: list[tuple[int, int]], patterns: list[Pattern]) -> None:
@@ -247,34 +261,27 @@ def _compile_part(
     shape: tuple[int, int], pattern: Pattern, rows: int, rank: int, dtype: str, device: str, part: int
 ) -> None:
     from ..kernels.decode import decode
+    from ..kernels.densify import densify
     from ..kernels.index import index_of
 
     shape = (max(64, min(shape[0], 1024)), shape[1])  # the kernels do not depend on the number of outputs
     layer = random_layer(shape, pattern, rank, _DTYPES[dtype], torch.device(device))
     x = torch.zeros(rows, shape[1], device=device, dtype=_DTYPES[dtype])
     index = index_of(layer.mask, shape[1])
-    for plan in _plans(rows, x.itemsize)[part::_WORKERS]:
+    for plan in _plans(rows, x.itemsize, index.pairs)[part::_WORKERS]:
         decode(x, layer.mask, index, layer.values, layer.A, layer.B, None, plan)
+    for steps in _STEPS[part::_WORKERS]:
+        densify(layer.mask, index, layer.values, steps=steps)
+        densify(layer.mask, index, layer.values, layer.A, layer.B, steps)
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    lines = [
-        (
-            "shape",
-            "pattern",
-            "rows",
-            "dense ms",
-            "packed ms",
-            "speed-up",
-            "GB/s",
-            "of bound",
-            "error",
-            "kernel",
-        )
-    ]
+    head = ("shape", "pattern", "rows", "dense ms", "packed ms", "speed-up", "GB/s", "of bound", "error")
+    lines = [(*head, "host us", "kernel")]
     for r in results:
         numbers = (f"{r['dense_ms']:.4f}", f"{r['packed_ms']:.4f}", f"{r['speedup']:.2f}")
         rates = (f"{r['packed_gb_s']:,.0f}", f"{r['of_bound']:.0%}", f"{r['error']:.1e}")
-        lines.append((r["shape"], r["pattern"], str(r["rows"]), *numbers, *rates, r.get("kernel", "")))
+        host = f"{r['host_us']:.0f}" if "host_us" in r else ""
+        lines.append((r["shape"], r["pattern"], str(r["rows"]), *numbers, *rates, host, r.get("kernel", "")))
     notes = [line for r in results for line in r.get("plans", ())]
     return "\n".join([table(lines), *notes])

@@ -1,4 +1,5 @@
-"""S + B A as a dense matrix in one pass, and the way back for gradients (Triton).
+# ruff: noqa: RUF005 (the compiler of these functions knows tuples, but not unpacking)
+"""S or S + B A as a dense matrix in one pass, and the way back for gradients (Triton).
 
 For many rows of x, where the dense product is bound by arithmetic: the dense matrix lives for one product.
 """
@@ -7,14 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .decode import dense_tile
+from .decode import can_pair
 from .index import SupportIndex
-from .support import bit, column_bits, locate, multiply, row_start
+from .support import bit, column_bits, expand, expand_pairs, locate, multiply, read_pairs, row_start, stack
 
-_ROWS = 16  # of a step
-_BAND = 128  # output rows of a program: it keeps its part of A for all of them
-_WARPS = 4
-_COLUMNS = 4  # of a thread
+_WARPS = 8  # each unpacks rows of its own: so many are a tile that the tensor cores add to
+_COLUMNS = 8  # of a thread
+_STEPS, _STEPS_ADDING = 4, 2  # rows of a warp at a time, without and with B A
+_BAND = 128  # output rows of a program that adds B A: it keeps its part of A for all of them
 _RANK = 64  # of A at a time
 
 
@@ -27,44 +28,61 @@ def _densify(
     A,
     B,
     dense,
-    top,
-    bottom,
     outs,
     ins,
     blocks,
     rank,
-    ROWS: tl.constexpr,
+    tiles,
+    WARPS: tl.constexpr,
+    STEPS: tl.constexpr,
     BAND: tl.constexpr,
-    LANES: tl.constexpr,
-    COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     PER_BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
     LOW_RANK: tl.constexpr,
     ONE_STEP: tl.constexpr,
 ):
-    k = tl.program_id(0) * (LANES * COLUMNS)
-    column = k + tl.arange(0, LANES * COLUMNS)[:, None]
-    start = top + tl.program_id(1) * BAND
+    k = tl.program_id(0) % tiles * 256
+    top = tl.program_id(0) // tiles * BAND
+    lane = tl.arange(0, 32 * WARPS)
+    shift, below = column_bits(lane % 32, 8)
+    block = k // 64 + lane % 32 // 8
+    column = k + tl.arange(0, 256)
     if LOW_RANK and ONE_STEP:
-        left = _transposed(A, column, 0, rank, ins, RANK)
-    for first in range(start, tl.minimum(start + BAND, bottom), ROWS):
-        tile = dense_tile(
-            words, values, starts, offsets, first, k, outs, ins, blocks,
-            ROWS, LANES, COLUMNS, PER_BLOCK, False, EVEN,
-        )  # fmt: skip
-        row = first + tl.arange(0, ROWS)[None, :]
-        if LOW_RANK:
-            total = tl.zeros((LANES * COLUMNS, ROWS), tl.float32)
-            if ONE_STEP:
-                total = multiply(left, _factors(B, row, 0, rank, bottom, RANK), total)
+        left = _transposed(A, column[:, None], 0, rank, ins, RANK)
+    for first in range(top, tl.minimum(top + BAND, outs), STEPS * WARPS):
+        parts = ()
+        for i in tl.static_range(STEPS):
+            row = tl.minimum(first + i * WARPS + lane // 32, outs - 1)
+            if PAIRS:
+                at = row * (blocks * 8) + k // 8 + lane % 32
+                parts = parts + (read_pairs(words, values, at, k + lane % 32 * 8 < ins, EVEN),)
             else:
-                for q in range(0, rank, RANK):
-                    step = _transposed(A, column, q, rank, ins, RANK)
-                    total = multiply(step, _factors(B, row, q, rank, bottom, RANK), total)
-            tile = tile.to(tl.float32) + total
-        at = dense + (row - top).to(tl.int64) * ins + column
-        tl.store(at, tile, mask=(row < bottom) & (column < ins))
+                start = row_start(starts, row, blocks, PER_BLOCK)
+                part = locate(words, offsets, start, row, block, shift, below, blocks, PER_BLOCK, EVEN)
+                parts = parts + (part,)
+        unpacked = ()
+        for i in tl.static_range(STEPS):
+            if PAIRS:
+                entries = expand_pairs(parts[i][1], parts[i][0], values.dtype.element_ty)
+            else:
+                entries, _ = expand(values, parts[i][0], parts[i][1], 8)
+            unpacked = unpacked + (stack(entries).reshape(WARPS, 256),)
+        for i in tl.static_range(STEPS):
+            row = first + i * WARPS + tl.arange(0, WARPS)
+            tile = unpacked[i]
+            if LOW_RANK:
+                total = tl.zeros((256, WARPS), tl.float32)
+                if ONE_STEP:
+                    total = multiply(left, _factors(B, row[None, :], 0, rank, outs, RANK), total)
+                else:
+                    for q in range(0, rank, RANK):
+                        step = _transposed(A, column[:, None], q, rank, ins, RANK)
+                        total = multiply(step, _factors(B, row[None, :], q, rank, outs, RANK), total)
+                tile = tile.to(tl.float32) + total.to(tile.dtype).trans(1, 0).to(tl.float32)
+            at = dense + row[:, None].to(tl.int64) * ins + column[None, :]
+            tl.store(at, tile, mask=(row < outs)[:, None] & (column < ins)[None, :])
 
 
 @triton.jit
@@ -75,10 +93,10 @@ def _transposed(A, column, q, rank, ins, RANK: tl.constexpr):
 
 
 @triton.jit
-def _factors(B, row, q, rank, bottom, RANK: tl.constexpr):
+def _factors(B, row, q, rank, outs, RANK: tl.constexpr):
     """B^T for some output rows: (RANK, rows)."""
     factor = q + tl.arange(0, RANK)[:, None]
-    return tl.load(B + row * rank + factor, mask=(factor < rank) & (row < bottom), other=0)
+    return tl.load(B + row * rank + factor, mask=(factor < rank) & (row < outs), other=0)
 
 
 @triton.jit
@@ -112,62 +130,34 @@ def densify(
     mask: torch.Tensor,
     index: SupportIndex,
     values: torch.Tensor,
-    A: torch.Tensor | None,
-    B: torch.Tensor | None,
-    top: int = 0,
-    bottom: int | None = None,
+    A: torch.Tensor | None = None,
+    B: torch.Tensor | None = None,
+    steps: int | None = None,
 ) -> torch.Tensor:
-    """Rows top...bottom (default: all) of S + B A as a new tensor (bottom - top, in); A None: of S.
+    """S + B A as a new tensor (out, in); without A and B, S.
 
-    A new tensor costs nothing: the allocator hands the memory of the last layer's on, per stream.
+    A new tensor costs nothing: the allocator hands the memory of the last layer's on, per stream. B A is rounded to
+    the dtype before it is added, as a product of torch's would be.
+
+    Args:
+        steps: rows that a warp unpacks at a time, a power of two, where not as usual.
     """
     outs, blocks = index.shape
-    ins, bottom = index.in_features, outs if bottom is None else bottom
+    ins = index.in_features
     values, rank = values.contiguous(), 0 if A is None else A.shape[0]
-    dense = values.new_empty((bottom - top, ins))
+    dense = values.new_empty((outs, ins))
     if dense.numel() == 0:
         return dense
     A, B = (A.contiguous(), B.contiguous()) if rank else (values, values)
-    tile = 32 * _WARPS * _COLUMNS
-    grid = (triton.cdiv(ins, tile), triton.cdiv(bottom - top, _BAND))
-    _densify[grid](
-        index.words(mask), values, index.starts, index.offsets, A, B, dense, top, bottom, outs, ins, blocks, rank,
-        ROWS=_ROWS, BAND=_BAND, LANES=32 * _WARPS, COLUMNS=_COLUMNS, PER_BLOCK=index.per_block, EVEN=ins % tile == 0,
-        LOW_RANK=bool(rank), RANK=min(_RANK, max(16, triton.next_power_of_2(rank))), ONE_STEP=rank <= _RANK,
-        num_warps=_WARPS, num_stages=1,
+    steps = steps or (_STEPS_ADDING if rank else _STEPS)
+    tiles, band = -(-ins // 256), _BAND if rank else steps * _WARPS
+    _densify[(tiles * -(-outs // band),)](
+        index.words(mask), values, index.starts, index.offsets, A, B, dense, outs, ins, blocks, rank, tiles,
+        WARPS=_WARPS, STEPS=steps, BAND=band, PER_BLOCK=index.per_block,
+        PAIRS=can_pair(index, values), EVEN=ins % 256 == 0, LOW_RANK=rank > 0, ONE_STEP=rank <= _RANK,
+        RANK=min(_RANK, max(16, 1 << (rank - 1).bit_length())), num_warps=_WARPS, num_stages=1,
     )  # fmt: skip
     return dense
-
-
-def unpacked_product(
-    inputs: torch.Tensor,
-    mask: torch.Tensor,
-    index: SupportIndex,
-    values: torch.Tensor,
-    A: torch.Tensor | None,
-    B: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    slabs: int = 1,
-) -> torch.Tensor:
-    """x (S + B A)^T + bias by the dense product: (rows, in) to (rows, out).
-
-    Args:
-        slabs: parts of the output rows, one after the other: a slab that fits the L2 cache is never written to
-            memory, but each product is smaller.
-    """
-    if slabs == 1:
-        return torch.nn.functional.linear(inputs, densify(mask, index, values, A, B), bias)
-    outs = index.shape[0]
-    y = inputs.new_empty((len(inputs), outs))
-    height = -(-outs // slabs // _BAND) * _BAND
-    for top in range(0, outs, height):
-        bottom = min(top + height, outs)
-        weight = densify(mask, index, values, A, B, top, bottom)
-        if bias is None:
-            torch.mm(inputs, weight.T, out=y[:, top:bottom])
-        else:
-            torch.addmm(bias[top:bottom], inputs, weight.T, out=y[:, top:bottom])
-    return y
 
 
 def collect(mask: torch.Tensor, index: SupportIndex, dense: torch.Tensor) -> torch.Tensor:

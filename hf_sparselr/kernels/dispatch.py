@@ -2,7 +2,7 @@
 
 import torch
 
-from .ops import has_triton, linear, product
+from . import ops
 from .reference import reference_linear
 
 
@@ -44,14 +44,13 @@ def packed_linear(
         A, B, bias = (tensor if tensor is None else tensor.to(dtype) for tensor in (A, B, bias))
     trained = torch.is_grad_enabled() and _any_requires_grad(values, A, B, bias)
     differentiated = trained or (torch.is_grad_enabled() and inputs.requires_grad)
-    if not ((kind == "cuda" and has_triton()) or (kind == "cpu" and not differentiated)):
+    if not ((kind == "cuda" and ops.TRITON) or (kind == "cpu" and not differentiated)):
         return reference_linear(inputs, mask, values, A, B, bias, in_features)
     _check_dtypes(inputs, values, A, B, bias)
     if trained and kernel == "dense":
         kernel = "auto"  # what is being trained changes with every step: there is nothing to keep
-    run = (
-        linear if differentiated or torch.compiler.is_compiling() else product
-    )  # an operator costs time in Python
+    # An operator costs time in Python.
+    run = ops.linear if differentiated or torch.compiler.is_compiling() else ops.product
     return run(inputs, mask, values, A, B, bias, in_features, kernel)
 
 

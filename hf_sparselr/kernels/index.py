@@ -1,6 +1,6 @@
 """Where in `values` a packed row continues: small tables derived from the mask once, never stored on disk."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,6 +25,7 @@ class SupportIndex:
             there is nothing to look up.
         pairs: every group of four columns keeps exactly two: each value's place is fixed (2:4).
         in_features, nonzeros: of S.
+        plans: what `choice` has chosen, by (rows of x up to a power of two, rank, dtype).
     """
 
     shape: tuple[int, int]
@@ -35,6 +36,7 @@ class SupportIndex:
     pairs: bool
     in_features: int
     nonzeros: int
+    plans: dict = field(default_factory=dict, compare=False)
 
     def words(self, mask: torch.Tensor) -> torch.Tensor:
         """The bytes to read as words. The index holds no view of the mask: it would keep it alive."""

@@ -3,6 +3,7 @@
 Which kernel runs is decided when they run, so a compiled model does not depend on the number of rows.
 """
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -22,13 +23,10 @@ logger = logging.getLogger(__name__)
 
 KERNELS = ("auto", "packed", "dense")
 VARIABLE = "HF_SPARSELR_KERNEL"
+TRITON = importlib.util.find_spec("triton") is not None  # not a function: torch.compile would trace into it
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _Optional = torch.Tensor | None
-_TRITON = importlib.util.find_spec("triton") is not None  # looked up here: torch.compile cannot trace into it
-
-
-def has_triton() -> bool:
-    return _TRITON
 
 
 @torch.library.custom_op("hf_sparselr::linear", mutates_args=())
@@ -57,43 +55,38 @@ def _setting(kernel: str) -> str:
     return kernel
 
 
+def _uses_triton(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and TRITON and tensor.dtype in _TRITON_DTYPES
+
+
+def _on_its_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device_of(tensor)
+
+
 def product(inputs, mask, values, A, B, bias, in_features, kernel) -> torch.Tensor:
     """x S^T + (x A^T) B^T + bias: (..., in) to (..., out), by the fastest way."""
     rows = inputs.reshape(-1, in_features)
-    with torch.cuda.device_of(rows):  # Triton launches on the current device
-        out = _product(rows, mask, values, A, B, bias, in_features, kernel)
-    return out.reshape(*inputs.shape[:-1], len(mask))
+    with _on_its_device(rows):
+        out = _product(rows, mask, values, A, B, bias, in_features, _setting(kernel))
+    return out.view(*inputs.shape[:-1], len(mask))
 
 
 def _product(rows, mask, values, A, B, bias, in_features, kernel) -> torch.Tensor:
     if rows.numel() == 0 or not len(mask):
         return rows.new_zeros((len(rows), len(mask))) if bias is None else bias.repeat(len(rows), 1)
-    if _setting(kernel) == "dense":
+    if kernel == "dense":
         return F.linear(rows, _resident(mask, values, A, B, in_features), bias)
-    if rows.is_cuda and has_triton() and values.dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return _cuda_product(rows, mask, values, A, B, bias, in_features, kernel)
+    if _uses_triton(values):
+        from .triton_product import triton_product
+
+        return triton_product(rows, mask, values, A, B, bias, in_features, kernel)
     if not rows.is_cuda and len(rows) == 1 and native.supports(values.dtype):
         out = native.multiply(rows[0], mask, values, row_starts(mask))[None]
         return add_rest(out, rows, A, B, bias)
     return reference_linear(rows, mask, values, A, B, bias, in_features)
-
-
-def _cuda_product(rows, mask, values, A, B, bias, in_features, kernel) -> torch.Tensor:
-    from .choice import candidates, choose
-    from .decode import MAX_ROWS, Plan, decode
-    from .densify import unpacked_product
-
-    index = index_of(mask, in_features)
-
-    def run(plan: Plan | None) -> torch.Tensor:
-        if plan is None:
-            return unpacked_product(rows, mask, index, values, A, B, bias)
-        parts = [decode(part, mask, index, values, A, B, bias, plan) for part in rows.split(MAX_ROWS)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    if _setting(kernel) == "packed" and candidates(len(rows), values.dtype) and len(rows) <= MAX_ROWS:
-        return run(candidates(len(rows), values.dtype)[0])
-    return run(choose(len(rows), index, values, run))
 
 
 def _resident(mask, values, A, B, in_features) -> torch.Tensor:
@@ -111,7 +104,7 @@ def _say_dense_once() -> None:
 
 def _dense(mask, values, A, B, in_features) -> torch.Tensor:
     """S + B A as a new tensor."""
-    if values.is_cuda and has_triton() and values.dtype in (torch.bfloat16, torch.float16, torch.float32):
+    if _uses_triton(values):
         from .densify import densify
 
         return densify(mask, index_of(mask, in_features), values, A, B)
@@ -131,7 +124,7 @@ def input_gradient(
 ) -> torch.Tensor:
     """grad (S + B A): (..., out) to (..., in)."""
     build = _resident if _setting(kernel) == "dense" else _dense
-    with torch.cuda.device_of(grad):
+    with _on_its_device(grad):
         return grad @ build(mask, values, A, B, in_features)
 
 
@@ -147,7 +140,7 @@ def value_gradient(
     """grad^T x on the support: (rows, out), (rows, in) to (nonzeros,)."""
     from .densify import collect
 
-    with torch.cuda.device_of(grad):
+    with _on_its_device(grad):
         return collect(mask, index_of(mask, inputs.shape[1]), grad.T @ inputs)
 
 

@@ -30,7 +30,7 @@ def keep(name: str, sources: tuple[torch.Tensor | None, ...], build: Callable[[]
         return _KEPT[key][2]
     for old in [old for old in _KEPT if old == key or _is_expired(old)]:
         del _KEPT[old]
-    value = _build_apart(build, tensors[0].device)
+    value = apart(build, tensors[0].device)
     _KEPT[key] = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors], versions, value
     return value
 
@@ -43,24 +43,30 @@ def _identity(tensor: torch.Tensor | None) -> tuple | None:
     return None if tensor is None else (tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor.shape)
 
 
-def _build_apart(build: Callable[[], T], device: torch.device) -> T:
-    """Runs `build` on a thread and a stream of its own: what it allocates must outlive the memory pool of a CUDA
-    graph whose warm-up this may be."""
+def apart(run: Callable[[], T], device: torch.device, stream: torch.cuda.Stream | None = None) -> T:
+    """Runs `run` on a thread and a stream of its own, after all work of the current stream: what it allocates must
+    outlive the memory pool of a CUDA graph whose warm-up this may be, and it may capture a graph itself.
+
+    Args:
+        stream: which nothing else uses meanwhile; None: a new one.
+
+    Raises:
+        RuntimeError: the current stream is being captured.
+    """
     if device.type != "cuda":
-        return build()
+        return run()
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a packed layer is new to this CUDA graph capture: run the model once before capturing"
         )
-    current = torch.cuda.current_stream(device)
-    current.synchronize()
+    torch.cuda.current_stream(device).synchronize()
 
-    def run() -> T:
-        own = torch.cuda.Stream(device)
+    def work() -> T:
+        own = stream or torch.cuda.Stream(device)
         with torch.no_grad(), torch.cuda.stream(own):
-            value = build()
+            value = run()
         own.synchronize()
         return value
 
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(run).result()
+        return pool.submit(work).result()

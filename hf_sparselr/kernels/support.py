@@ -25,7 +25,7 @@ def bit(bits, position: tl.constexpr):
 
 @triton.jit
 def popcount(word):
-    """Bits set in each uint64; in this form it compiles to the instruction."""
+    """Bits set in each uint64; in this form it compiles to the instruction (two of 32 bits)."""
     word = word - ((word >> 1) & 0x5555555555555555)
     word = (word & 0x3333333333333333) + ((word >> 2) & 0x3333333333333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F0F0F0F0F
@@ -48,33 +48,38 @@ def row_start(starts, row, blocks, PER_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def locate(
-    words, offsets, start, row, block, shift, below, blocks, PER_BLOCK: tl.constexpr, EVEN: tl.constexpr
-):
-    """(bits, place): a lane's mask bits from its first column on, and the place of the first value they stand for."""
+def read_head(words, offsets, row, block, blocks, PER_BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """(word, offset): the mask word that a lane's columns lie in, and the values of the row before it."""
     at = row * blocks + block
     inside = block < blocks
     words = words.to(tl.pointer_type(tl.uint64))
     word = tl.load(words + at) if EVEN else tl.load(words + at, mask=inside, other=0)
     if PER_BLOCK:
-        offset = block * PER_BLOCK
-    else:
-        offset = tl.load(offsets + at) if EVEN else tl.load(offsets + at, mask=inside, other=0)
-        if offsets.dtype.element_ty == tl.int16:
-            offset = offset.to(tl.uint16, bitcast=True).to(tl.int32)
-    place = start + offset + popcount(word & below)
-    return (word >> shift).to(tl.int32), place
+        return word, block * PER_BLOCK
+    offset = tl.load(offsets + at) if EVEN else tl.load(offsets + at, mask=inside, other=0)
+    if offsets.dtype.element_ty == tl.int16:
+        offset = offset.to(tl.uint16, bitcast=True).to(tl.int32)
+    return word, offset
+
+
+@triton.jit
+def locate(
+    words, offsets, start, row, block, shift, below, blocks, PER_BLOCK: tl.constexpr, EVEN: tl.constexpr
+):
+    """(bits, place): a lane's mask bits from its first column on, and the place of the first value they stand for."""
+    word, offset = read_head(words, offsets, row, block, blocks, PER_BLOCK, EVEN)
+    return (word >> shift).to(tl.int32), start + offset + popcount(word & below)
 
 
 @triton.jit
 def expand(values, bits, place, COLUMNS: tl.constexpr):
-    """The dense entries of a lane's columns: a tuple of COLUMNS tensors."""
+    """(entries, place): the dense entries of a lane's columns, COLUMNS tensors, and the place after the last."""
     entries = ()
     for j in tl.static_range(COLUMNS):
         kept = bit(bits, j)
         entries = entries + (tl.load(values + place, mask=kept != 0, other=0),)
         place += kept >> j
-    return entries
+    return entries, place
 
 
 @triton.jit

@@ -1,0 +1,72 @@
+"""The ways to compute a product, and which of them are worth trying where."""
+
+from dataclasses import dataclass
+
+import torch
+
+MAX_ROWS = 16  # of x that one packed product takes
+MOST_PACKED_ROWS = 4 * MAX_ROWS  # above, the dense product is bound by arithmetic
+
+PACKED = ("vector", "blocks", "matrix")
+UNPACKED = ("folded", "beside", "sparse")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to compute one product.
+
+    Attributes:
+        form: reads the packed S: "vector" multiplies one row of x in FP32 registers; "blocks" and "matrix" give up to
+            8 and 16 rows of 16 bits to the tensor cores. Unpacks S first: "folded" multiplies by S + B A, "beside"
+            by S, B and A, "sparse" by S (exactly 2:4) on the sparse tensor cores, and by B and A.
+        rows: output rows of a program, a power of two.
+        warps: of a program.
+        columns: consecutive columns of a thread: 4 or 8 ("blocks": 8 or 16); 2:4 always takes 8.
+        split: programs that share an output row, each with a part of the columns ("matrix" only).
+        ahead: read the mask of the next columns before multiplying these ("blocks" only).
+        algorithm: of cuSPARSELt ("sparse" only).
+    """
+
+    form: str
+    rows: int = 0
+    warps: int = 0
+    columns: int = 8
+    split: int = 1
+    ahead: bool = False
+    algorithm: int = 0
+
+    def __str__(self) -> str:
+        if self.form in UNPACKED:
+            return f"{self.form} {self.algorithm}" if self.form == "sparse" else self.form
+        parts = f" / {self.split}" * (self.split > 1) + " ahead" * self.ahead
+        return f"{self.form} {self.rows} rows {self.warps} warps {self.columns} columns{parts}"
+
+
+VECTOR = (Plan("vector", 4, 4, 8), Plan("vector", 4, 4, 4), Plan("vector", 2, 8, 8), Plan("vector", 8, 4, 4))
+BLOCKS = (
+    Plan("blocks", 4, 4, 8, ahead=True),
+    Plan("blocks", 4, 2, 16, ahead=True),
+    Plan("blocks", 4, 1, 16, ahead=True),
+    Plan("blocks", 2, 4, 16, ahead=True),
+    Plan("blocks", 2, 2, 8, ahead=True),
+    Plan("blocks", 2, 8, 8),
+    Plan("blocks", 4, 1, 8),
+)
+MATRIX = (Plan("matrix", 16, 1, 4, split=8), Plan("matrix", 8, 1, 4, split=4))
+
+
+def packed_plans(rows: int, dtype: torch.dtype) -> tuple[Plan, ...]:
+    """What reads the packed S, for so many rows of x: the first is taken where nothing can be measured."""
+    if dtype.itemsize != 2:
+        return VECTOR
+    return (*BLOCKS, *VECTOR) if rows == 1 else (*BLOCKS, *MATRIX)
+
+
+def candidates(rows: int, dtype: torch.dtype, rank: int) -> tuple[Plan, ...]:
+    """What is worth trying for so many rows of x, but for "sparse", whose algorithm must be searched for."""
+    unpacked = (Plan("folded"), Plan("beside")) if rank else (Plan("folded"),)
+    if rows > MOST_PACKED_ROWS:
+        return unpacked
+    if dtype.itemsize != 2 and rows > MAX_ROWS:
+        return unpacked[:1]
+    return (*packed_plans(rows, dtype), unpacked[0])

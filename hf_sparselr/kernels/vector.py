@@ -1,0 +1,104 @@
+# ruff: noqa: RUF005 (the compiler of these functions knows tuples, but not unpacking)
+"""One row of x against packed rows of S in FP32 registers (Triton): for values of 32 bits, and one row of 16 bits."""
+
+import triton
+import triton.language as tl
+
+from .support import column_bits, expand, locate, read_pairs, row_start, stack
+
+
+@triton.jit
+def multiply_vector(
+    x,
+    words,
+    values,
+    starts,
+    offsets,
+    u,
+    B,
+    bias,
+    y,
+    outs,
+    ins,
+    blocks,
+    rank,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    first = tl.program_id(0) * ROWS
+    sample = tl.program_id(1)
+    lane = tl.arange(0, LANES)
+    shift, below = column_bits(lane, COLUMNS)
+    sums, begin, ahead = (), (), ()
+    for i in tl.static_range(ROWS):
+        row = tl.minimum(first + i, outs - 1)
+        sums = sums + (tl.zeros((LANES,), tl.float32),)
+        begin = begin + (row_start(starts, row, blocks, PER_BLOCK),)
+        if LOW_RANK:  # asked for early, so that it is here when the sums are done
+            ahead = ahead + (tl.load(B + row * rank + lane, mask=lane < rank, other=0),)
+    for k in range(0, ins, LANES * COLUMNS):
+        column = k + lane * COLUMNS
+        samples = ()
+        for j in tl.static_range(COLUMNS):
+            at = x + sample * ins + column + j
+            entry = tl.load(at) if EVEN else tl.load(at, mask=column + j < ins, other=0)
+            samples = samples + (entry.to(tl.float32),)
+        block = k // 64 + lane * COLUMNS // 64
+        updated = ()
+        for i in tl.static_range(ROWS):
+            row = tl.minimum(first + i, outs - 1)
+            if PAIRS:
+                at = row * (blocks * 8) + k // 8 + lane
+                bits, pairs = read_pairs(words, values, at, column < ins, EVEN)
+                total = _multiply_pairs(sums[i], bits, pairs, samples, values.dtype.element_ty)
+            else:
+                bits, place = locate(
+                    words, offsets, begin[i], row, block, shift, below, blocks, PER_BLOCK, EVEN
+                )
+                total = sums[i]
+                entries, _ = expand(values, bits, place, COLUMNS)
+                for j in tl.static_range(COLUMNS):
+                    total += entries[j].to(tl.float32) * samples[j]
+            updated = updated + (total,)
+        sums = updated
+    if LOW_RANK:
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()  # from here on u is complete
+        for q in range(0, rank, LANES):
+            inside = q + lane < rank
+            factor = tl.load(u + sample * rank + q + lane, mask=inside, other=0)
+            updated = ()
+            for i in tl.static_range(ROWS):
+                row = tl.minimum(first + i, outs - 1)
+                entry = ahead[i]
+                if q > 0:
+                    entry = tl.load(B + row * rank + q + lane, mask=inside, other=0)
+                updated = updated + (sums[i] + entry.to(tl.float32) * factor,)
+            sums = updated
+    result = tl.sum(stack(sums), 0)
+    out = first + tl.arange(0, ROWS)
+    if BIAS:
+        result += tl.load(bias + out, mask=out < outs, other=0).to(tl.float32)
+    tl.store(y + sample * outs + out, result, mask=out < outs)
+
+
+@triton.jit
+def _multiply_pairs(total, bits, pairs, samples, dtype: tl.constexpr):
+    """Adds eight columns of a 2:4 row: both values of a group pick their entry of x."""
+    for group in tl.static_range(2):
+        x0, x1 = samples[4 * group], samples[4 * group + 1]
+        x2, x3 = samples[4 * group + 2], samples[4 * group + 3]
+        left = tl.where((bits & (2 << 4 * group)) != 0, x1, x2)
+        left = tl.where((bits & (1 << 4 * group)) != 0, x0, left)
+        right = tl.where((bits & (4 << 4 * group)) != 0, x2, x1)
+        right = tl.where((bits & (8 << 4 * group)) != 0, x3, right)
+        total += (pairs >> 32 * group).to(tl.int16).to(dtype, bitcast=True).to(tl.float32) * left
+        total += (pairs >> 32 * group + 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32) * right
+    return total

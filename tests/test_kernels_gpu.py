@@ -1,0 +1,145 @@
+"""The packed product on a GPU: gradients, graphs, streams, timing, and sizes that the interpreter is too slow for."""
+
+import pytest
+import torch
+from kernel_cases import CUDA, DEVICE, Problem, assert_near, draw, layer_of, problem
+from torch import nn
+from torch.nn import functional as F
+
+from hf_sparselr.bench import kernels as bench
+from hf_sparselr.kernels import ops
+from hf_sparselr.kernels.index import index_of
+from hf_sparselr.kernels.timing import milliseconds
+from hf_sparselr.patterns import parse
+
+pytestmark = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+
+
+def both_gradients(case: Problem, n: int, rows: int) -> list[list[torch.Tensor]]:
+    layer = layer_of(case, n)
+    parts = [draw(rows, n, seed=6), *(t.double() for t in (case.S, case.A, case.B, case.bias))]
+    parts = [part.clone().requires_grad_() for part in parts]
+    x, S, A, B, bias = parts
+    F.linear(x, S + B @ A, bias).square().sum().backward()
+    expected = [x.grad, S.grad[case.support], A.grad, B.grad, bias.grad]
+    for parameter in (layer.values, layer.A, layer.B, layer.bias):
+        parameter.requires_grad_(True)
+    inputs = x.detach().to(layer.values.dtype).requires_grad_()
+    layer(inputs).float().square().sum().backward()
+    return [expected, [inputs.grad, *(getattr(layer, name).grad for name in ("values", "A", "B", "bias"))]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["2:4", 0.6])
+@pytest.mark.parametrize("rows", [2, 100])
+def test_gradients_on_the_gpu(dtype: torch.dtype, kind: str | float, rows: int) -> None:
+    for expected, actual in zip(*both_gradients(problem(48, 128, kind, dtype=dtype), 128, rows), strict=True):
+        assert (actual.double() - expected).norm() <= (
+            1e-4 if dtype == torch.float32 else 0.03
+        ) * expected.norm()
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("kernel", ["auto", "packed", "dense"])
+def test_compiled_on_the_gpu(mode: str, kernel: str) -> None:
+    torch._dynamo.reset()
+    layers = nn.Sequential(
+        *(layer_of(problem(64, 64, kind, dtype=torch.bfloat16), 64, kernel) for kind in (0.5, "2:4"))
+    )
+    compiled = torch.compile(layers, mode=mode, fullgraph=True)
+    x = draw(1, 64, seed=6, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(4):
+            assert torch.equal(compiled(x).clone(), layers(x))
+            x = x + 1
+
+
+def test_a_cuda_graph_needs_one_run_before() -> None:
+    layer, x = (
+        layer_of(problem(64, 64, 0.5, dtype=torch.bfloat16), 64),
+        draw(1, 64, seed=6, dtype=torch.bfloat16),
+    )
+    with torch.no_grad():
+        expected, graph = layer(x), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(x)
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+def test_without_triton_the_reference_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "TRITON", False)
+    case, x = problem(9, 100, 0.5), draw(2, 100, seed=6, dtype=torch.float32)
+    layer = layer_of(case, 100)
+    assert_near(layer(x), case.expected(x), torch.float32)
+    assert not index_of(layer.mask, 100).plans
+
+
+def test_timing_is_of_the_device() -> None:
+    a = torch.randn(4096, 4096, device=DEVICE)
+    slow, fast = (milliseconds(lambda n=n: torch.mm(a[:n], a), a.device) for n in (4096, 64))
+    assert 4 * fast < slow < 1000
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="capture"), torch.cuda.graph(graph):
+        milliseconds(lambda: a + 1, a.device)
+
+
+def test_a_choice_is_made_once_and_kept_on_disk(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_sparselr.kernels import choice
+
+    monkeypatch.setattr(choice, "HF_HOME", str(tmp_path))
+    choice._file.cache_clear(), choice._table.cache_clear()
+    case = problem(192, 320, 0.5, dtype=torch.bfloat16)
+    layer, x = layer_of(case, 320), draw(3, 320, seed=6, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert_near(layer(x), case.expected(x), torch.bfloat16)
+    index = index_of(layer.mask, 320)
+    made = choice.known(3, 3, index, layer.values)
+    assert made is not None and choice.known(4, 3, index, layer.values) == made
+    assert choice.known(3, 0, index, layer.values) is None and choice.known(9, 3, index, layer.values) is None
+    choice._table.cache_clear(), index.plans.clear()
+    assert choice.known(3, 3, index, layer.values) == made
+    choice._file.cache_clear(), choice._table.cache_clear()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1024, 1100])
+def test_the_sparse_tensor_cores(bias: bool, rows: int) -> None:
+    from hf_sparselr.kernels.unpacked import multiply_unpacked, sparse_plans
+
+    case = problem(256, 512, "2:4", 3, bias, torch.bfloat16)
+    x, index = draw(rows, 512, seed=6, dtype=torch.bfloat16), index_of(case.mask, 512)
+    plans = sparse_plans(x, case.mask, index, case.values, case.bias)
+    if not plans:
+        pytest.skip("needs cuSPARSELt")
+    out = multiply_unpacked(x, case.mask, index, *case.packed[1:], case.bias, plans[0])
+    assert_near(out, case.expected(x), torch.bfloat16)
+
+
+def test_several_streams() -> None:
+    case = problem(256, 512, 0.5, dtype=torch.bfloat16)
+    layer, xs = layer_of(case, 512), [draw(1, 512, seed=s, dtype=torch.bfloat16) for s in range(8)]
+    streams, outs = [torch.cuda.Stream() for _ in xs], []
+    with torch.no_grad():
+        expected = [layer(x) for x in xs]
+        torch.cuda.synchronize()
+        for x, stream in zip(xs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                outs.append(layer(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
+
+
+@pytest.mark.parametrize(("out", "n"), [(14336, 4096), (4096, 14336), (1000, 1544)])
+@pytest.mark.parametrize("kind", ["2:4", "0.5", "0.7"])
+@pytest.mark.parametrize("rows", [1, 8, 40, 1100])
+def test_large_layers(out: int, n: int, kind: str, rows: int) -> None:
+    pattern = parse(kind if ":" in kind else float(kind))
+    layer = bench.random_layer((out, n), pattern, 64, torch.bfloat16, torch.device(DEVICE))
+    x = draw(rows, n, seed=6, dtype=torch.bfloat16)
+    with torch.no_grad():
+        dense = layer.to_dense().weight.double()
+        for kernel in ("auto", "packed"):
+            layer.kernel = kernel
+            error = (layer(x).double() - x.double() @ dense.T).norm() / (x.double() @ dense.T).norm()
+            assert error < 0.01
