@@ -211,16 +211,6 @@ def test_the_chosen_plan_is_followed(rows: int, kernel: str, form: str | None) -
     assert len(plans) == (form is not None)  # nothing was measured
 
 
-@needs_triton
-def test_what_cusparselt_does_not_take_is_not_tried() -> None:
-    from hf_sparselr.kernels.unpacked import sparse_plans
-
-    for n, kind, rows in ((72, "2:4", 2048), (128, 0.5, 2048), (128, "2:4", 64)):
-        case = problem(64, n, kind, 0, False, torch.bfloat16)
-        x = draw(rows, n, seed=6, dtype=torch.bfloat16)
-        assert sparse_plans(x, case.mask, index_of(case.mask, n), case.values, None) == ()
-
-
 # The CPU
 
 

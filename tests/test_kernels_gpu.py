@@ -102,20 +102,6 @@ def test_a_choice_is_made_once_and_kept_on_disk(tmp_path, monkeypatch: pytest.Mo
     choice._file.cache_clear(), choice._table.cache_clear()
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1024, 1100])
-def test_the_sparse_tensor_cores(bias: bool, rows: int) -> None:
-    from hf_sparselr.kernels.unpacked import multiply_unpacked, sparse_plans
-
-    case = problem(256, 512, "2:4", 3, bias, torch.bfloat16)
-    x, index = draw(rows, 512, seed=6, dtype=torch.bfloat16), index_of(case.mask, 512)
-    plans = sparse_plans(x, case.mask, index, case.values, case.bias)
-    if not plans:
-        pytest.skip("needs cuSPARSELt")
-    out = multiply_unpacked(x, case.mask, index, *case.packed[1:], case.bias, plans[0])
-    assert_near(out, case.expected(x), torch.bfloat16)
-
-
 def test_several_streams() -> None:
     case = problem(256, 512, 0.5, dtype=torch.bfloat16)
     layer, xs = layer_of(case, 512), [draw(1, 512, seed=s, dtype=torch.bfloat16) for s in range(8)]

@@ -161,7 +161,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
 
 def _rate(device: str, precision: str, size: int = 8192, repeats: int = 5) -> float:
     """FLOP/s of one large product."""
-    from ..matching import arithmetic
+    from ..precision import arithmetic
     from ..timing import Phases
 
     size = size if device.startswith("cuda") else 1024

@@ -216,7 +216,7 @@ def _tuned(layer: SparseLRLinear, x: torch.Tensor, slow: float, repeats: int) ->
     from ..kernels.densify import densify
     from ..kernels.index import index_of
     from ..kernels.plan import MAX_ROWS, Plan
-    from ..kernels.unpacked import multiply_unpacked, sparse_plans
+    from ..kernels.unpacked import multiply_unpacked
 
     mask, values, A, B = layer.mask, layer.values, layer.A, layer.B
     index = index_of(mask, layer.in_features)
@@ -224,13 +224,11 @@ def _tuned(layer: SparseLRLinear, x: torch.Tensor, slow: float, repeats: int) ->
     if len(x) <= MAX_ROWS:
         plans, multiply = _plans(len(x), x.itemsize, index.pairs), decode
     else:
-        plans = (Plan("folded"), Plan("beside"), *sparse_plans(x, mask, index, values, None))
+        plans = (Plan("folded"), Plan("beside"))
         multiply = multiply_unpacked
         for steps in _STEPS:
             parts[f"unpacking S, {steps} rows"] = functools.partial(densify, mask, index, values, steps=steps)
             parts[f"unpacking S + B A, {steps} rows"] = functools.partial(densify, *packed, steps=steps)
-        if len(plans) > 2:
-            parts["compressing S"] = functools.partial(torch._cslt_compress, densify(mask, index, values))
     calls = {str(plan): functools.partial(multiply, x, *packed, None, plan) for plan in plans}
     times, inner = (
         {name: milliseconds(call, x.device, min(repeats, 20)) for name, call in group.items()}

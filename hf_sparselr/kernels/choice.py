@@ -41,21 +41,14 @@ def choose(
     options: Iterable[Plan],
     run: Callable[[Plan], torch.Tensor],
 ) -> Plan:
-    """The fastest of the options. "sparse" ones may fail.
+    """The fastest of the options.
 
     Args:
         rows: of x, at least 1; `rank`: of the factors, or 0.
         index, values: of S.
         run: computes the product by a plan.
     """
-    times = {}
-    for plan in options:
-        try:
-            times[plan] = milliseconds(functools.partial(run, plan), values.device)
-        except RuntimeError as error:
-            if plan.form != "sparse":
-                raise
-            logger.info("the sparse tensor cores are not used: %s", error)
+    times = {plan: milliseconds(functools.partial(run, plan), values.device) for plan in options}
     best = min(times, key=times.get)
     name = _name(rows, rank, index, values)
     logger.info("%s: %s is the fastest (ms: %s)", name, best, {str(p): round(t, 4) for p, t in times.items()})

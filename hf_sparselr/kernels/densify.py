@@ -14,7 +14,7 @@ from .support import bit, column_bits, expand, expand_pairs, locate, multiply, r
 
 _WARPS = 8  # each unpacks rows of its own: so many are a tile that the tensor cores add to
 _COLUMNS = 8  # of a thread
-_STEPS, _STEPS_ADDING = 4, 2  # rows of a warp at a time, without and with B A
+_STEPS, _STEPS_ADDING = 4, 1  # rows of a warp at a time, without and with B A
 _BAND = 128  # output rows of a program that adds B A: it keeps its part of A for all of them
 _RANK = 64  # of A at a time
 

@@ -8,7 +8,7 @@ MAX_ROWS = 16  # of x that one packed product takes
 MOST_PACKED_ROWS = 4 * MAX_ROWS  # above, the dense product is bound by arithmetic
 
 PACKED = ("vector", "blocks", "matrix")
-UNPACKED = ("folded", "beside", "sparse")
+UNPACKED = ("folded", "beside")
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,12 @@ class Plan:
     Attributes:
         form: reads the packed S: "vector" multiplies one row of x in FP32 registers; "blocks" and "matrix" give up to
             8 and 16 rows of 16 bits to the tensor cores. Unpacks S first: "folded" multiplies by S + B A, "beside"
-            by S, B and A, "sparse" by S (exactly 2:4) on the sparse tensor cores, and by B and A.
+            by S, B and A.
         rows: output rows of a program, a power of two.
         warps: of a program.
         columns: consecutive columns of a thread: 4 or 8 ("blocks": 8 or 16); 2:4 always takes 8.
         split: programs that share an output row, each with a part of the columns ("matrix" only).
         ahead: read the mask of the next columns before multiplying these ("blocks" only).
-        algorithm: of cuSPARSELt ("sparse" only).
     """
 
     form: str
@@ -33,11 +32,10 @@ class Plan:
     columns: int = 8
     split: int = 1
     ahead: bool = False
-    algorithm: int = 0
 
     def __str__(self) -> str:
         if self.form in UNPACKED:
-            return f"{self.form} {self.algorithm}" if self.form == "sparse" else self.form
+            return self.form
         parts = f" / {self.split}" * (self.split > 1) + " ahead" * self.ahead
         return f"{self.form} {self.rows} rows {self.warps} warps {self.columns} columns{parts}"
 
@@ -63,7 +61,7 @@ def packed_plans(rows: int, dtype: torch.dtype) -> tuple[Plan, ...]:
 
 
 def candidates(rows: int, dtype: torch.dtype, rank: int) -> tuple[Plan, ...]:
-    """What is worth trying for so many rows of x, but for "sparse", whose algorithm must be searched for."""
+    """What is worth trying for so many rows of x."""
     unpacked = (Plan("folded"), Plan("beside")) if rank else (Plan("folded"),)
     if rows > MOST_PACKED_ROWS:
         return unpacked

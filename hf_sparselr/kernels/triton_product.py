@@ -6,7 +6,7 @@ from .choice import choose, known
 from .decode import decode
 from .index import index_of
 from .plan import MAX_ROWS, UNPACKED, Plan, candidates, packed_plans
-from .unpacked import multiply_unpacked, sparse_plans
+from .unpacked import multiply_unpacked
 
 
 def triton_product(
@@ -37,5 +37,4 @@ def triton_product(
     options = candidates(count, values.dtype, rank)
     if torch.cuda.is_current_stream_capturing():  # nothing can be measured now
         return run(options[0])
-    options = (*options, *sparse_plans(rows, mask, index, values, bias))
     return run(choose(count, rank, index, values, options, run))

@@ -9,6 +9,7 @@ layers of a group are stacked: they share the product and the penalty, and only 
 supports look at single layers.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ from .base import orthonormalise, start_basis
 
 CHUNK = 2**16  # weights that stay in a core's cache between the elementwise passes of a step on the CPU
 LARGEST_SHIFT = 1.15  # a larger factor for rho takes a new factorisation
-TF32_ERROR = 2e-3  # share of the objective that rounding the product to TF32 may add
+ROUNDING = 1e-3  # share of the objective that rounding the product's factors may add
+FINER = {"bf16": "tf32", "tf32": "fp32"}
 
 
 @dataclass
@@ -42,8 +44,8 @@ class Admm:
         patterns, ranks: one a layer.
         rho: first penalty.
         seed: of the first low-rank bases.
-        precision: of the large product on CUDA: "bf16", "tf32", "fp32", or "auto": TF32 for large layers, unless its
-            rounding would show.
+        precision: of the large product on CUDA: "bf16", "tf32", "fp32", or "auto": for large layers the coarsest whose
+            rounding does not show.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Admm:
         self.gram = gram
         # Bound by launches, small products gain nothing from less.
         plain = not self.W.is_cuda or (precision == "auto" and self.W.numel() <= LARGE)
-        self._undecided = precision == "auto" and not plain  # until the first steps have been taken
+        self._steps, self._next_check = 0, 0.0 if precision == "auto" and not plain else math.inf
         self.layers: list[_Layer] = []
         first = 0
         for weight, pattern, rank in zip(weights, patterns, ranks, strict=True):
@@ -74,11 +76,8 @@ class Admm:
         self.mask = torch.empty_like(self.W, dtype=torch.bool)
         self.T, self.L = torch.empty_like(self.W), torch.empty_like(self.W)
         self.M = torch.empty_like(gram.matrix)
-        self._rounded_M: torch.Tensor | None = None  # in BF16
-        self._set_precision("fp32" if plain else "tf32" if self._undecided else precision)
         self._rho = torch.empty((), device=self.W.device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._warm = False  # whether the kernels of a step have been compiled
+        self._set_precision("fp32" if plain else "bf16" if precision == "auto" else precision)
         self._seed = seed
         self._start(rho)
 
@@ -121,8 +120,9 @@ class Admm:
 
     def _set_precision(self, precision: str) -> None:
         self.precision = precision
-        if precision == "bf16":
-            self._rounded_M = self.M.bfloat16()
+        self._rounded_M = self.M.bfloat16() if precision == "bf16" else None
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._warm = False  # whether the kernels of a step have been compiled
 
     def _set_rho(self, rho: float) -> None:
         self.rho = rho
@@ -130,14 +130,18 @@ class Admm:
 
     def run(self, steps: int) -> None:
         """Steps without a host synchronisation, on CUDA replayed as a graph once their kernels are compiled."""
-        if not (self.W.is_cuda and self._warm):
+        if self.W.is_cuda and self._warm:
+            self._replay(steps)
+        else:
             for _ in range(steps):
                 self._step()
             self._warm = True
-            if self._undecided:
-                self._undecided = False
-                self._set_precision("fp32" if self._prefers_fp32() else "tf32")
-            return
+        self._steps += steps
+        if self._steps >= self._next_check:
+            self._next_check = 2 * self._steps
+            self._refine_precision()
+
+    def _replay(self, steps: int) -> None:
         if steps not in self._graphs:
             self._graphs[steps] = graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(self.W.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -189,14 +193,20 @@ class Admm:
     def _products(self) -> AbstractContextManager:
         return matmuls("highest" if self.precision == "fp32" else "high")
 
-    def _prefers_fp32(self) -> bool:
-        """Whether TF32 rounding of the product would show in the objective: ill-conditioned Gram matrices."""
+    def _refine_precision(self) -> None:
+        """Takes a finer precision as long as rounding shows, as it does with ill-conditioned Gram matrices."""
+        while self.precision != "fp32" and self._rounding() > ROUNDING:
+            self._set_precision(FINER[self.precision])
+            self._set_inverse(self.gram.inverse(self.rho))  # its shifts were rounded, too
+
+    def _rounding(self) -> float:
+        """What rounding the factors of the product adds, as a share of the objective, on some of the rows."""
         rows = slice(0, min(len(self.W), 256))
         T, mask, W, L = self.T[rows], self.mask[rows], self.W[rows], self.L[rows]
         Z = _correction(T, mask, W, L, self._rho, torch.float32)
-        rounding = product(Z, self.M, "tf32") - product(Z, self.M, "fp32")
-        allowed = TF32_ERROR * squared_error(W - L - torch.where(mask, T, 0), self.gram.matrix)
-        return squared_error(rounding, self.gram.matrix) > allowed
+        rounding = product(Z, self.M, self.precision) - product(Z, self.M, "fp32")
+        objective = squared_error(W - L - torch.where(mask, T, 0), self.gram.matrix)
+        return squared_error(rounding, self.gram.matrix) / max(objective, torch.finfo(torch.float32).tiny)
 
 
 def _correction(

@@ -55,8 +55,8 @@ class Options:
         refit_rounds: rounds of (low-rank fit, CG on the fixed support) at the end, at most: they end with one that
             lowers the objective by less than 1e-4 of it.
         cg_steps: conjugate gradient steps a round.
-        precision: of the large products on a GPU: "bf16" (with FP32 sums), "tf32", "fp32", or "auto", which takes TF32
-            for large layers unless its rounding would show in the objective.
+        precision: of the large products on a GPU: "bf16" (with FP32 sums), "tf32", "fp32", or "auto", which takes for
+            large layers the coarsest of them whose rounding does not show in the objective.
     """
 
     form: str = "one-product"
