@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from .blocks import find_stacks, instance_forwards, named_tensors
 from .calibration import eval_mode
 from .checks import check_choice, check_integer
+from .graphed import Graphed
 from .matching import (
     WorkingLinear,
     adam,
@@ -33,7 +34,7 @@ from .matching import (
 )
 from .modules import SparseLRLinear
 from .packing import unpack, unpack_mask
-from .precision import PRECISIONS, arithmetic
+from .precision import LARGE, PRECISIONS, arithmetic
 from .solvers import Decomposition
 
 PROBE_WINDOWS = 8  # on which the loss before and after is measured
@@ -137,21 +138,28 @@ def distill(
 
 
 def _train(model, teacher, groups, batches, options, seed, device) -> Iterator[float]:
+    """Yields the mean loss after every pass; ends early on NaN."""
     generator = torch.Generator().manual_seed(seed)
     steps = _steps(batches, options.batch_size)
     optimizer, schedule = adam(
         groups, options.lr, options.factor_lr, options.final_lr, options.passes * len(steps), BETAS
     )
+    total = torch.zeros((), device=device)
+
+    def step(batches: list[torch.Tensor]) -> None:
+        tokens = sum(batch.numel() for batch in batches)
+        optimizer.zero_grad()
+        for batch in batches:
+            total.add_(_backward(model, teacher, batch, tokens, options))
+        optimizer.step()
+
+    small = not any(parameter.numel() > LARGE for group in groups.values() for parameter in group)
+    run = Graphed(step, device) if small else step
     with only_trained(model, groups), torch.enable_grad():
         for _ in range(options.passes):
-            total = torch.zeros((), device=device)
-            for step in torch.randperm(len(steps), generator=generator).tolist():
-                tokens = sum(batch.numel() for batch in steps[step])
-                for batch in steps[step]:
-                    loss = _backward(model, teacher, batch.to(device), tokens, options)
-                    total += loss
-                optimizer.step()
-                optimizer.zero_grad()
+            total.zero_()
+            for index in torch.randperm(len(steps), generator=generator).tolist():
+                run([batch.to(device) for batch in steps[index]])
                 schedule.step()
             mean = float(total) / len(steps)
             if not math.isfinite(mean):

@@ -1,6 +1,7 @@
 """What only a GPU can show: agreement with the CPU, blocks worked on the GPU, mixed precision, packed compute."""
 
 import functools
+import logging
 
 import pytest
 import torch
@@ -143,3 +144,14 @@ def test_packed_compute_matches_float64(dtype):
     assert (out.double() - reference).norm() / reference.norm() < 0.01
     out.sum().backward()
     assert torch.isfinite(inputs.grad).all()
+
+
+def test_replayed_distillation_takes_the_same_steps(monkeypatch, caplog):
+    config = settings(refine="distill", distill={"passes": 3, "self_samples": 0, "precision": "fp32"})
+    with caplog.at_level(logging.INFO, "hf_sparselr"):
+        replayed = hf_sparselr.compress(tiny(), config).sparselr_report.distill["losses"]
+    assert "not replayed" not in caplog.text
+    monkeypatch.setattr("hf_sparselr.distill.LARGE", 0)
+    launched = hf_sparselr.compress(tiny(), config).sparselr_report.distill["losses"]
+    assert replayed == pytest.approx(launched, rel=1e-3)
+    assert replayed[-1] < replayed[0]
