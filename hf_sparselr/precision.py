@@ -28,6 +28,17 @@ def product(left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Te
         return left @ right
 
 
+def subtract_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, precision: str
+) -> torch.Tensor:
+    """total - left @ right, see `product`, in the place of `total`."""
+    if precision == "bf16":
+        factors = left.bfloat16(), right.bfloat16()
+        return torch.addmm(total, *factors, out_dtype=torch.float32, alpha=-1, out=total)
+    with matmuls("high" if precision == "tf32" else "highest"):
+        return total.addmm_(left, right, alpha=-1)
+
+
 @contextmanager
 def matmuls(precision: str) -> Iterator[None]:
     """FP32 matrix products in full ("highest"), or on the TF32 units of devices that have them ("high").

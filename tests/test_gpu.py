@@ -147,11 +147,17 @@ def test_packed_compute_matches_float64(dtype):
 
 
 def test_replayed_distillation_takes_the_same_steps(monkeypatch, caplog):
-    config = settings(refine="distill", distill={"passes": 3, "self_samples": 0, "precision": "fp32"})
+    options = {"passes": 4, "lr": 5e-5, "batch_size": 4, "self_samples": 0, "precision": "fp32"}
+    config = settings(refine="distill", sparsity=0.7, batch_size=4, distill=options)
+
+    def losses() -> list[float]:
+        model = tiny()
+        model.lm_head.weight.data *= 50  # or nothing is there to distil
+        return hf_sparselr.compress(model, config).sparselr_report.distill["losses"]
+
     with caplog.at_level(logging.INFO, "hf_sparselr"):
-        replayed = hf_sparselr.compress(tiny(), config).sparselr_report.distill["losses"]
+        replayed = losses()
     assert "not replayed" not in caplog.text
     monkeypatch.setattr("hf_sparselr.distill.LARGE", 0)
-    launched = hf_sparselr.compress(tiny(), config).sparselr_report.distill["losses"]
-    assert replayed == pytest.approx(launched, rel=1e-3)
-    assert replayed[-1] < replayed[0]
+    assert replayed == pytest.approx(losses(), rel=1e-3)
+    assert replayed[-1] < 0.9 * replayed[0]

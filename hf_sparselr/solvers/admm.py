@@ -18,7 +18,7 @@ import torch
 
 from ..gram import ScaledGram, shift_inverse, squared_error
 from ..patterns import NM, Pattern, project
-from ..precision import LARGE, matmuls, product
+from ..precision import LARGE, matmuls, product, subtract_product
 from .base import orthonormalise, start_basis
 
 CHUNK = 2**16  # weights that stay in a core's cache between the elementwise passes of a step on the CPU
@@ -105,12 +105,14 @@ class Admm:
 
     def raise_rho(self, factor: float) -> None:
         """Multiplies the penalty by a factor >= 1; V stays what it is."""
-        rho = self.rho * factor
+        delta = self.rho * (factor - 1)
         shifted = factor <= LARGEST_SHIFT
         self._set_inverse(
-            shift_inverse(self.M, rho - self.rho, self.precision) if shifted else self.gram.inverse(rho)
+            shift_inverse(self.M, self.rho, delta, self.precision)
+            if shifted
+            else self.gram.inverse(self.rho + delta)
         )
-        self._set_rho(rho)
+        self._set_rho(self.rho + delta)
         self.T.copy_(torch.where(self.mask, self.T, self.T / factor))
 
     def _set_inverse(self, M: torch.Tensor) -> None:
@@ -158,10 +160,8 @@ class Admm:
         rounded = self.precision == "bf16"
         dtype = torch.bfloat16 if rounded else torch.float32
         Z = self._fused(_correction)(self.T, self.mask, self.W, self.L, self._rho, dtype)
-        step = product(Z, self._rounded_M if rounded else self.M, self.precision)
-        E = torch.sub(self.L, step, out=step)
-        for layers in self.ranked.values():
-            self._low_rank(E, layers)
+        E = subtract_product(self.L, Z, self._rounded_M if rounded else self.M, self.precision)
+        coefficients = [self._coefficients(E, layers) for layers in self.ranked.values()]
         patterns = {layer.pattern for layer in self.layers}
         shared = patterns.pop() if len(patterns) == 1 else None
         pattern = shared if isinstance(shared, NM) else None
@@ -170,18 +170,25 @@ class Admm:
         if pattern is None:
             for layer in self.layers:
                 self.mask[layer.rows] = layer.pattern.near_mask(self.T[layer.rows].abs())
+        with self._products():
+            for layers, parts in zip(self.ranked.values(), coefficients, strict=True):
+                for layer, part in zip(layers, parts, strict=True):
+                    torch.mm(layer.basis, part, out=self.L[layer.rows])
+        for layer in self.layers:
+            if not layer.rank:
+                self.L[layer.rows].zero_()
 
-    def _low_rank(self, E: torch.Tensor, layers: list[_Layer]) -> None:
-        """L = P P^T E after one subspace step on E G E^T, for layers of one rank."""
+    def _coefficients(self, E: torch.Tensor, layers: list[_Layer]) -> list[torch.Tensor]:
+        """P^T E, so that L = P P^T E, after one subspace step on E G E^T, for layers of one rank."""
         parts = [E[layer.rows] for layer in layers]
         with self._products():
             seen = torch.cat([part.T @ layer.basis for part, layer in zip(parts, layers, strict=True)], 1)
             seen = (self.gram.matrix @ seen).split(layers[0].rank, 1)
             spans = [part @ own for part, own in zip(parts, seen, strict=True)]
-        for layer, part, basis in zip(layers, parts, orthonormalise(spans), strict=True):
+        for layer, basis in zip(layers, orthonormalise(spans), strict=True):
             layer.basis.copy_(basis)
-            with self._products():
-                torch.mm(basis, basis.T @ part, out=self.L[layer.rows])
+        with self._products():
+            return [layer.basis.T @ part for part, layer in zip(parts, layers, strict=True)]
 
     def _fused(self, function: Callable) -> Callable:
         return _compiled(function) if self.W.is_cuda else function
