@@ -80,7 +80,7 @@ def plans() -> list:
     return [
         Plan("vector", 2, 1, 4), Plan("vector", 4, 2, 8), Plan("matrix", 8, 1, 8), Plan("matrix", 4, 1, 4, split=3),
         Plan("blocks", 2, 1, 8), Plan("blocks", 4, 2, 8, ahead=True), Plan("blocks", 2, 1, 16, ahead=True),
-        Plan("tiles", 16, 1, 32), Plan("tiles", 16, 2, 16, ahead=True), Plan("tiles", 32, 1, 64, ahead=True),
+        Plan("tiles", 16, 1, 32), Plan("tiles", 16, 2, 16, ahead=True), Plan("tiles", 32, 1, 16, ahead=True),
     ]  # fmt: skip
 
 

@@ -21,8 +21,8 @@ class Plan:
             S + B A, "beside" by S, B and A.
         rows: output rows of a program, a power of two ("tiles": at least 16).
         warps: of a program.
-        columns: consecutive columns of a thread: 4 or 8, and 8 where S is 2:4; "blocks": 8 or 16; "tiles": 16, 32 or
-            64 for any S.
+        columns: consecutive columns of a thread: 4 or 8, and 8 where S is 2:4; "blocks": 8 or 16; "tiles": 16 or 32
+            in eights, for any S.
         split: programs that share an output row, each with a part of the columns ("matrix" only).
         ahead: read the mask of the next columns before multiplying these ("blocks"; "tiles": and the values of 2:4).
     """
@@ -52,13 +52,13 @@ BLOCKS = (
     Plan("blocks", 4, 1, 8),
 )
 TILES = (
-    Plan("tiles", 16, 4, 32, ahead=True),
-    Plan("tiles", 16, 8, 32, ahead=True),
-    Plan("tiles", 16, 2, 32, ahead=True),
+    Plan("tiles", 16, 4, 16, ahead=True),
     Plan("tiles", 16, 4, 32),
-    Plan("tiles", 16, 4, 64),
-    Plan("tiles", 32, 4, 32),
-    Plan("tiles", 32, 8, 32),
+    Plan("tiles", 16, 8, 16, ahead=True),
+    Plan("tiles", 16, 8, 32),
+    Plan("tiles", 16, 2, 32, ahead=True),
+    Plan("tiles", 32, 4, 16),
+    Plan("tiles", 32, 8, 16, ahead=True),
 )
 MATRIX = (Plan("matrix", 16, 1, 4, split=8), Plan("matrix", 8, 1, 4, split=4))
 

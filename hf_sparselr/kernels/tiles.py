@@ -1,16 +1,20 @@
 # ruff: noqa: RUF005 (the compiler of these functions knows tuples, but not unpacking)
 """Two to 16 rows of x against tiles of 16 packed rows of S on the tensor cores, without moving S (Triton).
 
-A thread of the tensor cores holds rows g and g + 8 of a tile of S and row g of x, at the same columns, which it shares
-with three neighbours; in which order columns are contracted is nobody's business. So a thread owns `COLUMNS`
-consecutive columns of two rows of S: it unpacks them where they are multiplied. Each warp has its own columns, as one
-matrix of a batch; the batch is summed at the end. One read of x serves `ROWS` rows of S.
+A thread of the tensor cores holds rows g and g + 8 of a tile of S and row g of x, at the same columns; it shares these
+rows with three neighbours. In which order columns are contracted is nobody's business: of every 32 columns, a thread
+owns eight that are consecutive, and unpacks them where they are multiplied. Each warp has its own columns, as one matrix
+of a batch; the batch is summed at the end. One read of x serves `ROWS` rows of S.
 """
 
 import triton
 import triton.language as tl
 
 from .support import column_bits, expand, expand_pairs, multiply, popcount, read_head, row_start, stack
+
+# Neighbouring columns of a thread that the compiler lays next to each other for the tensor cores. Any number gives the
+# same product: with another one than it likes, it would shuffle S between threads.
+_TOGETHER = tl.constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
 
 
 @triton.jit
@@ -44,35 +48,33 @@ def multiply_tiles(
     STEP: tl.constexpr = 4 * WARPS * COLUMNS
     first = tl.program_id(0) * ROWS
     lane = tl.arange(0, 32 * WARPS)
-    within = (lane // 32 * 4 + lane % 4) * COLUMNS
-    _, below = column_bits(within // COLUMNS, COLUMNS)
+    own, quarter = lane // 4 % 8, lane % 4
+    within = lane // 32 * (4 * COLUMNS) + quarter * 8
     rows, begin, sums = (), (), ()
     for i in tl.static_range(ROWS // 8):
-        row = tl.minimum(first + 8 * i + lane // 4 % 8, outs - 1)
+        row = tl.minimum(first + 8 * i + own, outs - 1)
         rows = rows + (row,)
         begin = begin + (row_start(starts, row, blocks, PER_BLOCK),)
     for _ in tl.static_range(ROWS // 16 * (BATCH // 8)):
         sums = sums + (tl.zeros((WARPS, 16, 8), tl.float32),)
     last = (ins - 1) // STEP * STEP
     if AHEAD:
-        ahead = _heads(words, values, offsets, rows, within, ins, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN)
+        ahead = _heads(words, values, offsets, rows, within, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN)
     for k in range(0, ins, STEP):
         if AHEAD:
             now = ahead
             column = tl.minimum(k + STEP, last) + within
-            ahead = _heads(words, values, offsets, rows, column, ins, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN)
+            ahead = _heads(words, values, offsets, rows, column, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN)
         else:
-            now = _heads(
-                words, values, offsets, rows, k + within, ins, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN
-            )
+            now = _heads(words, values, offsets, rows, k + within, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN)
         samples, updated = (), ()
         for s in tl.static_range(BATCH // 8):
-            sample = tl.minimum(8 * s + lane // 4 % 8, count - 1)
+            sample = tl.minimum(8 * s + own, count - 1)
             samples = samples + (_samples(x, sample, k + within, ins, WARPS, COLUMNS, EVEN),)
         for i in tl.static_range(ROWS // 16):
-            upper = _entries(values, now[2 * i], begin[2 * i], below, within, COLUMNS, PAIRS)
-            lower = _entries(values, now[2 * i + 1], begin[2 * i + 1], below, within, COLUMNS, PAIRS)
-            tile = tl.join(upper, lower).reshape(WARPS, 8, 4, COLUMNS // 4, 4, 2)
+            upper = _entries(values, now[2 * i], begin[2 * i], quarter, COLUMNS, PAIRS)
+            lower = _entries(values, now[2 * i + 1], begin[2 * i + 1], quarter, COLUMNS, PAIRS)
+            tile = tl.join(upper, lower).reshape(WARPS, 8, 4, COLUMNS // _TOGETHER, _TOGETHER, 2)
             tile = tile.permute(0, 5, 1, 3, 2, 4).reshape(WARPS, 16, 4 * COLUMNS)
             for s in tl.static_range(BATCH // 8):
                 updated = updated + (multiply(tile, samples[s], sums[i * (BATCH // 8) + s]),)
@@ -105,52 +107,46 @@ def _heads(
     offsets,
     rows,
     column,
-    ins,
     blocks,
     COLUMNS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """What a lane reads of each of its rows before it knows more: see `read_head`; 2:4: (mask, values)."""
+    """What a lane reads of each of its rows before it knows more: `read_head` of each word, and the values of 2:4."""
     heads = ()
     for i in tl.static_range(len(rows)):
-        if PAIRS:
-            heads = heads + (_read_pairs(words, values, rows[i], column, ins, blocks, COLUMNS, EVEN),)
-        else:
-            heads = heads + (read_head(words, offsets, rows[i], column // 64, blocks, PER_BLOCK, EVEN),)
+        head = ()
+        for w in tl.static_range(COLUMNS // 16):
+            block = column // 64 + w
+            word, offset = read_head(words, offsets, rows[i], block, blocks, PER_BLOCK, EVEN)
+            if PAIRS:
+                at = values.to(tl.pointer_type(tl.int64)) + rows[i] * (blocks * 8) + column // 8 + 8 * w
+                if EVEN:
+                    head = head + ((word, tl.load(at), tl.load(at + 4)),)
+                else:
+                    inside = block < blocks
+                    head = head + (
+                        (word, tl.load(at, mask=inside, other=0), tl.load(at + 4, mask=inside, other=0)),
+                    )
+            else:
+                head = head + ((word, offset),)
+        heads = heads + (head,)
     return heads
 
 
 @triton.jit
-def _read_pairs(words, values, row, column, ins, blocks, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
-    """(bits, pairs): a lane's mask bits, and per eight columns four values as one int64."""
-    WIDE: tl.constexpr = tl.uint64 if COLUMNS == 64 else tl.uint32 if COLUMNS == 32 else tl.uint16
-    at = row * (blocks * 8) + column // 8
-    inside = column < ins
-    packed = values.to(tl.pointer_type(tl.int64)) + at
-    words = words.to(tl.pointer_type(WIDE)) + at // (COLUMNS // 8)
-    bits = tl.load(words) if EVEN else tl.load(words, mask=inside, other=0)
-    pairs = ()
-    for c in tl.static_range(COLUMNS // 8):
-        pairs = pairs + (tl.load(packed + c) if EVEN else tl.load(packed + c, mask=inside, other=0),)
-    return bits, pairs
-
-
-@triton.jit
-def _entries(values, head, begin, below, within, COLUMNS: tl.constexpr, PAIRS: tl.constexpr):
+def _entries(values, head, begin, quarter, COLUMNS: tl.constexpr, PAIRS: tl.constexpr):
     """The dense entries of a lane's columns of one row: (lanes, COLUMNS)."""
     entries = ()
-    if PAIRS:
-        for c in tl.static_range(COLUMNS // 8):
-            bits = (head[0] >> (8 * c)).to(tl.int32)
-            entries = entries + expand_pairs(head[1][c], bits, values.dtype.element_ty)
-    else:
-        shift = (within % 64).to(tl.uint64)
-        place = begin + head[1] + popcount(head[0] & below)
-        for c in tl.static_range(COLUMNS // 8):
-            bits = (head[0] >> (shift + 8 * c)).to(tl.int32)
-            eight, place = expand(values, bits, place, 8)
+    for c in tl.static_range(COLUMNS // 8):
+        word = head[c // 2][0]
+        shift, below = column_bits(quarter + 4 * (c % 2), 8)
+        bits = (word >> shift).to(tl.int32)
+        if PAIRS:
+            entries = entries + expand_pairs(head[c // 2][1 + c % 2], bits, values.dtype.element_ty)
+        else:
+            eight, _ = expand(values, bits, begin + head[c // 2][1] + popcount(word & below), 8)
             entries = entries + eight
     return stack(entries)
 
@@ -160,8 +156,8 @@ def _samples(x, sample, column, ins, WARPS: tl.constexpr, COLUMNS: tl.constexpr,
     """Eight rows of x, transposed, at the columns of `_entries`: (WARPS, 4 COLUMNS, 8)."""
     parts = ()
     for c in tl.static_range(COLUMNS // 8):
-        at = (column + 8 * c)[:, None] + tl.arange(0, 8)[None, :]
+        at = (column + 32 * c)[:, None] + tl.arange(0, 8)[None, :]
         start = x + sample[:, None] * ins
         parts = parts + (tl.load(start + at) if EVEN else tl.load(start + at, mask=at < ins, other=0),)
-    eights = stack(parts).reshape(WARPS, 8, 4, 2, 4, COLUMNS // 8)
+    eights = stack(parts).reshape(WARPS, 8, 4, 8 // _TOGETHER, _TOGETHER, COLUMNS // 8)
     return eights.permute(0, 5, 3, 2, 4, 1).reshape(WARPS, 4 * COLUMNS, 8)
