@@ -3,8 +3,8 @@
 
 A thread of the tensor cores holds rows g and g + 8 of a tile of S and row g of x, at the same columns; it shares these
 rows with three neighbours. In which order columns are contracted is nobody's business: of every 32 columns, a thread
-owns eight that are consecutive, and unpacks them where they are multiplied. Each warp has its own columns, as one matrix
-of a batch; the batch is summed at the end. One read of x serves `ROWS` rows of S.
+owns eight that are consecutive, and unpacks them where they are multiplied. Each warp has its own columns, as one
+matrix of a batch; the batch is summed at the end. One read of x serves `ROWS` rows of S.
 """
 
 import triton
@@ -57,47 +57,48 @@ def multiply_tiles(
         begin = begin + (row_start(starts, row, blocks, PER_BLOCK),)
     for _ in tl.static_range(ROWS // 16 * (BATCH // 8)):
         sums = sums + (tl.zeros((WARPS, 16, 8), tl.float32),)
+    samples = ()
+    for s in tl.static_range(BATCH // 8):
+        samples = samples + (tl.minimum(8 * s + own, count - 1),)
     last = (ins - 1) // STEP * STEP
     if AHEAD:
-        ahead = _heads(words, values, offsets, rows, within, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN)
+        heads = _heads(words, values, offsets, rows, within, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN)
+        entries = _eights(x, samples, within, ins, COLUMNS, EVEN)
     for k in range(0, ins, STEP):
         if AHEAD:
-            now = ahead
+            now, right = heads, entries
             column = tl.minimum(k + STEP, last) + within
-            ahead = _heads(words, values, offsets, rows, column, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN)
+            heads = _heads(words, values, offsets, rows, column, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN)
+            entries = _eights(x, samples, column, ins, COLUMNS, EVEN)
         else:
             now = _heads(words, values, offsets, rows, k + within, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN)
-        samples, updated = (), ()
-        for s in tl.static_range(BATCH // 8):
-            sample = tl.minimum(8 * s + own, count - 1)
-            samples = samples + (_samples(x, sample, k + within, ins, WARPS, COLUMNS, EVEN),)
-        for i in tl.static_range(ROWS // 16):
-            upper = _entries(values, now[2 * i], begin[2 * i], quarter, COLUMNS, PAIRS)
-            lower = _entries(values, now[2 * i + 1], begin[2 * i + 1], quarter, COLUMNS, PAIRS)
-            tile = tl.join(upper, lower).reshape(WARPS, 8, 4, COLUMNS // _TOGETHER, _TOGETHER, 2)
-            tile = tile.permute(0, 5, 1, 3, 2, 4).reshape(WARPS, 16, 4 * COLUMNS)
+            right = _eights(x, samples, k + within, ins, COLUMNS, EVEN)
+        left = ()
+        for i in tl.static_range(ROWS // 8):
+            left = left + (_unpack(values, now[i], begin[i], quarter, COLUMNS, PAIRS),)
+        sums = _accumulate(sums, left, _stack_each(right), WARPS)
+    if LOW_RANK:
+        for q in range(0, rank, 32 * WARPS):
+            factor = (q + lane // 32 * 32 + quarter * 8)[:, None] + tl.arange(0, 8)[None, :]
+            left, right = (), ()
+            for i in tl.static_range(ROWS // 8):
+                at = B + rows[i][:, None] * rank + factor
+                left = left + (tl.load(at, mask=factor < rank, other=0).to(tl.float32),)
+            if DEPENDENT:
+                tl.extra.cuda.gdc_wait()  # from here on u is complete
             for s in tl.static_range(BATCH // 8):
-                updated = updated + (multiply(tile, samples[s], sums[i * (BATCH // 8) + s]),)
-        sums = updated
-    if LOW_RANK and DEPENDENT:
-        tl.extra.cuda.gdc_wait()  # from here on u is complete
-    for i in tl.static_range(ROWS // 16):
-        for s in tl.static_range(BATCH // 8):
-            total = tl.sum(sums[i * (BATCH // 8) + s], 0)
-            out = first + 16 * i + tl.arange(0, 16)
-            sample = 8 * s + tl.arange(0, 8)
-            if LOW_RANK:
-                for q in range(0, rank, 32):
-                    factor = q + tl.arange(0, 32)[None, :]
-                    inside = (out < outs)[:, None] & (factor < rank)
-                    left = tl.load(B + out[:, None] * rank + factor, mask=inside, other=0).to(tl.float32)
-                    inside = (sample < count)[:, None] & (factor < rank)
-                    right = tl.load(u + sample[:, None] * rank + factor, mask=inside, other=0)
-                    total += tl.sum(left[:, None, :] * right[None, :, :], 2)
-            if BIAS:
-                total += tl.load(bias + out, mask=out < outs, other=0).to(tl.float32)[:, None]
-            present = (out < outs)[:, None] & (sample < count)[None, :]
-            tl.store(y + sample[None, :] * outs + out[:, None], total, mask=present)
+                at = u + samples[s][:, None] * rank + factor
+                right = right + (tl.load(at, mask=factor < rank, other=0),)
+            for m in tl.static_range(1 if B.dtype.element_ty == tl.bfloat16 else 2):
+                for n in tl.static_range(2):
+                    sums = _accumulate(sums, _term(left, m), _term(right, n), WARPS)
+    part = tl.arange(0, len(sums))[None, None, :]
+    out = first + part // (BATCH // 8) * 16 + tl.arange(0, 16)[:, None, None]
+    sample = part % (BATCH // 8) * 8 + tl.arange(0, 8)[None, :, None]
+    total = tl.sum(stack(sums), 0)
+    if BIAS:
+        total += tl.load(bias + out, mask=out < outs, other=0).to(tl.float32)
+    tl.store(y + sample * outs + out, total, mask=(out < outs) & (sample < count))
 
 
 @triton.jit
@@ -136,7 +137,7 @@ def _heads(
 
 
 @triton.jit
-def _entries(values, head, begin, quarter, COLUMNS: tl.constexpr, PAIRS: tl.constexpr):
+def _unpack(values, head, begin, quarter, COLUMNS: tl.constexpr, PAIRS: tl.constexpr):
     """The dense entries of a lane's columns of one row: (lanes, COLUMNS)."""
     entries = ()
     for c in tl.static_range(COLUMNS // 8):
@@ -152,12 +153,49 @@ def _entries(values, head, begin, quarter, COLUMNS: tl.constexpr, PAIRS: tl.cons
 
 
 @triton.jit
-def _samples(x, sample, column, ins, WARPS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
-    """Eight rows of x, transposed, at the columns of `_entries`: (WARPS, 4 COLUMNS, 8)."""
+def _eights(x, samples, column, ins, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
+    """The entries of x at a lane's columns, for each of its rows: COLUMNS / 8 times (lanes, 8)."""
     parts = ()
-    for c in tl.static_range(COLUMNS // 8):
-        at = (column + 32 * c)[:, None] + tl.arange(0, 8)[None, :]
-        start = x + sample[:, None] * ins
-        parts = parts + (tl.load(start + at) if EVEN else tl.load(start + at, mask=at < ins, other=0),)
-    eights = stack(parts).reshape(WARPS, 8, 4, 8 // _TOGETHER, _TOGETHER, COLUMNS // 8)
-    return eights.permute(0, 5, 3, 2, 4, 1).reshape(WARPS, 4 * COLUMNS, 8)
+    for s in tl.static_range(len(samples)):
+        start, eights = x + samples[s][:, None] * ins, ()
+        for c in tl.static_range(COLUMNS // 8):
+            at = (column + 32 * c)[:, None] + tl.arange(0, 8)[None, :]
+            eights = eights + (tl.load(start + at) if EVEN else tl.load(start + at, mask=at < ins, other=0),)
+        parts = parts + (eights,)
+    return parts
+
+
+@triton.jit
+def _stack_each(parts):
+    stacked = ()
+    for i in tl.static_range(len(parts)):
+        stacked = stacked + (stack(parts[i]),)
+    return stacked
+
+
+@triton.jit
+def _term(parts, TERM: tl.constexpr):
+    """The first or second term of parts as sums of two BF16: exact for FP16, and as wide as FP32."""
+    terms = ()
+    for i in tl.static_range(len(parts)):
+        term = parts[i].to(tl.bfloat16)
+        if TERM == 1:
+            term = (parts[i] - term.to(tl.float32)).to(tl.bfloat16)
+        terms = terms + (term,)
+    return terms
+
+
+@triton.jit
+def _accumulate(sums, left, right, WARPS: tl.constexpr):
+    """sums + left right^T. By eight rows, a lane's entries: (lanes, columns), of right (lanes, 8, columns / 8)."""
+    COLUMNS: tl.constexpr = left[0].shape[1]
+    columns, updated = (), ()
+    for s in tl.static_range(len(right)):
+        part = right[s].reshape(WARPS, 8, 4, 8 // _TOGETHER, _TOGETHER, COLUMNS // 8)
+        columns = columns + (part.permute(0, 5, 3, 2, 4, 1).reshape(WARPS, 4 * COLUMNS, 8),)
+    for i in tl.static_range(len(left) // 2):
+        tile = tl.join(left[2 * i], left[2 * i + 1]).reshape(WARPS, 8, 4, COLUMNS // _TOGETHER, _TOGETHER, 2)
+        tile = tile.permute(0, 5, 1, 3, 2, 4).reshape(WARPS, 16, 4 * COLUMNS)
+        for s in tl.static_range(len(right)):
+            updated = updated + (multiply(tile, columns[s], sums[i * len(right) + s]),)
+    return updated
