@@ -65,8 +65,8 @@ def decode(
     u = _low_rank(inputs, A.contiguous(), dependent) if rank else y
     pairs = can_pair(index, values)
     tiled = plan.form == "tiles"
-    columns = 8 if pairs and not tiled else plan.columns
-    tile = (4 if tiled else 32) * plan.warps * columns
+    columns = 8 if pairs else plan.columns
+    tile = plan.warps * (64 * plan.words if tiled else 32 * columns)
     tensors = (
         inputs, index.words(mask), values, index.starts, index.offsets, u, B.contiguous() if rank else y,
         y if bias is None else bias.contiguous(),
@@ -92,7 +92,7 @@ def decode(
     if tiled:
         multiply_tiles[(programs,)](
             *tensors, y, *sizes, count,
-            BATCH=8 if count <= 8 else 16, WARPS=plan.warps, AHEAD=plan.ahead, **constants,
+            BATCH=8 if count <= 8 else 16, WARPS=plan.warps, WORDS=plan.words, AHEAD=plan.ahead, **constants,
         )  # fmt: skip
         return y
     tiles = -(-ins // tile)

@@ -21,8 +21,7 @@ class Plan:
             S + B A, "beside" by S, B and A.
         rows: output rows of a program, a power of two ("tiles": at least 16).
         warps: of a program.
-        columns: consecutive columns of a thread: 4 or 8, and 8 where S is 2:4; "blocks": 8 or 16; "tiles": 16 or 32
-            in eights, for any S.
+        columns: consecutive columns of a thread: 4 or 8 ("blocks": 8 or 16); 2:4 always takes 8.
         split: programs that share an output row, each with a part of the columns ("matrix" only).
         ahead: read the mask of the next columns before multiplying these ("blocks"; "tiles": and the values of 2:4).
     """
@@ -33,11 +32,16 @@ class Plan:
     columns: int = 8
     split: int = 1
     ahead: bool = False
+    words: int = 1
 
     def __str__(self) -> str:
         if self.form in UNPACKED:
             return self.form
-        parts = f" / {self.split}" * (self.split > 1) + " ahead" * self.ahead
+        parts = (
+            f" / {self.split}" * (self.split > 1)
+            + " ahead" * self.ahead
+            + f" {self.words} words" * (self.words > 1)
+        )
         return f"{self.form} {self.rows} rows {self.warps} warps {self.columns} columns{parts}"
 
 
@@ -52,13 +56,14 @@ BLOCKS = (
     Plan("blocks", 4, 1, 8),
 )
 TILES = (
-    Plan("tiles", 16, 4, 16, ahead=True),
-    Plan("tiles", 16, 4, 32),
-    Plan("tiles", 16, 8, 16, ahead=True),
-    Plan("tiles", 16, 8, 32),
-    Plan("tiles", 16, 2, 32, ahead=True),
-    Plan("tiles", 32, 4, 16),
-    Plan("tiles", 32, 8, 16, ahead=True),
+    Plan("tiles", 16, 4, 4),
+    Plan("tiles", 16, 4, 4, ahead=True),
+    Plan("tiles", 16, 4, 8, words=2),
+    Plan("tiles", 16, 8, 8),
+    Plan("tiles", 16, 8, 4, ahead=True),
+    Plan("tiles", 16, 2, 4, words=2),
+    Plan("tiles", 32, 4, 4),
+    Plan("tiles", 32, 8, 8),
 )
 MATRIX = (Plan("matrix", 16, 1, 4, split=8), Plan("matrix", 8, 1, 4, split=4))
 

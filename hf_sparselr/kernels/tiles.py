@@ -2,9 +2,9 @@
 """Two to 16 rows of x against tiles of 16 packed rows of S on the tensor cores, without moving S (Triton).
 
 A thread of the tensor cores holds rows g and g + 8 of a tile of S and row g of x, at the same columns; it shares these
-rows with three neighbours. In which order columns are contracted is nobody's business: of every 32 columns, a thread
-owns eight that are consecutive, and unpacks them where they are multiplied. Each warp has its own columns, as one
-matrix of a batch; the batch is summed at the end. One read of x serves `ROWS` rows of S.
+rows with three neighbours. In which order columns are contracted is nobody's business: a thread owns `COLUMNS` that
+are consecutive, of four times as many, and unpacks them where they are multiplied. Each warp has its own columns, as
+one matrix of a batch; the batch is summed at the end. One read of x serves `ROWS` rows of S.
 """
 
 import triton
@@ -37,6 +37,7 @@ def multiply_tiles(
     BATCH: tl.constexpr,
     WARPS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WORDS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -45,11 +46,11 @@ def multiply_tiles(
     BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    STEP: tl.constexpr = 4 * WARPS * COLUMNS
+    STEP: tl.constexpr = 64 * WORDS * WARPS
     first = tl.program_id(0) * ROWS
     lane = tl.arange(0, 32 * WARPS)
     own, quarter = lane // 4 % 8, lane % 4
-    within = lane // 32 * (4 * COLUMNS) + quarter * 8
+    within = lane // 32 * (64 * WORDS) + quarter * COLUMNS
     rows, begin, sums = (), (), ()
     for i in tl.static_range(ROWS // 8):
         row = tl.minimum(first + 8 * i + own, outs - 1)
@@ -62,21 +63,21 @@ def multiply_tiles(
         samples = samples + (tl.minimum(8 * s + own, count - 1),)
     last = (ins - 1) // STEP * STEP
     if AHEAD:
-        heads = _heads(words, values, offsets, rows, within, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN)
-        entries = _eights(x, samples, within, ins, COLUMNS, EVEN)
+        heads = _heads(words, values, offsets, rows, within, blocks, WORDS, PER_BLOCK, PAIRS, EVEN)
+        entries = _chunks(x, samples, within, ins, COLUMNS, WORDS, EVEN)
     for k in range(0, ins, STEP):
         if AHEAD:
             now, right = heads, entries
             column = tl.minimum(k + STEP, last) + within
-            heads = _heads(words, values, offsets, rows, column, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN)
-            entries = _eights(x, samples, column, ins, COLUMNS, EVEN)
+            heads = _heads(words, values, offsets, rows, column, blocks, WORDS, PER_BLOCK, PAIRS, EVEN)
+            entries = _chunks(x, samples, column, ins, COLUMNS, WORDS, EVEN)
         else:
-            now = _heads(words, values, offsets, rows, k + within, blocks, COLUMNS, PER_BLOCK, PAIRS, EVEN)
-            right = _eights(x, samples, k + within, ins, COLUMNS, EVEN)
+            now = _heads(words, values, offsets, rows, k + within, blocks, WORDS, PER_BLOCK, PAIRS, EVEN)
+            right = _chunks(x, samples, k + within, ins, COLUMNS, WORDS, EVEN)
         left = ()
         for i in tl.static_range(ROWS // 8):
-            left = left + (_unpack(values, now[i], begin[i], quarter, COLUMNS, PAIRS),)
-        sums = _accumulate(sums, left, _stack_each(right), WARPS)
+            left = left + (_unpack(values, now[i], begin[i], quarter, COLUMNS, WORDS, PAIRS),)
+        sums = _accumulate(sums, left, right, WARPS)
     if LOW_RANK:
         for q in range(0, rank, 32 * WARPS):
             factor = (q + lane // 32 * 32 + quarter * 8)[:, None] + tl.arange(0, 8)[None, :]
@@ -109,7 +110,7 @@ def _heads(
     rows,
     column,
     blocks,
-    COLUMNS: tl.constexpr,
+    WORDS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -118,59 +119,52 @@ def _heads(
     heads = ()
     for i in tl.static_range(len(rows)):
         head = ()
-        for w in tl.static_range(COLUMNS // 16):
+        for w in tl.static_range(WORDS):
             block = column // 64 + w
-            word, offset = read_head(words, offsets, rows[i], block, blocks, PER_BLOCK, EVEN)
+            read = read_head(words, offsets, rows[i], block, blocks, PER_BLOCK, EVEN)
             if PAIRS:
                 at = values.to(tl.pointer_type(tl.int64)) + rows[i] * (blocks * 8) + column // 8 + 8 * w
-                if EVEN:
-                    head = head + ((word, tl.load(at), tl.load(at + 4)),)
-                else:
-                    inside = block < blocks
-                    head = head + (
-                        (word, tl.load(at, mask=inside, other=0), tl.load(at + 4, mask=inside, other=0)),
-                    )
-            else:
-                head = head + ((word, offset),)
+                inside = block < blocks
+                read = (read[0], _load(at, inside, EVEN), _load(at + 4, inside, EVEN))
+            head = head + (read,)
         heads = heads + (head,)
     return heads
 
 
 @triton.jit
-def _unpack(values, head, begin, quarter, COLUMNS: tl.constexpr, PAIRS: tl.constexpr):
-    """The dense entries of a lane's columns of one row: (lanes, COLUMNS)."""
+def _load(at, inside, EVEN: tl.constexpr):
+    return tl.load(at) if EVEN else tl.load(at, mask=inside, other=0)
+
+
+@triton.jit
+def _unpack(values, head, begin, quarter, COLUMNS: tl.constexpr, WORDS: tl.constexpr, PAIRS: tl.constexpr):
+    """The dense entries of a lane's columns of one row: (lanes, 16 WORDS)."""
+    PER_WORD: tl.constexpr = 16 // COLUMNS
     entries = ()
-    for c in tl.static_range(COLUMNS // 8):
-        word = head[c // 2][0]
-        shift, below = column_bits(quarter + 4 * (c % 2), 8)
-        bits = (word >> shift).to(tl.int32)
+    for c in tl.static_range(WORDS * PER_WORD):
+        read = head[c // PER_WORD]
+        shift, below = column_bits(quarter + 4 * (c % PER_WORD), COLUMNS)
+        bits = (read[0] >> shift).to(tl.int32)
         if PAIRS:
-            entries = entries + expand_pairs(head[c // 2][1 + c % 2], bits, values.dtype.element_ty)
+            entries = entries + expand_pairs(read[1 + c % PER_WORD], bits, values.dtype.element_ty)
         else:
-            eight, _ = expand(values, bits, begin + head[c // 2][1] + popcount(word & below), 8)
-            entries = entries + eight
+            place = begin + read[1] + popcount(read[0] & below)
+            chunk, _ = expand(values, bits, place, COLUMNS)
+            entries = entries + chunk
     return stack(entries)
 
 
 @triton.jit
-def _eights(x, samples, column, ins, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
-    """The entries of x at a lane's columns, for each of its rows: COLUMNS / 8 times (lanes, 8)."""
+def _chunks(x, samples, column, ins, COLUMNS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    """The entries of x at a lane's columns, for each of its rows: (lanes, COLUMNS, chunks)."""
     parts = ()
     for s in tl.static_range(len(samples)):
-        start, eights = x + samples[s][:, None] * ins, ()
-        for c in tl.static_range(COLUMNS // 8):
-            at = (column + 32 * c)[:, None] + tl.arange(0, 8)[None, :]
-            eights = eights + (tl.load(start + at) if EVEN else tl.load(start + at, mask=at < ins, other=0),)
-        parts = parts + (eights,)
+        start, chunks = x + samples[s][:, None] * ins, ()
+        for c in tl.static_range(WORDS * (16 // COLUMNS)):
+            at = (column + 4 * COLUMNS * c)[:, None] + tl.arange(0, COLUMNS)[None, :]
+            chunks = chunks + (_load(start + at, at < ins, EVEN),)
+        parts = parts + (stack(chunks),)
     return parts
-
-
-@triton.jit
-def _stack_each(parts):
-    stacked = ()
-    for i in tl.static_range(len(parts)):
-        stacked = stacked + (stack(parts[i]),)
-    return stacked
 
 
 @triton.jit
@@ -187,15 +181,16 @@ def _term(parts, TERM: tl.constexpr):
 
 @triton.jit
 def _accumulate(sums, left, right, WARPS: tl.constexpr):
-    """sums + left right^T. By eight rows, a lane's entries: (lanes, columns), of right (lanes, 8, columns / 8)."""
-    COLUMNS: tl.constexpr = left[0].shape[1]
+    """sums + left right^T. By eight rows, a lane's entries: of left (lanes, all), of right (lanes, chunk, chunks)."""
+    ALL: tl.constexpr = left[0].shape[1]
+    CHUNK: tl.constexpr = right[0].shape[1]
     columns, updated = (), ()
     for s in tl.static_range(len(right)):
-        part = right[s].reshape(WARPS, 8, 4, 8 // _TOGETHER, _TOGETHER, COLUMNS // 8)
-        columns = columns + (part.permute(0, 5, 3, 2, 4, 1).reshape(WARPS, 4 * COLUMNS, 8),)
+        part = right[s].reshape(WARPS, 8, 4, CHUNK // _TOGETHER, _TOGETHER, ALL // CHUNK)
+        columns = columns + (part.permute(0, 5, 3, 2, 4, 1).reshape(WARPS, 4 * ALL, 8),)
     for i in tl.static_range(len(left) // 2):
-        tile = tl.join(left[2 * i], left[2 * i + 1]).reshape(WARPS, 8, 4, COLUMNS // _TOGETHER, _TOGETHER, 2)
-        tile = tile.permute(0, 5, 1, 3, 2, 4).reshape(WARPS, 16, 4 * COLUMNS)
+        tile = tl.join(left[2 * i], left[2 * i + 1]).reshape(WARPS, 8, 4, ALL // _TOGETHER, _TOGETHER, 2)
+        tile = tile.permute(0, 5, 1, 3, 2, 4).reshape(WARPS, 16, 4 * ALL)
         for s in tl.static_range(len(right)):
             updated = updated + (multiply(tile, columns[s], sums[i * len(right) + s]),)
     return updated
