@@ -80,6 +80,8 @@ def plans() -> list:
     return [
         Plan("vector", 2, 1, 4), Plan("vector", 4, 2, 8), Plan("matrix", 8, 1, 8), Plan("matrix", 4, 1, 4, split=3),
         Plan("blocks", 2, 1, 8), Plan("blocks", 4, 2, 8, ahead=True), Plan("blocks", 2, 1, 16, ahead=True),
+        Plan("tiles", 16, 1, 4), Plan("tiles", 16, 2, 8, ahead=True), Plan("tiles", 32, 1, 8, words=2),
+        Plan("tiles", 16, 1, 4, ahead=True, words=2),
     ]  # fmt: skip
 
 
@@ -103,7 +105,7 @@ def test_decode(out: int, n: int, kind: str | float, plan) -> None:
 @needs_triton
 @pytest.mark.parametrize("plan", plans(), ids=str)
 @pytest.mark.parametrize(
-    ("rows", "rank", "bias"), [(1, 0, False), (3, 0, True), (3, 1, False), (9, 33, True)]
+    ("rows", "rank", "bias"), [(1, 0, False), (3, 0, True), (3, 1, False), (9, 33, True), (16, 2, True)]
 )
 def test_decode_rows_ranks_and_bias(plan, rows: int, rank: int, bias: bool) -> None:
     case = problem(3, 70, 0.5, rank, bias, torch.float16)
@@ -132,14 +134,15 @@ def test_decode_takes_values_at_any_address(plan) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("kind", [0.5, "2:4"])
-def test_one_large_entry_of_x_meets_only_its_column(kind: str | float) -> None:
+@pytest.mark.parametrize(("form", "height"), [("blocks", 4), ("tiles", 16)])
+def test_one_large_entry_of_x_meets_only_its_column(kind: str | float, form: str, height: int) -> None:
     from hf_sparselr.kernels.plan import Plan
 
     case = problem(4, 320, kind, 0, False, torch.bfloat16)  # "blocks" multiplies each by eight entries of x
     x = torch.zeros(1, 320, dtype=torch.bfloat16, device=DEVICE)
     x[0, 37] = 2.0**100
     expected = case.S[:, 37].double() * 2.0**100
-    assert torch.equal(decode(x, case, Plan("blocks", 4, 1, 8))[0].double(), expected)
+    assert torch.equal(decode(x, case, Plan(form, height, 1, 8))[0].double(), expected)
 
 
 # Unpacking, and back

@@ -207,7 +207,12 @@ def _plans(rows: int, itemsize: int, pairs: bool) -> list[Any]:
     ]
     vector = [*VECTOR, Plan("vector", 4, 8, 8), Plan("vector", 2, 4, 8)]
     matrix = [*MATRIX, Plan("matrix", 8, 1, 4, split=8), Plan("matrix", 16, 1, 8, split=8)]
-    return blocks + (vector if rows == 1 else matrix)
+    grid = itertools.product((16, 32), (2, 4, 8), (8,) if pairs else (4, 8), (False, True), (1, 2))
+    tiles = [
+        Plan("tiles", height, warps, columns, ahead=ahead, words=words)
+        for height, warps, columns, ahead, words in grid
+    ]
+    return blocks + (vector if rows == 1 else tiles + matrix)
 
 
 def _tuned(layer: SparseLRLinear, x: torch.Tensor, slow: float, repeats: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from .blocks import multiply_blocks
 from .index import SupportIndex
 from .matrix import add_parts, multiply_matrix
 from .plan import MAX_ROWS, Plan
+from .tiles import multiply_tiles
 from .vector import multiply_vector
 
 _MOST_SAMPLES = 8  # rows of x that one program of "blocks" multiplies
@@ -63,8 +64,9 @@ def decode(
     y = inputs.new_empty((count, outs))
     u = _low_rank(inputs, A.contiguous(), dependent) if rank else y
     pairs = can_pair(index, values)
+    tiled = plan.form == "tiles"
     columns = 8 if pairs else plan.columns
-    tile = 32 * plan.warps * columns
+    tile = plan.warps * (64 * plan.words if tiled else 32 * columns)
     tensors = (
         inputs, index.words(mask), values, index.starts, index.offsets, u, B.contiguous() if rank else y,
         y if bias is None else bias.contiguous(),
@@ -85,6 +87,12 @@ def decode(
         multiply_blocks[(programs * -(-count // samples),)](
             *tensors, y, *sizes, count,
             SAMPLES=samples, WARPS=plan.warps, AHEAD=plan.ahead and not pairs, **constants,
+        )  # fmt: skip
+        return y
+    if tiled:
+        multiply_tiles[(programs,)](
+            *tensors, y, *sizes, count,
+            BATCH=8 if count <= 8 else 16, WARPS=plan.warps, WORDS=plan.words, AHEAD=plan.ahead, **constants,
         )  # fmt: skip
         return y
     tiles = -(-ins // tile)

@@ -1,0 +1,196 @@
+# ruff: noqa: RUF005 (the compiler of these functions knows tuples, but not unpacking)
+"""Two to 16 rows of x against tiles of 16 packed rows of S on the tensor cores, without moving S (Triton).
+
+A thread of the tensor cores holds rows g and g + 8 of a tile of S and row g of x, at the same columns; it shares these
+rows with three neighbours. In which order columns are contracted is nobody's business: a thread owns `COLUMNS` that
+are consecutive, of four times as many, and unpacks them where they are multiplied. Each warp has its own columns, as
+one matrix of a batch; the batch is summed at the end. One read of x serves `ROWS` rows of S.
+"""
+
+import triton
+import triton.language as tl
+
+from .support import column_bits, expand, expand_pairs, multiply, popcount, read_head, row_start, stack
+
+# Neighbouring columns of a thread that the compiler lays next to each other for the tensor cores. Any number gives the
+# same product: with another one than it likes, it would shuffle S between threads.
+_TOGETHER = tl.constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
+
+
+@triton.jit
+def multiply_tiles(
+    x,
+    words,
+    values,
+    starts,
+    offsets,
+    u,
+    B,
+    bias,
+    y,
+    outs,
+    ins,
+    blocks,
+    rank,
+    count,
+    ROWS: tl.constexpr,
+    BATCH: tl.constexpr,
+    WARPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WORDS: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    STEP: tl.constexpr = 64 * WORDS * WARPS
+    first = tl.program_id(0) * ROWS
+    lane = tl.arange(0, 32 * WARPS)
+    own, quarter = lane // 4 % 8, lane % 4
+    within = lane // 32 * (64 * WORDS) + quarter * COLUMNS
+    rows, begin, sums = (), (), ()
+    for i in tl.static_range(ROWS // 8):
+        row = tl.minimum(first + 8 * i + own, outs - 1)
+        rows = rows + (row,)
+        begin = begin + (row_start(starts, row, blocks, PER_BLOCK),)
+    for _ in tl.static_range(ROWS // 16 * (BATCH // 8)):
+        sums = sums + (tl.zeros((WARPS, 16, 8), tl.float32),)
+    samples = ()
+    for s in tl.static_range(BATCH // 8):
+        samples = samples + (tl.minimum(8 * s + own, count - 1),)
+    last = (ins - 1) // STEP * STEP
+    if AHEAD:
+        heads = _heads(words, values, offsets, rows, within, blocks, WORDS, PER_BLOCK, PAIRS, EVEN)
+        entries = _chunks(x, samples, within, ins, COLUMNS, WORDS, EVEN)
+    for k in range(0, ins, STEP):
+        if AHEAD:
+            now, right = heads, entries
+            column = tl.minimum(k + STEP, last) + within
+            heads = _heads(words, values, offsets, rows, column, blocks, WORDS, PER_BLOCK, PAIRS, EVEN)
+            entries = _chunks(x, samples, column, ins, COLUMNS, WORDS, EVEN)
+        else:
+            now = _heads(words, values, offsets, rows, k + within, blocks, WORDS, PER_BLOCK, PAIRS, EVEN)
+            right = _chunks(x, samples, k + within, ins, COLUMNS, WORDS, EVEN)
+        left = ()
+        for i in tl.static_range(ROWS // 8):
+            left = left + (_unpack(values, now[i], begin[i], quarter, COLUMNS, WORDS, PAIRS),)
+        sums = _accumulate(sums, left, right, WARPS)
+    if LOW_RANK:
+        for q in range(0, rank, 32 * WARPS):
+            factor = (q + lane // 32 * 32 + quarter * 8)[:, None] + tl.arange(0, 8)[None, :]
+            left, right = (), ()
+            for i in tl.static_range(ROWS // 8):
+                at = B + rows[i][:, None] * rank + factor
+                left = left + (tl.load(at, mask=factor < rank, other=0).to(tl.float32),)
+            if DEPENDENT:
+                tl.extra.cuda.gdc_wait()  # from here on u is complete
+            for s in tl.static_range(BATCH // 8):
+                at = u + samples[s][:, None] * rank + factor
+                right = right + (tl.load(at, mask=factor < rank, other=0),)
+            for m in tl.static_range(1 if B.dtype.element_ty == tl.bfloat16 else 2):
+                for n in tl.static_range(2):
+                    sums = _accumulate(sums, _term(left, m), _term(right, n), WARPS)
+    part = tl.arange(0, len(sums))[None, None, :]
+    out = first + part // (BATCH // 8) * 16 + tl.arange(0, 16)[:, None, None]
+    sample = part % (BATCH // 8) * 8 + tl.arange(0, 8)[None, :, None]
+    total = tl.sum(stack(sums), 0)
+    if BIAS:
+        total += tl.load(bias + out, mask=out < outs, other=0).to(tl.float32)
+    tl.store(y + sample * outs + out, total, mask=(out < outs) & (sample < count))
+
+
+@triton.jit
+def _heads(
+    words,
+    values,
+    offsets,
+    rows,
+    column,
+    blocks,
+    WORDS: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """What a lane reads of each of its rows before it knows more: `read_head` of each word, and the values of 2:4."""
+    heads = ()
+    for i in tl.static_range(len(rows)):
+        head = ()
+        for w in tl.static_range(WORDS):
+            block = column // 64 + w
+            read = read_head(words, offsets, rows[i], block, blocks, PER_BLOCK, EVEN)
+            if PAIRS:
+                at = values.to(tl.pointer_type(tl.int64)) + rows[i] * (blocks * 8) + column // 8 + 8 * w
+                inside = block < blocks
+                read = (read[0], _load(at, inside, EVEN), _load(at + 4, inside, EVEN))
+            head = head + (read,)
+        heads = heads + (head,)
+    return heads
+
+
+@triton.jit
+def _load(at, inside, EVEN: tl.constexpr):
+    return tl.load(at) if EVEN else tl.load(at, mask=inside, other=0)
+
+
+@triton.jit
+def _unpack(values, head, begin, quarter, COLUMNS: tl.constexpr, WORDS: tl.constexpr, PAIRS: tl.constexpr):
+    """The dense entries of a lane's columns of one row: (lanes, 16 WORDS)."""
+    PER_WORD: tl.constexpr = 16 // COLUMNS
+    entries = ()
+    for c in tl.static_range(WORDS * PER_WORD):
+        read = head[c // PER_WORD]
+        shift, below = column_bits(quarter + 4 * (c % PER_WORD), COLUMNS)
+        bits = (read[0] >> shift).to(tl.int32)
+        if PAIRS:
+            entries = entries + expand_pairs(read[1 + c % PER_WORD], bits, values.dtype.element_ty)
+        else:
+            place = begin + read[1] + popcount(read[0] & below)
+            chunk, _ = expand(values, bits, place, COLUMNS)
+            entries = entries + chunk
+    return stack(entries)
+
+
+@triton.jit
+def _chunks(x, samples, column, ins, COLUMNS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    """The entries of x at a lane's columns, for each of its rows: (lanes, COLUMNS, chunks)."""
+    parts = ()
+    for s in tl.static_range(len(samples)):
+        start, chunks = x + samples[s][:, None] * ins, ()
+        for c in tl.static_range(WORDS * (16 // COLUMNS)):
+            at = (column + 4 * COLUMNS * c)[:, None] + tl.arange(0, COLUMNS)[None, :]
+            chunks = chunks + (_load(start + at, at < ins, EVEN),)
+        parts = parts + (stack(chunks),)
+    return parts
+
+
+@triton.jit
+def _term(parts, TERM: tl.constexpr):
+    """The first or second term of parts as sums of two BF16: exact for FP16, and as wide as FP32."""
+    terms = ()
+    for i in tl.static_range(len(parts)):
+        term = parts[i].to(tl.bfloat16)
+        if TERM == 1:
+            term = (parts[i] - term.to(tl.float32)).to(tl.bfloat16)
+        terms = terms + (term,)
+    return terms
+
+
+@triton.jit
+def _accumulate(sums, left, right, WARPS: tl.constexpr):
+    """sums + left right^T. By eight rows, a lane's entries: of left (lanes, all), of right (lanes, chunk, chunks)."""
+    ALL: tl.constexpr = left[0].shape[1]
+    CHUNK: tl.constexpr = right[0].shape[1]
+    columns, updated = (), ()
+    for s in tl.static_range(len(right)):
+        part = right[s].reshape(WARPS, 8, 4, CHUNK // _TOGETHER, _TOGETHER, ALL // CHUNK)
+        columns = columns + (part.permute(0, 5, 3, 2, 4, 1).reshape(WARPS, 4 * ALL, 8),)
+    for i in tl.static_range(len(left) // 2):
+        tile = tl.join(left[2 * i], left[2 * i + 1]).reshape(WARPS, 8, 4, ALL // _TOGETHER, _TOGETHER, 2)
+        tile = tile.permute(0, 5, 1, 3, 2, 4).reshape(WARPS, 16, 4 * ALL)
+        for s in tl.static_range(len(right)):
+            updated = updated + (multiply(tile, columns[s], sums[i * len(right) + s]),)
+    return updated
