@@ -10,7 +10,17 @@ one matrix of a batch; the batch is summed at the end. One read of x serves `ROW
 import triton
 import triton.language as tl
 
-from .support import column_bits, expand, expand_pairs, multiply, popcount, read_head, row_start, stack
+from .support import (
+    INTERPRETED,
+    bit,
+    column_bits,
+    expand_pairs,
+    multiply,
+    popcount,
+    read_head,
+    row_start,
+    stack,
+)
 
 # Neighbouring columns of a thread that the compiler lays next to each other for the tensor cores. Any number gives the
 # same product: with another one than it likes, it would shuffle S between threads.
@@ -149,9 +159,23 @@ def _unpack(values, head, begin, quarter, COLUMNS: tl.constexpr, WORDS: tl.const
             entries = entries + expand_pairs(read[1 + c % PER_WORD], bits, values.dtype.element_ty)
         else:
             place = begin + read[1] + popcount(read[0] & below)
-            chunk, _ = expand(values, bits, place, COLUMNS)
-            entries = entries + chunk
+            for j in tl.static_range(COLUMNS):
+                kept = bit(bits, j)
+                entries = entries + (_take(values + place, kept),)
+                place += kept >> j
     return stack(entries)
+
+
+@triton.jit
+def _take(at, kept):
+    """The values at `at` where kept, else 0, each in a register of 32 bits: a zero for one of 16 is an instruction."""
+    if INTERPRETED:
+        return tl.load(at, mask=kept != 0, other=0)
+    taken = tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.u16 $0, [$1]; }", "=r,l,r",
+        [at.to(tl.int64), kept], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+    return taken.to(tl.int16).to(at.dtype.element_ty, bitcast=True)
 
 
 @triton.jit
