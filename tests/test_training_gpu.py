@@ -2,6 +2,7 @@
 
 import gc
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -147,10 +148,24 @@ def sharded(version: int) -> None:
 
 
 def launch(version: int) -> subprocess.CompletedProcess:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     root = str(Path(hf_sparselr.__file__).parents[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", __file__]
+    one = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
-        [*command, str(version)], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True
+        [sys.executable, __file__, str(version)],
+        env={**os.environ, **one, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
