@@ -1,20 +1,16 @@
 """Speed of compressed layers against the dense product, one layer at a time, with random weights.
 
-    hf-sparselr bench kernels --shapes llama-3-8b 4096x4096 --rows 1 8 2048 --patterns 2:4 0.5 0.7 --rank 64 [--tune]
+    hf-sparselr bench kernels --shapes llama-3-8b 4096x4096 --rows 1 8 2048 --patterns 2:4 0.5 0.7 --rank 64
 
 Both sides in the same run, the median of many calls, on a GPU of replays of a CUDA graph with a flushed L2 cache.
 "GB/s" counts the packed bytes (mask, values, factors); "of bound" is the time in which a device copy moves as many,
-over the time taken; "host us" is what an eager packed call costs before the GPU has it. --tune also tries plans beyond
-those that the package chooses from, and the parts of the unpacked product.
+over the time taken; "host us" is what an eager packed call costs before the GPU has it.
 """
 
 import argparse
 import copy
-import functools
 import itertools
 import json
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -30,9 +26,6 @@ from ..report import table
 from .presets import PRESETS
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_WORKERS = min(16, os.cpu_count() or 1)  # processes that compile plans
-_BEST = 3  # plans to print
-_STEPS = (1, 2, 4)  # rows unpacked at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--tune", action="store_true", help="try more plans, and print the best")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE")
 
@@ -60,8 +52,6 @@ def run(args: argparse.Namespace) -> None:
         else f"CPU, {torch.get_num_threads()} threads"
     )
     print(f"{name}: a copy moves {rate:,.0f} GB/s (read and written)")
-    if args.tune and device.type == "cuda":
-        _compile_plans(args, shapes, patterns)
     results = []
     for shape, pattern in itertools.product(shapes, patterns):
         if not pattern.fits(shape):
@@ -168,8 +158,6 @@ def _compare(
     }
     if device.type == "cuda":
         result |= {"kernel": _chosen(layer, rows), "host_us": _host_microseconds(layer, x)}
-        if args.tune:
-            result |= _tuned(layer, x, slow, args.repeats)
     return result
 
 
@@ -191,93 +179,6 @@ def _chosen(layer: SparseLRLinear, rows: int) -> str:
     return str(known(rows, layer.rank, index_of(layer.mask, layer.in_features), layer.values))
 
 
-def _plans(rows: int, itemsize: int, pairs: bool) -> list[Any]:
-    """A grid around the plans that the package chooses from, for up to 16 rows."""
-    from ..kernels.plan import MATRIX, VECTOR, Plan
-
-    if itemsize != 2:
-        return list(VECTOR)
-    grid = itertools.product(
-        (2, 4, 8), (1, 2, 4, 8), (8,) if pairs else (8, 16), (False,) if pairs else (False, True)
-    )
-    blocks = [
-        Plan("blocks", height, warps, columns, ahead=ahead)
-        for height, warps, columns, ahead in grid
-        if height * min(rows, 8) <= 32
-    ]
-    vector = [*VECTOR, Plan("vector", 4, 8, 8), Plan("vector", 2, 4, 8)]
-    matrix = [*MATRIX, Plan("matrix", 8, 1, 4, split=8), Plan("matrix", 16, 1, 8, split=8)]
-    grid = itertools.product((16, 32), (2, 4, 8), (8,) if pairs else (4, 8), (False, True), (1, 2))
-    tiles = [
-        Plan("tiles", height, warps, columns, ahead=ahead, words=words)
-        for height, warps, columns, ahead, words in grid
-    ]
-    return blocks + (vector if rows == 1 else tiles + matrix)
-
-
-def _tuned(layer: SparseLRLinear, x: torch.Tensor, slow: float, repeats: int) -> dict[str, Any]:
-    """Times of all plans, best first; for many rows, also of the parts of the product."""
-    from ..kernels.decode import decode
-    from ..kernels.densify import densify
-    from ..kernels.index import index_of
-    from ..kernels.plan import MAX_ROWS, Plan
-    from ..kernels.unpacked import multiply_unpacked
-
-    mask, values, A, B = layer.mask, layer.values, layer.A, layer.B
-    index = index_of(mask, layer.in_features)
-    packed, parts = (mask, index, values, A, B), {}
-    if len(x) <= MAX_ROWS:
-        plans, multiply = _plans(len(x), x.itemsize, index.pairs), decode
-    else:
-        plans = (Plan("folded"), Plan("beside"))
-        multiply = multiply_unpacked
-        for steps in _STEPS:
-            parts[f"unpacking S, {steps} rows"] = functools.partial(densify, mask, index, values, steps=steps)
-            parts[f"unpacking S + B A, {steps} rows"] = functools.partial(densify, *packed, steps=steps)
-    calls = {str(plan): functools.partial(multiply, x, *packed, None, plan) for plan in plans}
-    times, inner = (
-        {name: milliseconds(call, x.device, min(repeats, 20)) for name, call in group.items()}
-        for group in (calls, parts)
-    )
-    where = f"  {layer.out_features}x{layer.in_features}, {len(x)} rows: "
-    lines = [f"{n}: {times[n]:.4f} ms, {slow / times[n]:.2f} x" for n in sorted(times, key=times.get)[:_BEST]]
-    if inner:
-        lines.append("; ".join(f"{name} {inner[name]:.4f}" for name in sorted(inner, key=inner.get)))
-    return {"times": times | inner, "plans": [where + line for line in lines]}
-
-
-def _compile_plans(args: argparse.Namespace, shapes: list[tuple[int, int]], patterns: list[Pattern]) -> None:
-    """Fills Triton's cache from several processes: one compiles for minutes."""
-    started = time.perf_counter()
-    rows = [n for n in args.rows if n <= 16]
-    kinds = {
-        (str(p) == "2:4", shape[1] % 4096): (shape, p) for shape, p in itertools.product(shapes, patterns)
-    }
-    jobs = [(shape, p, n, args.rank, args.dtype, args.device) for shape, p in kinds.values() for n in rows]
-    jobs = [(*job, part) for job in jobs for part in range(_WORKERS)]
-    with multiprocessing.get_context("spawn").Pool(_WORKERS) as pool:
-        pool.starmap(_compile_part, jobs, chunksize=1)
-    print(f"{len(jobs)} batches of plans compiled in {time.perf_counter() - started:.0f} s", flush=True)
-
-
-def _compile_part(
-    shape: tuple[int, int], pattern: Pattern, rows: int, rank: int, dtype: str, device: str, part: int
-) -> None:
-    from ..kernels.decode import decode
-    from ..kernels.densify import densify
-    from ..kernels.index import index_of
-
-    shape = (max(64, min(shape[0], 1024)), shape[1])  # the kernels do not depend on the number of outputs
-    layer = random_layer(shape, pattern, rank, _DTYPES[dtype], torch.device(device))
-    x = torch.zeros(rows, shape[1], device=device, dtype=_DTYPES[dtype])
-    index = index_of(layer.mask, shape[1])
-    for plan in _plans(rows, x.itemsize, index.pairs)[part::_WORKERS]:
-        decode(x, layer.mask, index, layer.values, layer.A, layer.B, None, plan)
-    for steps in _STEPS[part::_WORKERS]:
-        densify(layer.mask, index, layer.values, steps=steps)
-        densify(layer.mask, index, layer.values, layer.A, layer.B, steps)
-
-
 def _table(results: list[dict[str, Any]]) -> str:
     head = ("shape", "pattern", "rows", "dense ms", "packed ms", "speed-up", "GB/s", "of bound", "error")
     lines = [(*head, "host us", "kernel")]
@@ -286,5 +187,4 @@ def _table(results: list[dict[str, Any]]) -> str:
         rates = (f"{r['packed_gb_s']:,.0f}", f"{r['of_bound']:.0%}", f"{r['error']:.1e}")
         host = f"{r['host_us']:.0f}" if "host_us" in r else ""
         lines.append((r["shape"], r["pattern"], str(r["rows"]), *numbers, *rates, host, r.get("kernel", "")))
-    notes = [line for r in results for line in r.get("plans", ())]
-    return "\n".join([table(lines), *notes])
+    return table(lines)

@@ -11,14 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import multiply_blocks
 from .index import SupportIndex
-from .matrix import add_parts, multiply_matrix
-from .plan import MAX_ROWS, Plan
-from .tiles import multiply_tiles
+from .plan import Plan
+from .tiles import add_parts, multiply_tiles
 from .vector import multiply_vector
-
-_MOST_SAMPLES = 8  # rows of x that one program of "blocks" multiplies
 
 
 @triton.jit
@@ -64,9 +60,8 @@ def decode(
     y = inputs.new_empty((count, outs))
     u = _low_rank(inputs, A.contiguous(), dependent) if rank else y
     pairs = can_pair(index, values)
-    tiled = plan.form == "tiles"
     columns = 8 if pairs else plan.columns
-    tile = plan.warps * (64 * plan.words if tiled else 32 * columns)
+    tile = plan.warps * (64 if plan.form == "tiles" else 32 * columns)
     tensors = (
         inputs, index.words(mask), values, index.starts, index.offsets, u, B.contiguous() if rank else y,
         y if bias is None else bias.contiguous(),
@@ -82,26 +77,14 @@ def decode(
     if plan.form == "vector":
         multiply_vector[programs, count](*tensors, y, *sizes, LANES=32 * plan.warps, **constants)
         return y
-    if plan.form == "blocks":
-        samples = min(_MOST_SAMPLES, 1 << (count - 1).bit_length())
-        multiply_blocks[(programs * -(-count // samples),)](
-            *tensors, y, *sizes, count,
-            SAMPLES=samples, WARPS=plan.warps, AHEAD=plan.ahead and not pairs, **constants,
-        )  # fmt: skip
-        return y
-    if tiled:
-        multiply_tiles[(programs,)](
-            *tensors, y, *sizes, count,
-            BATCH=8 if count <= 8 else 16, WARPS=plan.warps, WORDS=plan.words, AHEAD=plan.ahead, **constants,
-        )  # fmt: skip
-        return y
     tiles = -(-ins // tile)
-    split = min(plan.split, tiles)
-    span = -(-tiles // split) * tile
+    span = -(-tiles // plan.split) * tile
+    split = -(-ins // span)
     target = y if split == 1 else torch.empty((split, count, outs), dtype=torch.float32, device=y.device)
-    multiply_matrix[programs, split](
-        *tensors, target, *sizes, count, span, BATCH=MAX_ROWS, LANES=32 * plan.warps, **constants
-    )
+    multiply_tiles[programs, split](
+        *tensors, target, *sizes, count, span,
+        BATCH=8 if count <= 8 else 16, WARPS=plan.warps, AHEAD=plan.ahead, **constants,
+    )  # fmt: skip
     if split > 1:
         add_parts[(-(-y.numel() // 512),)](target, y, y.numel(), SPLIT=split, WIDTH=512)
     return y

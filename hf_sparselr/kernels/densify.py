@@ -132,15 +132,11 @@ def densify(
     values: torch.Tensor,
     A: torch.Tensor | None = None,
     B: torch.Tensor | None = None,
-    steps: int | None = None,
 ) -> torch.Tensor:
     """S + B A as a new tensor (out, in); without A and B, S.
 
     A new tensor costs nothing: the allocator hands the memory of the last layer's on, per stream. B A is rounded to
     the dtype before it is added, as a product of torch's would be.
-
-    Args:
-        steps: rows that a warp unpacks at a time, a power of two, where not as usual.
     """
     outs, blocks = index.shape
     ins = index.in_features
@@ -149,7 +145,7 @@ def densify(
     if dense.numel() == 0:
         return dense
     A, B = (A.contiguous(), B.contiguous()) if rank else (values, values)
-    steps = steps or (_STEPS_ADDING if rank else _STEPS)
+    steps = _STEPS_ADDING if rank else _STEPS
     tiles, band = -(-ins // 256), _BAND if rank else steps * _WARPS
     _densify[(tiles * -(-outs // band),)](
         index.words(mask), values, index.starts, index.offsets, A, B, dense, outs, ins, blocks, rank, tiles,

@@ -7,7 +7,7 @@ import torch
 MAX_ROWS = 16  # of x that one packed product takes
 MOST_PACKED_ROWS = 4 * MAX_ROWS  # above, the dense product is bound by arithmetic
 
-PACKED = ("vector", "blocks", "tiles", "matrix")
+PACKED = ("vector", "tiles")
 UNPACKED = ("folded", "beside")
 
 
@@ -16,14 +16,13 @@ class Plan:
     """How to compute one product.
 
     Attributes:
-        form: reads the packed S: "vector" multiplies one row of x in FP32 registers; "blocks", "tiles" and "matrix"
-            give up to 8, 16 and 16 rows of 16 bits to the tensor cores. Unpacks S first: "folded" multiplies by
-            S + B A, "beside" by S, B and A.
+        form: reads the packed S: "vector" multiplies one row of x in FP32 registers, "tiles" gives up to 16 rows of 16
+            bits to the tensor cores. Unpacks S first: "folded" multiplies by S + B A, "beside" by S, B and A.
         rows: output rows of a program, a power of two ("tiles": at least 16).
         warps: of a program.
-        columns: consecutive columns of a thread: 4 or 8 ("blocks": 8 or 16); 2:4 always takes 8.
-        split: programs that share an output row, each with a part of the columns ("matrix" only).
-        ahead: read the mask of the next columns before multiplying these ("blocks"; "tiles": and the values of 2:4).
+        columns: consecutive columns of a thread, 4 or 8; 2:4 always takes 8.
+        split: programs that share output rows, each with a part of the columns ("tiles" only).
+        ahead: read the mask of the next columns, of 2:4 also the values, before multiplying these ("tiles" only).
     """
 
     form: str
@@ -32,47 +31,32 @@ class Plan:
     columns: int = 8
     split: int = 1
     ahead: bool = False
-    words: int = 1
 
     def __str__(self) -> str:
         if self.form in UNPACKED:
             return self.form
-        parts = (
-            f" / {self.split}" * (self.split > 1)
-            + " ahead" * self.ahead
-            + f" {self.words} words" * (self.words > 1)
-        )
+        parts = f" / {self.split}" * (self.split > 1) + " ahead" * self.ahead
         return f"{self.form} {self.rows} rows {self.warps} warps {self.columns} columns{parts}"
 
 
 VECTOR = (Plan("vector", 4, 4, 8), Plan("vector", 4, 4, 4), Plan("vector", 2, 8, 8), Plan("vector", 8, 4, 4))
-BLOCKS = (
-    Plan("blocks", 4, 4, 8, ahead=True),
-    Plan("blocks", 4, 2, 16, ahead=True),
-    Plan("blocks", 4, 1, 16, ahead=True),
-    Plan("blocks", 2, 4, 16, ahead=True),
-    Plan("blocks", 2, 2, 8, ahead=True),
-    Plan("blocks", 2, 8, 8),
-    Plan("blocks", 4, 1, 8),
-)
 TILES = (
-    Plan("tiles", 16, 4, 4),
-    Plan("tiles", 16, 4, 4, ahead=True),
-    Plan("tiles", 16, 4, 8, words=2),
     Plan("tiles", 16, 8, 8),
+    Plan("tiles", 16, 8, 8, split=2),
+    Plan("tiles", 16, 8, 8, split=4),
     Plan("tiles", 16, 8, 4, ahead=True),
-    Plan("tiles", 16, 2, 4, words=2),
-    Plan("tiles", 32, 4, 4),
-    Plan("tiles", 32, 8, 8),
+    Plan("tiles", 16, 8, 4, split=2, ahead=True),
+    Plan("tiles", 16, 4, 4, ahead=True),
+    Plan("tiles", 16, 4, 4, split=2, ahead=True),
+    Plan("tiles", 16, 4, 4, split=4, ahead=True),
 )
-MATRIX = (Plan("matrix", 16, 1, 4, split=8), Plan("matrix", 8, 1, 4, split=4))
 
 
 def packed_plans(rows: int, dtype: torch.dtype) -> tuple[Plan, ...]:
     """What reads the packed S, for so many rows of x: the first is taken where nothing can be measured."""
     if dtype.itemsize != 2:
         return VECTOR
-    return (*BLOCKS, *VECTOR) if rows == 1 else (*TILES, *BLOCKS, *MATRIX)
+    return VECTOR if rows == 1 else TILES
 
 
 def candidates(rows: int, dtype: torch.dtype, rank: int) -> tuple[Plan, ...]:

@@ -43,11 +43,11 @@ def multiply_tiles(
     blocks,
     rank,
     count,
+    span,
     ROWS: tl.constexpr,
     BATCH: tl.constexpr,
     WARPS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WORDS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -56,11 +56,13 @@ def multiply_tiles(
     BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    STEP: tl.constexpr = 64 * WORDS * WARPS
+    STEP: tl.constexpr = 64 * WARPS
     first = tl.program_id(0) * ROWS
+    split = tl.program_id(1)
     lane = tl.arange(0, 32 * WARPS)
     own, quarter = lane // 4 % 8, lane % 4
-    within = lane // 32 * (64 * WORDS) + quarter * COLUMNS
+    within = lane // 32 * 64 + quarter * COLUMNS
+    start, end = split * span, tl.minimum(split * span + span, ins)
     rows, begin, sums = (), (), ()
     for i in tl.static_range(ROWS // 8):
         row = tl.minimum(first + 8 * i + own, outs - 1)
@@ -71,25 +73,25 @@ def multiply_tiles(
     samples = ()
     for s in tl.static_range(BATCH // 8):
         samples = samples + (tl.minimum(8 * s + own, count - 1),)
-    last = (ins - 1) // STEP * STEP
+    last = start + (end - start - 1) // STEP * STEP
     if AHEAD:
-        heads = _heads(words, values, offsets, rows, within, blocks, WORDS, PER_BLOCK, PAIRS, EVEN)
-        entries = _chunks(x, samples, within, ins, COLUMNS, WORDS, EVEN)
-    for k in range(0, ins, STEP):
+        heads = _heads(words, values, offsets, rows, start + within, blocks, PER_BLOCK, PAIRS, EVEN)
+        entries = _chunks(x, samples, start + within, ins, COLUMNS, EVEN)
+    for k in range(start, end, STEP):
         if AHEAD:
             now, right = heads, entries
             column = tl.minimum(k + STEP, last) + within
-            heads = _heads(words, values, offsets, rows, column, blocks, WORDS, PER_BLOCK, PAIRS, EVEN)
-            entries = _chunks(x, samples, column, ins, COLUMNS, WORDS, EVEN)
+            heads = _heads(words, values, offsets, rows, column, blocks, PER_BLOCK, PAIRS, EVEN)
+            entries = _chunks(x, samples, column, ins, COLUMNS, EVEN)
         else:
-            now = _heads(words, values, offsets, rows, k + within, blocks, WORDS, PER_BLOCK, PAIRS, EVEN)
-            right = _chunks(x, samples, k + within, ins, COLUMNS, WORDS, EVEN)
+            now = _heads(words, values, offsets, rows, k + within, blocks, PER_BLOCK, PAIRS, EVEN)
+            right = _chunks(x, samples, k + within, ins, COLUMNS, EVEN)
         left = ()
         for i in tl.static_range(ROWS // 8):
-            left = left + (_unpack(values, now[i], begin[i], quarter, COLUMNS, WORDS, PAIRS),)
+            left = left + (_unpack(values, now[i], begin[i], quarter, COLUMNS, PAIRS),)
         sums = _accumulate(sums, left, right, WARPS)
     if LOW_RANK:
-        for q in range(0, rank, 32 * WARPS):
+        for q in range(0, tl.where(split == 0, rank, 0), 32 * WARPS):
             factor = (q + lane // 32 * 32 + quarter * 8)[:, None] + tl.arange(0, 8)[None, :]
             left, right = (), ()
             for i in tl.static_range(ROWS // 8):
@@ -108,8 +110,8 @@ def multiply_tiles(
     sample = part % (BATCH // 8) * 8 + tl.arange(0, 8)[None, :, None]
     total = tl.sum(stack(sums), 0)
     if BIAS:
-        total += tl.load(bias + out, mask=out < outs, other=0).to(tl.float32)
-    tl.store(y + sample * outs + out, total, mask=(out < outs) & (sample < count))
+        total += tl.load(bias + out, mask=out < tl.where(split == 0, outs, 0), other=0).to(tl.float32)
+    tl.store(y + (split * count + sample) * outs + out, total, mask=(out < outs) & (sample < count))
 
 
 @triton.jit
@@ -120,23 +122,17 @@ def _heads(
     rows,
     column,
     blocks,
-    WORDS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """What a lane reads of each of its rows before it knows more: `read_head` of each word, and the values of 2:4."""
-    heads = ()
+    """What a lane reads of each of its rows before it knows more: `read_head`, and the values of 2:4."""
+    heads, block = (), column // 64
     for i in tl.static_range(len(rows)):
-        head = ()
-        for w in tl.static_range(WORDS):
-            block = column // 64 + w
-            read = read_head(words, offsets, rows[i], block, blocks, PER_BLOCK, EVEN)
-            if PAIRS:
-                at = values.to(tl.pointer_type(tl.int64)) + rows[i] * (blocks * 8) + column // 8 + 8 * w
-                inside = block < blocks
-                read = (read[0], _load(at, inside, EVEN), _load(at + 4, inside, EVEN))
-            head = head + (read,)
+        head = read_head(words, offsets, rows[i], block, blocks, PER_BLOCK, EVEN)
+        if PAIRS:
+            at = values.to(tl.pointer_type(tl.int64)) + rows[i] * (blocks * 8) + column // 8
+            head = (head[0], _load(at, block < blocks, EVEN), _load(at + 4, block < blocks, EVEN))
         heads = heads + (head,)
     return heads
 
@@ -147,18 +143,16 @@ def _load(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _unpack(values, head, begin, quarter, COLUMNS: tl.constexpr, WORDS: tl.constexpr, PAIRS: tl.constexpr):
-    """The dense entries of a lane's columns of one row: (lanes, 16 WORDS)."""
-    PER_WORD: tl.constexpr = 16 // COLUMNS
+def _unpack(values, head, begin, quarter, COLUMNS: tl.constexpr, PAIRS: tl.constexpr):
+    """The dense entries of a lane's columns of one row: (lanes, 16)."""
     entries = ()
-    for c in tl.static_range(WORDS * PER_WORD):
-        read = head[c // PER_WORD]
-        shift, below = column_bits(quarter + 4 * (c % PER_WORD), COLUMNS)
-        bits = (read[0] >> shift).to(tl.int32)
+    for c in tl.static_range(16 // COLUMNS):
+        shift, below = column_bits(quarter + 4 * c, COLUMNS)
+        bits = (head[0] >> shift).to(tl.int32)
         if PAIRS:
-            entries = entries + expand_pairs(read[1 + c % PER_WORD], bits, values.dtype.element_ty)
+            entries = entries + expand_pairs(head[1 + c], bits, values.dtype.element_ty)
         else:
-            place = begin + read[1] + popcount(read[0] & below)
+            place = begin + head[1] + popcount(head[0] & below)
             for j in tl.static_range(COLUMNS):
                 kept = bit(bits, j)
                 entries = entries + (_take(values + place, kept),)
@@ -179,12 +173,12 @@ def _take(at, kept):
 
 
 @triton.jit
-def _chunks(x, samples, column, ins, COLUMNS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr):
+def _chunks(x, samples, column, ins, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
     """The entries of x at a lane's columns, for each of its rows: (lanes, COLUMNS, chunks)."""
     parts = ()
     for s in tl.static_range(len(samples)):
         start, chunks = x + samples[s][:, None] * ins, ()
-        for c in tl.static_range(WORDS * (16 // COLUMNS)):
+        for c in tl.static_range(16 // COLUMNS):
             at = (column + 4 * COLUMNS * c)[:, None] + tl.arange(0, COLUMNS)[None, :]
             chunks = chunks + (_load(start + at, at < ins, EVEN),)
         parts = parts + (stack(chunks),)
@@ -218,3 +212,13 @@ def _accumulate(sums, left, right, WARPS: tl.constexpr):
         for s in tl.static_range(len(right)):
             updated = updated + (multiply(tile, columns[s], sums[i * len(right) + s]),)
     return updated
+
+
+@triton.jit
+def add_parts(parts, y, size, SPLIT: tl.constexpr, WIDTH: tl.constexpr):
+    """y = the sum of SPLIT parts."""
+    at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.float32)
+    for part in tl.static_range(SPLIT):
+        total += tl.load(parts + part * size + at, mask=at < size, other=0)
+    tl.store(y + at, total, mask=at < size)
