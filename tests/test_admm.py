@@ -383,12 +383,3 @@ def test_the_best_iterate_of_the_refit_is_returned() -> None:
     assert not S[~mask].any()
     E = W - S
     assert squared_error(E - basis @ (basis.T @ E), gram.matrix) < least_error(W - D, gram, 3)
-
-
-@pytest.mark.parametrize("pattern", [TWO_OF_FOUR, NM(1, 4), NM(3, 8)], ids=str)
-def test_the_compiled_form_chooses_the_same_support(pattern: NM) -> None:
-    T = randn(6, 48, seed=5).round(decimals=1).float()
-    T[:2], T[2] = 0, -T[3]  # ties go to the lower index
-    mask = torch.ones_like(T, dtype=torch.bool)
-    admm._choose(T, mask, pattern.n, pattern.m)
-    assert torch.equal(mask, pattern.mask(T.abs()))

@@ -166,12 +166,7 @@ class Admm:
         shared = patterns.pop() if len(patterns) == 1 else None
         pattern = shared if isinstance(shared, NM) else None
         for rows in self._chunks():
-            T, mask = self.T[rows], self.mask[rows]
-            self._fused(_move)(T, mask, self.W[rows], E[rows])
-            if pattern is not None and T.is_cuda:
-                self._fused(_choose)(T, mask, pattern.n, pattern.m)
-            elif pattern is not None:
-                mask.copy_(pattern.mask(T.abs()))
+            self._fused(_sparse)(self.T[rows], self.mask[rows], self.W[rows], E[rows], pattern)
         if pattern is None:
             for layer in self.layers:
                 self.mask[layer.rows] = layer.pattern.near_mask(self.T[layer.rows].abs())
@@ -233,19 +228,13 @@ def _correction(
     return torch.where(mask, T, -T).sub_(W).add_(L).mul_(rho).to(dtype)
 
 
-def _move(T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, E: torch.Tensor) -> None:
-    """T = W - E + V / rho."""
+def _sparse(
+    T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, E: torch.Tensor, pattern: NM | None
+) -> None:
+    """T = W - E + V / rho and, under N:M, its support."""
     T.masked_fill_(mask, 0.0).add_(W).sub_(E)
-
-
-def _choose(T: torch.Tensor, mask: torch.Tensor, n: int, m: int) -> None:
-    """mask = `NM.mask` of |T|, written so that it compiles to one kernel."""
-    members = T.abs().unflatten(-1, (-1, m))
-    place, rank = torch.arange(m, device=T.device), torch.zeros_like(members, dtype=torch.int8)
-    for i in range(m):
-        other = members[..., i : i + 1]
-        rank += torch.where(place > i, other >= members, other > members)
-    mask.copy_((rank < n).flatten(-2))
+    if pattern is not None:
+        mask.copy_(pattern.mask(T.abs()))
 
 
 _COMPILED: dict = {}
