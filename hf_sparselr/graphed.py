@@ -59,11 +59,14 @@ class Graphed:
             graph.replay()
             return tree_map(lambda result: result.clone() if _is_tensor(result) else result, results)
 
+        generator = torch.cuda.default_generators[self._stream.device_index]
+        state = generator.clone_state()
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 results = call(own)
             return replay
         except RuntimeError as error:
+            generator.graphsafe_set_state(state)  # its own now takes itself to be captured for good
             logger.info(f"not replayed as a CUDA graph: {error}")
             return call
 

@@ -23,7 +23,7 @@ from .base import orthonormalise, start_basis
 
 CHUNK = 2**16  # weights that stay in a core's cache between the elementwise passes of a step on the CPU
 LARGEST_SHIFT = 1.15  # a larger factor for rho takes a new factorisation
-ROUNDING = 1e-3  # share of the objective that rounding the product's factors may add
+ROUNDING = 3e-5  # share of the objective that rounding the product's factors may add
 FINER = {"bf16": "tf32", "tf32": "fp32"}
 
 
