@@ -62,6 +62,7 @@ def apart(run: Callable[[], T], device: torch.device, stream: torch.cuda.Stream 
     torch.cuda.current_stream(device).synchronize()
 
     def work() -> T:
+        torch.cuda.set_device(device)  # a new thread has none, and cuBLAS would warn
         own = stream or torch.cuda.Stream(device)
         with torch.no_grad(), torch.cuda.stream(own):
             value = run()
