@@ -12,6 +12,7 @@ import torch
 MAX_M = 32
 COMPARE = ("row", "layer")  # where unstructured scores compete
 SAMPLE = 2**20
+NEAR = 0.005  # of a guess, as a share
 
 
 @dataclass(frozen=True)
@@ -82,25 +83,27 @@ class Unstructured:
         return top_mask(scores, self.kept(scores.shape))
 
     def near_mask(self, scores: torch.Tensor) -> torch.Tensor:
-        """`mask` for the inside of an iteration: ties all go, and large matrices keep about 1e-4 more or less.
+        """`mask` for the inside of an iteration, see `threshold`."""
+        return scores > self.threshold(scores)
 
-        A threshold from a sample, moved once by what the count over all entries says: no sort of the whole, and no
-        host synchronisation.
+    def threshold(self, scores: torch.Tensor, guess: float | None = None) -> torch.Tensor:
+        """What the kept scores are above, (1,): ties all go, and large matrices on a GPU keep about 1e-4 more or less.
+
+        No sort of the whole: on the CPU a few passes if it is within `NEAR` of the guess, such as the one of the last
+        iteration; on a GPU without a host synchronisation.
         """
-        flat = scores.flatten()
-        zeros = flat.numel() - self.kept(scores.shape)
+        zeros = scores.numel() - self.kept(scores.shape)
         if not zeros:
-            return torch.ones_like(scores, dtype=torch.bool)
-        stride = flat.numel() // SAMPLE | 1
-        while math.gcd(stride, scores.shape[-1]) > 1:  # else some columns would be left out
-            stride += 2
-        if stride == 1 and not flat.is_cuda:
-            return scores > flat.kthvalue(zeros).values
-        sample = flat[::stride].sort().values
-        below = sample[min(zeros // stride, len(sample) - 1)]
-        surplus = (flat <= below).sum() - zeros
-        index = (zeros - surplus).div(stride, rounding_mode="floor").clamp(0, len(sample) - 1)
-        return scores > sample.index_select(0, index.view(1))  # indexing would synchronise
+            return scores.new_full((1,), -torch.inf)
+        if scores.is_cuda:
+            return sampled_threshold(scores, zeros)
+        flat = scores.flatten()
+        if guess is not None:
+            low, high = guess * (1 - NEAR), guess * (1 + NEAR)
+            below, inside = int(torch.count_nonzero(flat <= low)), flat[(flat > low) & (flat <= high)]
+            if below < zeros <= below + len(inside):
+                return inside.kthvalue(zeros - below, keepdim=True).values
+        return flat.kthvalue(zeros, keepdim=True).values
 
     def allows(self, mask: torch.Tensor) -> bool:
         return int(mask.sum()) <= self.kept(mask.shape)
@@ -140,6 +143,19 @@ def from_text(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text
+
+
+def sampled_threshold(scores: torch.Tensor, zeros: int) -> torch.Tensor:
+    """The score (1,) that about `zeros` are not above: from a sample, moved once by what the count of all says."""
+    flat = scores.flatten()
+    stride = flat.numel() // SAMPLE | 1
+    while math.gcd(stride, scores.shape[-1]) > 1:  # else some columns would be left out
+        stride += 2
+    sample = flat[::stride].sort().values
+    below = sample[min(zeros // stride, len(sample) - 1)]
+    surplus = (flat <= below).sum() - zeros
+    index = (zeros - surplus).div(stride, rounding_mode="floor").clamp(0, len(sample) - 1)
+    return sample.index_select(0, index.view(1))  # indexing would synchronise
 
 
 def top_mask(scores: torch.Tensor, kept: int) -> torch.Tensor:

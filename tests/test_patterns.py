@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sparselr.patterns import MAX_M, NM, SAMPLE, Unstructured, parse, project, row_mask
+from hf_sparselr.patterns import MAX_M, NM, SAMPLE, Unstructured, parse, project, row_mask, sampled_threshold
 
 PAIRS = [(1, 2), (2, 3), (1, 4), (2, 4), (3, 4), (4, 8), (5, 10), (1, 16), (1, 32), (16, 32), (31, 32)]
 FRACTIONS = [0, 0.0, 0.1, 1 / 3, 0.5, 0.57, 0.9, 0.999]
@@ -176,10 +176,19 @@ def test_near_mask_of_a_large_matrix_keeps_nearly_what_it_should(kind: str, spar
         scores[:, ::4] = 0
     if kind == "equal rows":
         scores[512:] = scores[:512]
-    mask, pattern = Unstructured(sparsity).near_mask(scores), Unstructured(sparsity)
+    pattern = Unstructured(sparsity)
+    mask = scores > sampled_threshold(scores, scores.numel() - pattern.kept(shape))
     assert scores.numel() > 2 * SAMPLE
     assert abs(int(mask.sum()) - pattern.kept(shape)) < 2e-4 * scores.numel()
     assert scores[mask].min() > scores[~mask].max()
+
+
+@pytest.mark.parametrize("guess", [0.5, 0.998, 1.0, 1.002, 2.0])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7])
+def test_a_guess_changes_no_threshold(sparsity: float, guess: float) -> None:
+    scores, pattern = random_matrix(64, 64).abs(), Unstructured(sparsity)
+    exact = pattern.threshold(scores)
+    assert torch.equal(pattern.threshold(scores, guess * float(exact) if sparsity else guess), exact)
 
 
 def test_near_mask_drops_ties_at_zero() -> None:

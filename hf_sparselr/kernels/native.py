@@ -7,21 +7,16 @@ for each call: slower than a dense layer.
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
-from huggingface_hub.constants import HF_HOME
+
+from ..c_library import UNAVAILABLE, load
 
 logger = logging.getLogger(__name__)
 
 _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-_FLAGS = ("-O3", "-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt")
 
 _SOURCE = r"""
 #include <immintrin.h>
@@ -165,8 +160,8 @@ def _library() -> ctypes.CDLL | None:
         )
         return None
     try:
-        library = ctypes.CDLL(str(_compile()))
-    except (OSError, subprocess.CalledProcessError) as error:
+        library = load("packed", _SOURCE, _FLAGS)
+    except UNAVAILABLE as error:
         logger.warning(
             "packed layers run on the CPU without their compiled kernel, several times slower than dense ones "
             "(%s): install a C compiler with OpenMP, or load with kernel='dense'",
@@ -178,23 +173,3 @@ def _library() -> ctypes.CDLL | None:
         function = getattr(library, f"multiply_{kind}")
         function.argtypes, function.restype = [*pointers, *numbers, ctypes.c_int], ctypes.c_int
     return library
-
-
-def _compile() -> Path:
-    """The shared library, from the cache of earlier processes if it is there."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise FileNotFoundError("no C compiler found")
-    key = hashlib.sha256("".join((_SOURCE, *_FLAGS)).encode()).hexdigest()[:16]
-    target = Path(HF_HOME) / "hf_sparselr" / f"packed-{key}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
-        source, built = Path(directory) / "packed.c", Path(directory) / "packed.so"
-        source.write_text(_SOURCE)
-        subprocess.run(
-            [compiler, *_FLAGS, str(source), "-o", str(built)], check=True, capture_output=True, text=True
-        )
-        built.replace(target)  # whole or not at all, whoever else compiles it now
-    return target

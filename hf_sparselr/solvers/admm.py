@@ -12,16 +12,16 @@ supports look at single layers.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from ..gram import ScaledGram, shift_inverse, squared_error
 from ..patterns import NM, Pattern, project
 from ..precision import LARGE, matmuls, product, subtract_product
+from . import cpu_steps
 from .base import orthonormalise, start_basis
 
-CHUNK = 2**16  # weights that stay in a core's cache between the elementwise passes of a step on the CPU
 LARGEST_SHIFT = 1.15  # a larger factor for rho takes a new factorisation
 ROUNDING = 3e-5  # share of the objective that rounding the product's factors may add
 FINER = {"bf16": "tf32", "tf32": "fp32"}
@@ -32,7 +32,17 @@ class _Layer:
     rows: slice
     pattern: Pattern
     rank: int
-    basis: torch.Tensor | None = field(default=None)
+    basis: torch.Tensor | None = None
+    threshold: float | None = None  # of the last support, on the CPU
+
+    def project(self, scores: torch.Tensor, mask: torch.Tensor) -> None:
+        """Sets the mask to the support of the scores."""
+        if scores.is_cuda or isinstance(self.pattern, NM):
+            mask.copy_(self.pattern.near_mask(scores))
+            return
+        threshold = self.pattern.threshold(scores, self.threshold)
+        self.threshold = float(threshold)
+        torch.gt(scores, threshold, out=mask)
 
 
 class Admm:
@@ -58,10 +68,11 @@ class Admm:
         seed: int,
         precision: str,
     ) -> None:
-        self.W = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.W = weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
         self.gram = gram
         # Bound by launches, small products gain nothing from less.
         plain = not self.W.is_cuda or (precision == "auto" and self.W.numel() <= LARGE)
+        self._in_c = not self.W.is_cuda and cpu_steps.available()
         self._steps, self._next_check = 0, 0.0 if precision == "auto" and not plain else math.inf
         self.layers: list[_Layer] = []
         first = 0
@@ -157,19 +168,9 @@ class Admm:
             yield *project(self.T[layer.rows], layer.pattern), layer.basis
 
     def _step(self) -> None:
-        rounded = self.precision == "bf16"
-        dtype = torch.bfloat16 if rounded else torch.float32
-        Z = self._fused(_correction)(self.T, self.mask, self.W, self.L, self._rho, dtype)
-        E = subtract_product(self.L, Z, self._rounded_M if rounded else self.M, self.precision)
+        E = subtract_product(self.L, self._correct(), self._factor, self.precision)
         coefficients = [self._coefficients(E, layers) for layers in self.ranked.values()]
-        patterns = {layer.pattern for layer in self.layers}
-        shared = patterns.pop() if len(patterns) == 1 else None
-        pattern = shared if isinstance(shared, NM) else None
-        for rows in self._chunks():
-            self._fused(_sparse)(self.T[rows], self.mask[rows], self.W[rows], E[rows], pattern)
-        if pattern is None:
-            for layer in self.layers:
-                self.mask[layer.rows] = layer.pattern.near_mask(self.T[layer.rows].abs())
+        self._project(E)
         with self._products():
             for layers, parts in zip(self.ranked.values(), coefficients, strict=True):
                 for layer, part in zip(layers, parts, strict=True):
@@ -177,6 +178,25 @@ class Admm:
         for layer in self.layers:
             if not layer.rank:
                 self.L[layer.rows].zero_()
+
+    @property
+    def _factor(self) -> torch.Tensor:
+        return self.M if self._rounded_M is None else self._rounded_M
+
+    def _correct(self) -> torch.Tensor:
+        if self._in_c:
+            return cpu_steps.correction(self.T, self.mask, self.W, self.L, self.rho)
+        return self._fused(_correction)(self.T, self.mask, self.W, self.L, self._rho, self._factor.dtype)
+
+    def _project(self, E: torch.Tensor) -> None:
+        """T and its support from what the copy leaves."""
+        patterns = {layer.pattern for layer in self.layers}
+        shared = patterns.pop() if len(patterns) == 1 else None
+        pattern = shared if isinstance(shared, NM) else None
+        move = cpu_steps.move if self._in_c else self._fused(_sparse)
+        move(self.T, self.mask, self.W, E, pattern)
+        for layer in self.layers if pattern is None else ():
+            layer.project(self.T[layer.rows].abs(), self.mask[layer.rows])
 
     def _coefficients(self, E: torch.Tensor, layers: list[_Layer]) -> list[torch.Tensor]:
         """P^T E, so that L = P P^T E, after one subspace step on E G E^T, for layers of one rank."""
@@ -192,10 +212,6 @@ class Admm:
 
     def _fused(self, function: Callable) -> Callable:
         return _compiled(function) if self.W.is_cuda else function
-
-    def _chunks(self) -> list[slice]:
-        rows = len(self.W) if self.W.is_cuda else max(CHUNK // self.W.shape[1], 1)
-        return [slice(first, first + rows) for first in range(0, len(self.W), rows)]
 
     def _products(self) -> AbstractContextManager:
         return matmuls("highest" if self.precision == "fp32" else "high")
