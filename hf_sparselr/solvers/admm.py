@@ -23,7 +23,7 @@ from . import cpu_steps
 from .base import orthonormalise, start_basis
 
 LARGEST_SHIFT = 1.15  # a larger factor for rho takes a new factorisation
-ROUNDING = 3e-5  # share of the objective that rounding the product's factors may add
+ROUNDING = 5e-6  # share of the objective that rounding the product's factors may add
 FINER = {"bf16": "tf32", "tf32": "fp32"}
 
 
