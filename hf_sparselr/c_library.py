@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -10,16 +11,26 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
 
-UNAVAILABLE = (OSError, subprocess.CalledProcessError)  # what `load` raises where it cannot compile or load
+logger = logging.getLogger(__name__)
+
 _FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC")
 
 
-def load(name: str, source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The library of a C source with OpenMP, from the cache of earlier processes if it is there.
+def load(name: str, source: str, warning: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+    """The library of a C source with OpenMP; without a compiler that makes one, None and a warning.
 
-    Raises:
-        OSError, subprocess.CalledProcessError: no C compiler, or one that fails.
+    Args:
+        warning: what that means and what to do, with a %s for the reason.
     """
+    try:
+        return ctypes.CDLL(str(_compile(name, source, flags)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        logger.warning(warning, error)
+        return None
+
+
+def _compile(name: str, source: str, flags: tuple[str, ...]) -> Path:
+    """The library's file, from the cache of earlier processes if it is there."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no C compiler found")
@@ -36,4 +47,4 @@ def load(name: str, source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
                 check=True, capture_output=True, text=True,
             )  # fmt: skip
             built.replace(target)  # whole or not at all, whoever else compiles it now
-    return ctypes.CDLL(str(target))
+    return target

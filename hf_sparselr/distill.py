@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from .matching import (
     adam,
     check_schedule,
     group_batches,
+    large,
     only_trained,
     restore,
     snapshot,
@@ -34,7 +36,7 @@ from .matching import (
 )
 from .modules import SparseLRLinear
 from .packing import unpack, unpack_mask
-from .precision import LARGE, PRECISIONS, arithmetic
+from .precision import PRECISIONS, arithmetic
 from .solvers import Decomposition
 
 PROBE_WINDOWS = 8  # on which the loss before and after is measured
@@ -153,8 +155,7 @@ def _train(model, teacher, groups, batches, options, seed, device) -> Iterator[f
             total.add_(_backward(model, teacher, batch, tokens, options))
         optimizer.step()
 
-    small = not any(parameter.numel() > LARGE for group in groups.values() for parameter in group)
-    run = Graphed(step, device) if small else step
+    run = step if large(chain.from_iterable(groups.values())) else Graphed(step, device)
     with only_trained(model, groups), torch.enable_grad():
         for _ in range(options.passes):
             total.zero_()

@@ -6,7 +6,7 @@ of the block, on inputs x that already passed the compressed blocks before it.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,12 +72,12 @@ def resolve_precision(options: TMOptions, block: nn.Module) -> TMOptions:
     """`options` with what "auto" means for a block."""
     if options.precision != "auto":
         return options
-    return replace(options, precision="bf16" if large(block) else "tf32")
+    return replace(options, precision="bf16" if large(block.parameters()) else "tf32")
 
 
-def large(block: nn.Module) -> bool:
-    """Whether the work on a block is bound by its arithmetic, not by launching it."""
-    return any(parameter.numel() > LARGE for parameter in block.parameters())
+def large(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether the work on them is bound by its arithmetic, not by launching it."""
+    return any(parameter.numel() > LARGE for parameter in parameters)
 
 
 class WorkingLinear(nn.Module):
@@ -161,7 +161,9 @@ def match_block(
     started = time.perf_counter()
     groups = trainable(block)
     parameters = [parameter for group in groups.values() for parameter in group]
-    start = best = snapshot(parameters, "cpu" if large(block) else None)  # needed only if all goes wrong
+    start = best = snapshot(
+        parameters, "cpu" if large(block.parameters()) else None
+    )  # needed only if all goes wrong
     before = after = mean_squared_error(block, inputs, targets, calls, options.precision)
     best_loss, best_pass, passes = math.inf, 0, 0
     if before > 0:
@@ -208,7 +210,7 @@ def _train(block, groups, inputs, targets, calls, options: TMOptions, seed: int,
             losses.add_(loss.detach())
         optimizer.step()
 
-    run = step if large(block) else Graphed(step, device)
+    run = step if large(block.parameters()) else Graphed(step, device)
     with only_trained(block, groups), torch.enable_grad():
         for _ in range(options.passes):
             losses.zero_()

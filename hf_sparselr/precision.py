@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+LEVELS = {"fp32": "highest", "tf32": "high", "bf16": "high"}  # of the FP32 products beside those in BF16
 LARGE = 2**22  # weights: above, work on a layer is bound by arithmetic and memory; below, by launches
 
 
@@ -16,7 +17,7 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             yield
     else:
-        with matmuls("high" if precision == "tf32" else "highest"):
+        with matmuls(LEVELS[precision]):
             yield
 
 
@@ -24,7 +25,7 @@ def product(left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Te
     """left @ right of FP32 matrices in "fp32", "tf32", or on CUDA "bf16": rounded factors, FP32 sums."""
     if precision == "bf16":
         return torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32)
-    with matmuls("high" if precision == "tf32" else "highest"):
+    with matmuls(LEVELS[precision]):
         return left @ right
 
 
@@ -35,7 +36,7 @@ def subtract_product(
     if precision == "bf16":
         factors = left.bfloat16(), right.bfloat16()
         return torch.addmm(total, *factors, out_dtype=torch.float32, alpha=-1, out=total)
-    with matmuls("high" if precision == "tf32" else "highest"):
+    with matmuls(LEVELS[precision]):
         return total.addmm_(left, right, alpha=-1)
 
 

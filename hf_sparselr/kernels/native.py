@@ -11,7 +11,7 @@ import logging
 
 import torch
 
-from ..c_library import UNAVAILABLE, load
+from ..c_library import load
 
 logger = logging.getLogger(__name__)
 
@@ -159,16 +159,14 @@ def _library() -> ctypes.CDLL | None:
             "packed layers run several times slower than dense ones on a CPU without AVX2; load with kernel='dense'"
         )
         return None
-    try:
-        library = load("packed", _SOURCE, _FLAGS)
-    except UNAVAILABLE as error:
-        logger.warning(
-            "packed layers run on the CPU without their compiled kernel, several times slower than dense ones "
-            "(%s): install a C compiler with OpenMP, or load with kernel='dense'",
-            error,
-        )
-        return None
-    for kind in _KINDS.values():
+    library = load(
+        "packed",
+        _SOURCE,
+        "packed layers run on the CPU without their compiled kernel, several times slower than dense ones (%s): "
+        "install a C compiler with OpenMP, or load with kernel='dense'",
+        _FLAGS,
+    )
+    for kind in _KINDS.values() if library else ():
         pointers, numbers = [ctypes.c_void_p] * 6, [ctypes.c_int64] * 2
         function = getattr(library, f"multiply_{kind}")
         function.argtypes, function.restype = [*pointers, *numbers, ctypes.c_int], ctypes.c_int

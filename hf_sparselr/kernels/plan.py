@@ -7,7 +7,6 @@ import torch
 MAX_ROWS = 16  # of x that one packed product takes
 MOST_PACKED_ROWS = 4 * MAX_ROWS  # above, the dense product is bound by arithmetic
 
-PACKED = ("vector", "tiles")
 UNPACKED = ("folded", "beside")
 
 

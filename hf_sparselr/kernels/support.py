@@ -48,15 +48,20 @@ def row_start(starts, row, blocks, PER_BLOCK: tl.constexpr):
 
 
 @triton.jit
+def read(at, inside, EVEN: tl.constexpr):
+    """What lies at `at`; 0 outside. EVEN: nothing is outside."""
+    return tl.load(at) if EVEN else tl.load(at, mask=inside, other=0)
+
+
+@triton.jit
 def read_head(words, offsets, row, block, blocks, PER_BLOCK: tl.constexpr, EVEN: tl.constexpr):
     """(word, offset): the mask word that a lane's columns lie in, and the values of the row before it."""
     at = row * blocks + block
     inside = block < blocks
-    words = words.to(tl.pointer_type(tl.uint64))
-    word = tl.load(words + at) if EVEN else tl.load(words + at, mask=inside, other=0)
+    word = read(words.to(tl.pointer_type(tl.uint64)) + at, inside, EVEN)
     if PER_BLOCK:
         return word, block * PER_BLOCK
-    offset = tl.load(offsets + at) if EVEN else tl.load(offsets + at, mask=inside, other=0)
+    offset = read(offsets + at, inside, EVEN)
     if offsets.dtype.element_ty == tl.int16:
         offset = offset.to(tl.uint16, bitcast=True).to(tl.int32)
     return word, offset
@@ -86,9 +91,7 @@ def expand(values, bits, place, COLUMNS: tl.constexpr):
 def read_pairs(words, values, at, inside, EVEN: tl.constexpr):
     """(bits, pairs): eight columns of a 2:4 mask, and their four values as one int64."""
     packed = values.to(tl.pointer_type(tl.int64))
-    if EVEN:
-        return tl.load(words + at).to(tl.int32), tl.load(packed + at)
-    return tl.load(words + at, mask=inside, other=0).to(tl.int32), tl.load(packed + at, mask=inside, other=0)
+    return read(words + at, inside, EVEN).to(tl.int32), read(packed + at, inside, EVEN)
 
 
 @triton.jit

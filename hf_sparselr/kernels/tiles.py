@@ -17,6 +17,7 @@ from .support import (
     expand_pairs,
     multiply,
     popcount,
+    read,
     read_head,
     row_start,
     stack,
@@ -132,14 +133,9 @@ def _heads(
         head = read_head(words, offsets, rows[i], block, blocks, PER_BLOCK, EVEN)
         if PAIRS:
             at = values.to(tl.pointer_type(tl.int64)) + rows[i] * (blocks * 8) + column // 8
-            head = (head[0], _load(at, block < blocks, EVEN), _load(at + 4, block < blocks, EVEN))
+            head = (head[0], read(at, block < blocks, EVEN), read(at + 4, block < blocks, EVEN))
         heads = heads + (head,)
     return heads
-
-
-@triton.jit
-def _load(at, inside, EVEN: tl.constexpr):
-    return tl.load(at) if EVEN else tl.load(at, mask=inside, other=0)
 
 
 @triton.jit
@@ -180,7 +176,7 @@ def _chunks(x, samples, column, ins, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
         start, chunks = x + samples[s][:, None] * ins, ()
         for c in tl.static_range(16 // COLUMNS):
             at = (column + 4 * COLUMNS * c)[:, None] + tl.arange(0, COLUMNS)[None, :]
-            chunks = chunks + (_load(start + at, at < ins, EVEN),)
+            chunks = chunks + (read(start + at, at < ins, EVEN),)
         parts = parts + (stack(chunks),)
     return parts
 

@@ -21,15 +21,16 @@ def triton_product(
 ) -> torch.Tensor:
     """x S^T + (x A^T) B^T + bias: (rows, in) to (rows, out), at least one row. `kernel`: "auto" or "packed"."""
     count, rank, index = rows.shape[0], 0 if A is None else A.shape[0], index_of(mask, in_features)
+    layer = mask, index, values, A, B, bias
     if kernel == "packed" and count <= MAX_ROWS:
-        return decode(rows, mask, index, values, A, B, bias, packed_plans(count, values.dtype)[0])
+        return decode(rows, *layer, packed_plans(count, values.dtype)[0])
 
     def run(plan: Plan) -> torch.Tensor:
         if plan.form in UNPACKED:
-            return multiply_unpacked(rows, mask, index, values, A, B, bias, plan)
+            return multiply_unpacked(rows, *layer, plan)
         if count <= MAX_ROWS:
-            return decode(rows, mask, index, values, A, B, bias, plan)
-        return torch.cat([decode(x, mask, index, values, A, B, bias, plan) for x in rows.split(MAX_ROWS)])
+            return decode(rows, *layer, plan)
+        return torch.cat([decode(x, *layer, plan) for x in rows.split(MAX_ROWS)])
 
     plan = known(count, rank, index, values)
     if plan is not None:

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .support import column_bits, expand, locate, read_pairs, row_start, stack
+from .support import column_bits, expand, locate, read, read_pairs, row_start, stack
 
 
 @triton.jit
@@ -47,8 +47,7 @@ def multiply_vector(
         column = k + lane * COLUMNS
         samples = ()
         for j in tl.static_range(COLUMNS):
-            at = x + sample * ins + column + j
-            entry = tl.load(at) if EVEN else tl.load(at, mask=column + j < ins, other=0)
+            entry = read(x + sample * ins + column + j, column + j < ins, EVEN)
             samples = samples + (entry.to(tl.float32),)
         block = k // 64 + lane * COLUMNS // 64
         updated = ()

@@ -18,7 +18,7 @@ import torch
 
 from ..gram import ScaledGram, shift_inverse, squared_error
 from ..patterns import NM, Pattern, project
-from ..precision import LARGE, matmuls, product, subtract_product
+from ..precision import LARGE, LEVELS, matmuls, product, subtract_product
 from . import cpu_steps
 from .base import orthonormalise, start_basis
 
@@ -117,10 +117,9 @@ class Admm:
     def raise_rho(self, factor: float) -> None:
         """Multiplies the penalty by a factor >= 1; V stays what it is."""
         delta = self.rho * (factor - 1)
-        shifted = factor <= LARGEST_SHIFT
         self._set_inverse(
             shift_inverse(self.M, self.rho, delta, self.precision)
-            if shifted
+            if factor <= LARGEST_SHIFT
             else self.gram.inverse(self.rho + delta)
         )
         self._set_rho(self.rho + delta)
@@ -214,7 +213,7 @@ class Admm:
         return _compiled(function) if self.W.is_cuda else function
 
     def _products(self) -> AbstractContextManager:
-        return matmuls("highest" if self.precision == "fp32" else "high")
+        return matmuls(LEVELS[self.precision])
 
     def _refine_precision(self) -> None:
         """Takes a finer precision as long as rounding shows, as it does with ill-conditioned Gram matrices."""

@@ -5,14 +5,11 @@ As torch operators they can take two to three times as long as the product of a 
 
 import ctypes
 import functools
-import logging
 
 import torch
 
-from ..c_library import UNAVAILABLE, load
+from ..c_library import load
 from ..patterns import NM
-
-logger = logging.getLogger(__name__)
 
 _SOURCE = r"""
 #include <math.h>
@@ -89,14 +86,13 @@ def move(T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, E: torch.Tensor, 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    try:
-        library = load("steps", _SOURCE)
-    except UNAVAILABLE as error:
-        logger.warning(
-            "layers are solved on the CPU without a compiled step, up to half as fast (%s): install a C compiler "
-            "with OpenMP",
-            error,
-        )
+    library = load(
+        "steps",
+        _SOURCE,
+        "layers are solved on the CPU without a compiled step, up to half as fast (%s): install a C compiler with "
+        "OpenMP",
+    )
+    if library is None:
         return None
     pointers, size, number = [ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int
     library.correction.argtypes = [*pointers, ctypes.c_float, ctypes.c_void_p, size, number]

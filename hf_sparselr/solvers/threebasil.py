@@ -31,7 +31,7 @@ import torch
 from ..checks import check_choice, check_integer, check_number, check_numbers
 from ..gram import ScaledGram, squared_error
 from ..patterns import Pattern
-from ..precision import PRECISIONS, matmuls
+from ..precision import LEVELS, PRECISIONS, matmuls
 from ..timing import Phases
 from .admm import Admm
 from .base import Decomposition, range_step, scaled, unscale
@@ -157,13 +157,13 @@ def decompose(
         else:
             admm = Admm(weights, gram, patterns, ranks, options.rho, seed, options.precision)
     stats = _iterate(admm, options, phases)
-    layers, precision = list(admm.result()), "highest" if admm.precision == "fp32" else "high"
+    layers, level = list(admm.result()), LEVELS[admm.precision]
     shared = {name: seconds / len(layers) for name, seconds in phases.seconds.items()}
     del admm
     for Wt, (D, mask, basis) in zip(weights, layers, strict=True):
         phases = Phases(gram.matrix.device, memory=False)
         with phases("refit"):
-            with matmuls(precision):
+            with matmuls(level):
                 S, basis = _refit(Wt, D, mask, basis, gram.matrix, options)
             E = Wt - S
             objective = squared_error(E if basis is None else E - basis @ (basis.T @ E), gram.matrix)
