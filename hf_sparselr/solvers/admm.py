@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ..gram import ScaledGram, shift_inverse, squared_error
+from ..kernels.ops import TRITON
 from ..patterns import NM, Pattern, project
 from ..precision import LARGE, LEVELS, matmuls, product, subtract_product
 from . import cpu_steps
@@ -192,10 +193,20 @@ class Admm:
         patterns = {layer.pattern for layer in self.layers}
         shared = patterns.pop() if len(patterns) == 1 else None
         pattern = shared if isinstance(shared, NM) else None
-        move = cpu_steps.move if self._in_c else self._fused(_sparse)
-        move(self.T, self.mask, self.W, E, pattern)
+        self._mover(pattern)(self.T, self.mask, self.W, E, pattern)
         for layer in self.layers if pattern is None else ():
             layer.project(self.T[layer.rows].abs(), self.mask[layer.rows])
+
+    def _mover(self, pattern: NM | None) -> Callable:
+        """`_sparse` in the fastest form for a pattern."""
+        if self._in_c:
+            return cpu_steps.move
+        if self.W.is_cuda and TRITON:
+            from . import gpu_steps
+
+            if gpu_steps.supports(pattern):
+                return gpu_steps.move
+        return self._fused(_sparse)
 
     def _coefficients(self, E: torch.Tensor, layers: list[_Layer]) -> list[torch.Tensor]:
         """P^T E, so that L = P P^T E, after one subspace step on E G E^T, for layers of one rank."""
