@@ -60,9 +60,10 @@ def apart(run: Callable[[], T], device: torch.device, stream: torch.cuda.Stream 
             "a packed layer is new to this CUDA graph capture: run the model once before capturing"
         )
     torch.cuda.current_stream(device).synchronize()
+    number = torch.cuda.current_device() if device.index is None else device.index
 
     def work() -> T:
-        torch.cuda.set_device(device)  # a new thread has none, and cuBLAS would warn
+        torch.cuda.set_device(number)  # a new thread has none, and cuBLAS would warn
         own = stream or torch.cuda.Stream(device)
         with torch.no_grad(), torch.cuda.stream(own):
             value = run()
