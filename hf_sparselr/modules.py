@@ -6,6 +6,7 @@ from torch import nn
 from .dense_view import DenseView
 from .kernels import packed_linear
 from .packing import pack, unpack
+from .siblings import Siblings
 from .solvers import Decomposition
 
 
@@ -21,9 +22,12 @@ class SparseLRLinear(nn.Linear):
         bias: (out,) or None.
         transposed: the layer it replaced was a transformers Conv1D, whose weight is (in, out).
         kernel: how the product is computed, "auto", "packed" or "dense" (see `kernels.packed_linear`).
+        siblings: the layers that may share its input, among which it has a `number` (see `siblings`), or None.
     """
 
     kernel = "auto"
+    siblings: Siblings | None = None
+    number = 0
 
     def __init__(
         self,
@@ -113,7 +117,14 @@ class SparseLRLinear(nn.Linear):
         self, inputs: torch.Tensor, factors: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
     ) -> torch.Tensor:
         """x: (..., in) to (..., out); `factors`, (A, B) or (None, None), stand in for the layer's own."""
-        A, B = (self.A, self.B) if factors is None else factors
+        if factors is not None:
+            return self.product(inputs, *factors)
+        if self.siblings is None or torch.is_grad_enabled():
+            return self.product(inputs, self.A, self.B)
+        return self.siblings(self, inputs)
+
+    def product(self, inputs: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+        """`forward` of this layer alone, with these factors."""
         return packed_linear(inputs, self.mask, self.values, A, B, self.bias, self.in_features, self.kernel)
 
     def to_dense(self) -> nn.Module:

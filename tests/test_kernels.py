@@ -78,16 +78,22 @@ def plans() -> list:
     from hf_sparselr.kernels.plan import Plan
 
     return [
-        Plan("vector", 2, 1, 4), Plan("vector", 4, 2, 8), Plan("tiles", 16, 1, 4), Plan("tiles", 16, 2, 8, ahead=True),
-        Plan("tiles", 32, 1, 8, split=2), Plan("tiles", 16, 1, 4, split=3, ahead=True),
+        Plan("vector", 2, 1, inline=True), Plan("vector", 4, 2),
+        Plan("tiles", 16, 1), Plan("tiles", 16, 2, ahead=True),
+        Plan("tiles", 32, 1, split=2), Plan("tiles", 16, 1, split=3, ahead=True),
     ]  # fmt: skip
 
 
 def decode(x: torch.Tensor, case: Problem, plan) -> torch.Tensor:
     from hf_sparselr.kernels.decode import decode
 
-    index = index_of(case.mask, x.shape[1])
-    return decode(x, case.mask, index, case.values, case.A, case.B, case.bias, plan)
+    return decode(x, [bundle(case, x.shape[1])], plan)[0]
+
+
+def bundle(case: Problem, n: int):
+    from hf_sparselr.kernels.decode import Packed
+
+    return Packed.of(*case.packed, case.bias, n)
 
 
 @needs_triton
@@ -139,7 +145,43 @@ def test_one_large_entry_of_x_meets_only_its_column(kind: str | float) -> None:
     x = torch.zeros(1, 320, dtype=torch.bfloat16, device=DEVICE)
     x[0, 37] = 2.0**100
     expected = case.S[:, 37].double() * 2.0**100
-    assert torch.equal(decode(x, case, Plan("tiles", 16, 1, 8))[0].double(), expected)
+    assert torch.equal(decode(x, case, Plan("tiles", 16, 1))[0].double(), expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("plan", plans(), ids=str)
+@pytest.mark.parametrize("kind", [0.5, "2:4"])
+def test_layers_share_a_launch(kind: str | float, plan) -> None:
+    from hf_sparselr.kernels.decode import decode
+
+    dtype = torch.float32 if plan.form == "vector" else torch.bfloat16
+    cases = [problem(out, 192, kind, rank, dtype=dtype) for out, rank in ((40, 3), (5, 70), (1, 1), (17, 3))]
+    x = draw(2, 192, seed=6, dtype=dtype)
+    outs = decode(x, [bundle(case, 192) for case in cases], plan)
+    for case, out in zip(cases, outs, strict=True):
+        assert_near(out, case.expected(x), dtype)
+
+
+@needs_triton
+def test_only_layers_that_are_alike_share_a_launch() -> None:
+    from hf_sparselr.kernels.triton_product import shared_product
+
+    dtype, x = torch.bfloat16, draw(1, 64, seed=6, dtype=torch.bfloat16)
+    first = problem(6, 64, 0.5, dtype=dtype)
+    others = {
+        True: problem(9, 64, 0.7, 1, dtype=dtype),
+        "another pattern": problem(6, 64, "2:4", dtype=dtype),
+        "no factors": problem(6, 64, 0.5, 0, dtype=dtype),
+        "no bias": problem(6, 64, 0.5, bias=False, dtype=dtype),
+    }
+    for name, other in others.items():
+        layers = [(*case.packed, case.bias) for case in (first, other)]
+        outs = shared_product(x, layers, 64, "packed")
+        assert (outs is not None) == (name is True)
+        assert shared_product(x.expand(17, 64), layers, 64, "packed") is None
+        if outs is not None:
+            assert_near(outs[0], first.expected(x), dtype)
+            assert_near(outs[1], other.expected(x), dtype)
 
 
 # Unpacking, and back
@@ -182,12 +224,11 @@ def test_all_that_is_worth_trying_gives_the_product(rows: int, dtype: torch.dtyp
     x = draw(rows, 24, seed=6, dtype=dtype)
     for rank, bias in ((1, True), (0, False)):
         case = problem(3, 24, 0.5, rank, bias, dtype)
-        index, forms = index_of(case.mask, 24), set()
-        for plan in candidates(rows, dtype, rank):
+        forms = set()
+        for plan in candidates(rows, dtype, rank, 24):
             forms.add(plan.form)
             if plan.form in UNPACKED:
-                out = multiply_unpacked(x, case.mask, index, *case.packed[1:], case.bias, plan)
-                assert_near(out, case.expected(x), dtype)
+                assert_near(multiply_unpacked(x, bundle(case, 24), plan), case.expected(x), dtype)
             else:
                 assert_near(decode(x[:MAX_ROWS], case, plan), case.expected(x[:MAX_ROWS]), dtype)
         assert ("beside" in forms) == (rank > 0 and rows > MOST_PACKED_ROWS)
@@ -204,8 +245,8 @@ def test_the_chosen_plan_is_followed(rows: int, kernel: str, form: str | None) -
     case = problem(3, 24, 0.5, 1, dtype=torch.bfloat16)
     x, plans = draw(rows, 24, seed=6, dtype=torch.bfloat16), index_of(case.mask, 24).plans
     if form is not None:  # by the next power of two
-        plans[1 << rows.bit_length(), 1, torch.bfloat16] = Plan(form, 16, 1)
-    out = triton_product(x, *case.packed, case.bias, 24, kernel)
+        plans[1 << rows.bit_length(), torch.bfloat16, (1, 3)] = Plan(form, 16, 1)
+    (out,) = triton_product(x, [bundle(case, 24)], kernel)
     assert_near(out, case.expected(x), torch.bfloat16)
     assert len(plans) == (form is not None)  # nothing was measured
 

@@ -86,6 +86,7 @@ def test_timing_is_of_the_device() -> None:
 
 def test_a_choice_is_made_once_and_kept_on_disk(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_sparselr.kernels import choice
+    from hf_sparselr.kernels.decode import Packed
 
     monkeypatch.setattr(choice, "HF_HOME", str(tmp_path))
     choice._file.cache_clear(), choice._table.cache_clear()
@@ -93,12 +94,12 @@ def test_a_choice_is_made_once_and_kept_on_disk(tmp_path, monkeypatch: pytest.Mo
     layer, x = layer_of(case, 320), draw(3, 320, seed=6, dtype=torch.bfloat16)
     with torch.no_grad():
         assert_near(layer(x), case.expected(x), torch.bfloat16)
-    index = index_of(layer.mask, 320)
-    made = choice.known(3, 3, index, layer.values)
-    assert made is not None and choice.known(4, 3, index, layer.values) == made
-    assert choice.known(3, 0, index, layer.values) is None and choice.known(9, 3, index, layer.values) is None
-    choice._table.cache_clear(), index.plans.clear()
-    assert choice.known(3, 3, index, layer.values) == made
+    packed = Packed.of(layer.mask, layer.values, layer.A, layer.B, layer.bias, 320)
+    made, without = choice.known(3, [packed]), packed._replace(A=None, B=None)
+    assert made is not None and choice.known(4, [packed]) == made
+    assert choice.known(3, [without]) is None and choice.known(9, [packed]) is None
+    choice._table.cache_clear(), packed.index.plans.clear()
+    assert choice.known(3, [packed]) == made
     choice._file.cache_clear(), choice._table.cache_clear()
 
 

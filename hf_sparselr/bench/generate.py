@@ -21,6 +21,7 @@ from ..blocks import linear_layers, weight_shape
 from ..modules import SparseLRLinear
 from ..patterns import from_text, parse
 from ..report import table
+from ..siblings import link_siblings
 from ..solvers import Decomposition
 from .presets import PRESETS
 
@@ -98,6 +99,7 @@ def _packed(args: argparse.Namespace, sparsity: str) -> nn.Module:
         factors = tuple(None if f is None else f.to(args.device) * 0.01 for f in factors)
         parts = Decomposition(layer.weight.detach() * mask, mask, *factors)
         model.set_submodule(name, SparseLRLinear.from_decomposition(parts, dtype=layer.weight.dtype))
+    link_siblings(model)
     return model
 
 

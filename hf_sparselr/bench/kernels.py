@@ -174,9 +174,10 @@ def _host_microseconds(layer: SparseLRLinear, x: torch.Tensor, calls: int = 20) 
 
 def _chosen(layer: SparseLRLinear, rows: int) -> str:
     from ..kernels.choice import known
-    from ..kernels.index import index_of
+    from ..kernels.decode import Packed
 
-    return str(known(rows, layer.rank, index_of(layer.mask, layer.in_features), layer.values))
+    parts = layer.mask, layer.values, layer.A, layer.B, layer.bias
+    return str(known(rows, [Packed.of(*parts, layer.in_features)]))
 
 
 def _table(results: list[dict[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from ..hub import hook_saving
 from ..modules import SparseLRLinear
 from ..packing import SENTINEL, Entry, FormatError, check_layer, group_layers, read_headers
 from ..report import Report
+from ..siblings import link_siblings
 
 
 class SparseLRQuantizer(HfQuantizer):
@@ -130,6 +131,7 @@ class SparseLRQuantizer(HfQuantizer):
         for module in packed_layers(model).values():
             module.requires_grad_(False)
             module.kernel = self.quantization_config.kernel
+        link_siblings(model)
         model.sparselr_report = Report.load(self._directory)
         return model
 
@@ -177,6 +179,7 @@ def attach(model: nn.Module, config: SparseLRConfig, report: Report) -> nn.Modul
     quantizer = SparseLRQuantizer(config, pre_quantized=True)
     for layer in packed_layers(model).values():
         layer.kernel = config.kernel
+    link_siblings(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method

@@ -6,15 +6,15 @@ import logging
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HOME
 
-from .index import SupportIndex
-from .plan import TILES, VECTOR, Plan
+from .decode import Packed
+from .plan import INLINE, TILES, VECTOR, Plan
 from .timing import milliseconds
 
 logger = logging.getLogger(__name__)
@@ -22,56 +22,58 @@ logger = logging.getLogger(__name__)
 _MOST_ROWS = 8192  # of x that make a difference to what is the fastest
 
 
-def known(rows: int, rank: int, index: SupportIndex, values: torch.Tensor) -> Plan | None:
+def known(rows: int, layers: Sequence[Packed]) -> Plan | None:
     """What was chosen for such a product, or None if nothing was."""
-    key = _bucket(rows), rank, values.dtype
-    plan = index.plans.get(key)
+    key, plans = _key(rows, layers), layers[0].index.plans
+    plan = plans.get(key)
     if plan is None:
-        plan = _table(values.device).get(_name(rows, rank, index, values))
+        plan = _table(layers[0].values.device).get(_name(rows, layers))
         if plan is not None:
-            index.plans[key] = plan
+            plans[key] = plan
     return plan
 
 
 def choose(
-    rows: int,
-    rank: int,
-    index: SupportIndex,
-    values: torch.Tensor,
-    options: Iterable[Plan],
-    run: Callable[[Plan], torch.Tensor],
+    rows: int, layers: Sequence[Packed], options: Iterable[Plan], run: Callable[[Plan], list[torch.Tensor]]
 ) -> Plan:
     """The fastest of the options.
 
     Args:
-        rows: of x, at least 1; `rank`: of the factors, or 0.
-        index, values: of S.
+        rows: of x, at least 1.
+        layers: that share a launch, or one.
         run: computes the product by a plan.
     """
-    times = {plan: milliseconds(functools.partial(run, plan), values.device) for plan in options}
+    device = layers[0].values.device
+    times = {plan: milliseconds(functools.partial(run, plan), device) for plan in options}
     best = min(times, key=times.get)
-    name = _name(rows, rank, index, values)
+    name = _name(rows, layers)
     logger.info("%s: %s is the fastest (ms: %s)", name, best, {str(p): round(t, 4) for p, t in times.items()})
-    index.plans[_bucket(rows), rank, values.dtype] = _table(values.device)[name] = best
-    _save(values.device)
+    layers[0].index.plans[_key(rows, layers)] = _table(device)[name] = best
+    _save(device)
     return best
+
+
+def _key(rows: int, layers: Sequence[Packed]) -> tuple:
+    return _bucket(rows), layers[0].values.dtype, *((layer.rank, layer.index.shape[0]) for layer in layers)
 
 
 def _bucket(rows: int) -> int:
     return min(1 << (rows - 1).bit_length(), _MOST_ROWS)
 
 
-def _name(rows: int, rank: int, index: SupportIndex, values: torch.Tensor) -> str:
-    outs, ins = index.shape[0], index.in_features
-    kind = "2:4" if index.pairs else f"{index.nonzeros / (outs * ins):.1f}"
-    dtype = str(values.dtype).removeprefix("torch.")
-    return f"{outs}x{ins} {kind} rank {rank} {dtype} {_bucket(rows)}"
+def _name(rows: int, layers: Sequence[Packed]) -> str:
+    index, dtype = layers[0].index, str(layers[0].values.dtype).removeprefix("torch.")
+    outs = [layer.index.shape[0] for layer in layers]
+    nonzeros, ranks = sum(layer.index.nonzeros for layer in layers), {layer.rank: None for layer in layers}
+    kind = "2:4" if index.pairs else f"{nonzeros / (sum(outs) * index.in_features):.1f}"
+    shape, rank = ("+".join(map(str, sizes)) for sizes in (outs, ranks))
+    return f"{shape}x{index.in_features} {kind} rank {rank} {dtype} {_bucket(rows)}"
 
 
 @functools.cache
 def _file(device: torch.device) -> Path:
     """One per device model and set of candidates."""
-    version = zlib.crc32(repr((VECTOR, TILES, torch.__version__)).encode())
+    version = zlib.crc32(repr((VECTOR, INLINE, TILES, torch.__version__)).encode())
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
     return Path(HF_HOME) / "hf_sparselr" / f"kernels-{name}-{version:08x}.json"
 

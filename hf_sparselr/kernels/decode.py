@@ -2,27 +2,62 @@
 
 At such sizes the time is that of reading S. A program owns some output rows and walks along them; a thread owns a
 few columns of each (see `support`) and takes its values through the cache, where its neighbours' values already are.
-u = x A^T is a small kernel of its own; B u and the bias join the sum before y is written, once.
+u = x A^T is a small kernel of its own, or, where A is small, part of every program; B u and the bias join the sum
+before y is written, once. Layers with the same x share a launch.
 """
 
 import functools
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .index import SupportIndex
+from .index import SupportIndex, index_of
 from .plan import Plan
+from .support import pick
 from .tiles import add_parts, multiply_tiles
 from .vector import multiply_vector
 
 
+class Packed(NamedTuple):
+    """A packed layer: mask and index, values (nonzeros,), A (rank, in), B (out, rank) or None, bias (out,) or None."""
+
+    mask: torch.Tensor
+    index: SupportIndex
+    values: torch.Tensor
+    A: torch.Tensor | None
+    B: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, mask, values, A, B, bias, in_features: int) -> "Packed":
+        """The layer of these tensors, with its index, which is made once."""
+        rest = (tensor if tensor is None else tensor.contiguous() for tensor in (values, A, B, bias))
+        return cls(mask, index_of(mask, in_features), *rest)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.A is None else self.A.shape[0]
+
+    @property
+    def kind(self) -> tuple:
+        """What layers that share a launch have in common."""
+        index = self.index
+        exact = index.per_block, can_pair(index, self.values), _aligned(self.values)
+        return (*exact, index.in_features, self.values.dtype, self.A is None, self.bias is None)
+
+
 @triton.jit
-def _project(x, A, u, ins, rank, WIDTH: tl.constexpr, DEPENDENT: tl.constexpr):
+def _project(x, factors, ends, ins, WIDTH: tl.constexpr, DEPENDENT: tl.constexpr):
     """u = x A^T, one entry a program."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-    row, sample = tl.program_id(0), tl.program_id(1)
+    chosen, row = pick(factors, ends, tl.program_id(0))
+    A, u, rank = chosen
+    sample = tl.program_id(1)
     total = tl.zeros((WIDTH,), tl.float32)
     for k in range(0, ins, WIDTH):
         column = k + tl.arange(0, WIDTH)
@@ -32,75 +67,85 @@ def _project(x, A, u, ins, rank, WIDTH: tl.constexpr, DEPENDENT: tl.constexpr):
     tl.store(u + sample * rank + row, tl.sum(total, 0))
 
 
-def decode(
-    inputs: torch.Tensor,
-    mask: torch.Tensor,
-    index: SupportIndex,
-    values: torch.Tensor,
-    A: torch.Tensor | None,
-    B: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    plan: Plan,
-) -> torch.Tensor:
-    """x S^T + (x A^T) B^T + bias, summed in FP32.
+def decode(inputs: torch.Tensor, layers: Sequence[Packed], plan: Plan) -> list[torch.Tensor]:
+    """x S^T + (x A^T) B^T + bias of every layer, summed in FP32.
 
     Args:
         inputs: x (rows, in), 1 to 16 rows; of 16 bits, but for "vector".
-        mask: the packed mask, `index` its index.
-        values: (nonzeros,), A (rank, in), B (out, rank) and bias (out,): the dtype and device of the inputs.
+        layers: of one `kind`, in the dtype and on the device of the inputs.
 
     Returns:
-        (rows, out), the dtype of the inputs.
+        (rows, out) for each layer, the dtype of the inputs.
     """
     count, ins = inputs.shape
-    outs, blocks = index.shape
-    inputs, values = inputs.contiguous(), values.contiguous()
-    rank = 0 if A is None else A.shape[0]
-    dependent = rank > 0 and _can_overlap(inputs.device)
-    y = inputs.new_empty((count, outs))
-    u = _low_rank(inputs, A.contiguous(), dependent) if rank else y
-    pairs = can_pair(index, values)
-    columns = 8 if pairs else plan.columns
-    tile = plan.warps * (64 if plan.form == "tiles" else 32 * columns)
-    tensors = (
-        inputs, index.words(mask), values, index.starts, index.offsets, u, B.contiguous() if rank else y,
-        y if bias is None else bias.contiguous(),
-    )  # fmt: skip
+    inputs, one = inputs.contiguous(), layers[0]
+    low_rank = one.A is not None
+    dependent = low_rank and not plan.inline and _can_overlap(inputs.device)
+    us = _low_rank(inputs, layers, dependent) if low_rank and not plan.inline else [inputs] * len(layers)
+    ys = [inputs.new_empty((count, layer.index.shape[0])) for layer in layers]
+    tile = plan.warps * (64 if plan.form == "tiles" else 256)  # columns of a program at a time
+    span = _ceil(_ceil(ins, tile), plan.split) * tile
+    split = _ceil(ins, span)
+    parts = ys if split == 1 else [y.new_empty((split, *y.shape), dtype=torch.float32) for y in ys]
+    arguments = tuple(map(_arguments, layers, us, ys, parts))
+    ends = tuple(accumulate(_ceil(y.shape[1], plan.rows) for y in ys))
+    sizes = inputs, arguments, ends, ins, one.index.shape[1]
     constants = {
-        "ROWS": plan.rows, "COLUMNS": columns, "PER_BLOCK": index.per_block, "PAIRS": pairs, "EVEN": ins % tile == 0,
-        "LOW_RANK": rank > 0, "BIAS": bias is not None, "DEPENDENT": dependent, "num_warps": plan.warps,
-        "num_stages": 1,
+        "ROWS": plan.rows, "PER_BLOCK": one.index.per_block, "PAIRS": can_pair(one.index, one.values),
+        "EVEN": ins % tile == 0, "LOW_RANK": low_rank, "BIAS": one.bias is not None, "DEPENDENT": dependent,
+        "num_warps": plan.warps, "num_stages": 1,
     }  # fmt: skip
     if dependent:
         constants["launch_pdl"] = True
-    programs, sizes = -(-outs // plan.rows), (outs, ins, blocks, rank)
     if plan.form == "vector":
-        multiply_vector[programs, count](*tensors, y, *sizes, LANES=32 * plan.warps, **constants)
-        return y
-    tiles = -(-ins // tile)
-    span = -(-tiles // plan.split) * tile
-    split = -(-ins // span)
-    target = y if split == 1 else torch.empty((split, count, outs), dtype=torch.float32, device=y.device)
-    multiply_tiles[programs, split](
-        *tensors, target, *sizes, count, span,
-        BATCH=8 if count <= 8 else 16, WARPS=plan.warps, AHEAD=plan.ahead, **constants,
-    )  # fmt: skip
+        inline = low_rank and plan.inline
+        wide = ins % 8 == 0 and _aligned(inputs) and not (inline and any(not _aligned(p.A) for p in layers))
+        lanes = 32 * plan.warps
+        multiply_vector[ends[-1], count](*sizes, LANES=lanes, WIDE=wide, INLINE=inline, **constants)
+        return ys
+    constants |= {"WARPS": plan.warps, "AHEAD": plan.ahead, "ALIGNED": _aligned(one.values)}
+    multiply_tiles[ends[-1], split](*sizes, count, span, BATCH=8 if count <= 8 else 16, **constants)
     if split > 1:
-        add_parts[(-(-y.numel() // 512),)](target, y, y.numel(), SPLIT=split, WIDTH=512)
-    return y
+        for y, part in zip(ys, parts, strict=True):
+            add_parts[(_ceil(y.numel(), 512),)](part, y, y.numel(), SPLIT=split, WIDTH=512)
+    return ys
+
+
+def _arguments(layer: Packed, u: torch.Tensor, y: torch.Tensor, part: torch.Tensor) -> tuple:
+    """What the kernels take for a layer; `y` stands in for what it does not have."""
+    mask, index, values, A, B, bias = layer
+    words, rank = index.words(mask), layer.rank
+    factors = (y, y) if A is None else (A, B)
+    return (
+        words, values, index.starts, index.offsets, index.nonzeros, *factors, u, y if bias is None else bias,
+        part, y.shape[1], rank,
+    )  # fmt: skip
+
+
+def _ceil(number: int, size: int) -> int:
+    """Parts of a size that hold so many; `triton.cdiv` takes microseconds."""
+    return -(-number // size)
 
 
 def can_pair(index: SupportIndex, values: torch.Tensor) -> bool:
     """Whether four values can be read as one word at a known place."""
-    return index.pairs and values.element_size() == 2 and values.data_ptr() % 8 == 0
+    return index.pairs and _aligned(values)
 
 
-def _low_rank(inputs: torch.Tensor, A: torch.Tensor, dependent: bool) -> torch.Tensor:
-    count, rank, ins = inputs.shape[0], *A.shape
-    u = inputs.new_empty((count, rank), dtype=torch.float32)
-    width = min(4096, 1 << (ins - 1).bit_length())
-    _project[rank, count](inputs, A, u, ins, rank, WIDTH=width, DEPENDENT=dependent, num_warps=8)
-    return u
+def _aligned(tensor: torch.Tensor) -> bool:
+    """Whether entries of 16 bits can be read four at a time."""
+    return tensor.element_size() == 2 and tensor.data_ptr() % 8 == 0
+
+
+def _low_rank(inputs: torch.Tensor, layers: Sequence[Packed], dependent: bool) -> list[torch.Tensor]:
+    """x A^T (rows, rank) of every layer, FP32."""
+    count, ins = inputs.shape
+    ranks = [layer.rank for layer in layers]
+    us = [inputs.new_empty((count, rank), dtype=torch.float32) for rank in ranks]
+    arguments = tuple((layer.A, u, rank) for layer, u, rank in zip(layers, us, ranks, strict=True))
+    ends, width = tuple(accumulate(ranks)), min(4096, 1 << (ins - 1).bit_length())
+    _project[ends[-1], count](inputs, arguments, ends, ins, WIDTH=width, DEPENDENT=dependent, num_warps=8)
+    return us
 
 
 @functools.cache

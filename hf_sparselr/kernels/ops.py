@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -49,6 +50,26 @@ def _(inputs, mask, values, A, B, bias, in_features, kernel):
     return inputs.new_empty((*inputs.shape[:-1], mask.shape[0]))
 
 
+@torch.library.custom_op("hf_sparselr::linears", mutates_args=())
+def linears(
+    inputs: torch.Tensor,
+    masks: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    A: Sequence[_Optional],
+    B: Sequence[_Optional],
+    biases: Sequence[_Optional],
+    in_features: int,
+    kernel: str,
+) -> list[torch.Tensor]:
+    """`products` as an operator."""
+    return products(inputs, list(zip(masks, values, A, B, biases, strict=True)), in_features, kernel)
+
+
+@linears.register_fake
+def _(inputs, masks, values, A, B, biases, in_features, kernel):
+    return [inputs.new_empty((*inputs.shape[:-1], mask.shape[0])) for mask in masks]
+
+
 def _setting(kernel: str) -> str:
     kernel = os.environ.get(VARIABLE, kernel)
     check_choice("kernel", kernel, KERNELS)
@@ -74,15 +95,29 @@ def product(inputs, mask, values, A, B, bias, in_features, kernel) -> torch.Tens
     return out.view(*inputs.shape[:-1], len(mask))
 
 
+def products(inputs, layers, in_features, kernel) -> list[torch.Tensor]:
+    """`product` for several layers, each (mask, values, A, B, bias), in one launch where they are alike."""
+    rows = inputs.reshape(-1, in_features)
+    if _uses_triton(rows) and rows.numel() and (setting := _setting(kernel)) != "dense":
+        from .triton_product import shared_product
+
+        with _on_its_device(rows):
+            outs = shared_product(rows, layers, in_features, setting)
+        if outs is not None:
+            return [out.view(*inputs.shape[:-1], out.shape[1]) for out in outs]
+    return [product(inputs, *layer, in_features, kernel) for layer in layers]
+
+
 def _product(rows, mask, values, A, B, bias, in_features, kernel) -> torch.Tensor:
     if rows.numel() == 0 or not len(mask):
         return rows.new_zeros((len(rows), len(mask))) if bias is None else bias.repeat(len(rows), 1)
     if kernel == "dense":
         return F.linear(rows, _resident(mask, values, A, B, in_features), bias)
     if _uses_triton(values):
+        from .decode import Packed
         from .triton_product import triton_product
 
-        return triton_product(rows, mask, values, A, B, bias, in_features, kernel)
+        return triton_product(rows, [Packed.of(mask, values, A, B, bias, in_features)], kernel)[0]
     if not rows.is_cuda and len(rows) == 1 and native.supports(values.dtype):
         out = native.multiply(rows[0], mask, values, row_starts(mask))[None]
         return add_rest(out, rows, A, B, bias)

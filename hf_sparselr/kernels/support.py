@@ -13,6 +13,23 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def pick(layers, ends, program):
+    """(layer, program): the layer that a program works on, a tuple, and its number among the programs of that layer.
+
+    `ends`: for each layer, the number of the first program after its own.
+    """
+    layer, first = layers[0], 0
+    for i in tl.static_range(1, len(layers)):
+        later = program >= ends[i - 1]
+        chosen = ()
+        for j in tl.static_range(len(layer)):
+            chosen = chosen + (tl.where(later, layers[i][j], layer[j]),)
+        layer = chosen
+        first = tl.where(later, ends[i - 1], first)
+    return layer, program - first
+
+
+@triton.jit
 def bit(bits, position: tl.constexpr):
     """bits & (1 << position), opaque to the compiler, which else packs such tests into vectors and unpacks them."""
     if INTERPRETED:
@@ -85,6 +102,23 @@ def expand(values, bits, place, COLUMNS: tl.constexpr):
         entries = entries + (tl.load(values + place, mask=kept != 0, other=0),)
         place += kept >> j
     return entries, place
+
+
+@triton.jit
+def read_eight(row, column, ins, WIDE: tl.constexpr, EVEN: tl.constexpr):
+    """Eight neighbours in a row of `ins`, in FP32; 0 outside. WIDE: of 16 bits, aligned to 8 bytes, in eights."""
+    entries = ()
+    if WIDE:
+        for half in tl.static_range(2):
+            at = row.to(tl.pointer_type(tl.int64)) + column // 4 + half
+            word = read(at, column < ins, EVEN)
+            for j in tl.static_range(4):
+                entry = (word >> (16 * j)).to(tl.int16).to(row.dtype.element_ty, bitcast=True)
+                entries = entries + (entry.to(tl.float32),)
+    else:
+        for j in tl.static_range(8):
+            entries = entries + (read(row + column + j, column + j < ins, EVEN).to(tl.float32),)
+    return entries
 
 
 @triton.jit

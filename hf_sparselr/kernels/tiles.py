@@ -2,9 +2,9 @@
 """Two to 16 rows of x against tiles of 16 packed rows of S on the tensor cores, without moving S (Triton).
 
 A thread of the tensor cores holds rows g and g + 8 of a tile of S and row g of x, at the same columns; it shares these
-rows with three neighbours. In which order columns are contracted is nobody's business: a thread owns `COLUMNS` that
-are consecutive, of four times as many, and unpacks them where they are multiplied. Each warp has its own columns, as
-one matrix of a batch; the batch is summed at the end. One read of x serves `ROWS` rows of S.
+rows with three neighbours. In which order columns are contracted is nobody's business: a thread owns eight neighbours
+of each 32 and unpacks them where they are multiplied. Each warp has its own columns, as one matrix of a batch; the
+batch is summed at the end. One read of x serves `ROWS` rows of S.
 """
 
 import triton
@@ -12,10 +12,11 @@ import triton.language as tl
 
 from .support import (
     INTERPRETED,
-    bit,
     column_bits,
+    expand,
     expand_pairs,
     multiply,
+    pick,
     popcount,
     read,
     read_head,
@@ -28,41 +29,60 @@ from .support import (
 _TOGETHER = tl.constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
 
 
+def _place_kept() -> tl.constexpr:
+    """PTX: eight columns, in pairs $0 to $3, out of the three words of 64 bits $4 to $6 that their values lie in.
+
+    $7 is the place of the first value, $8 the mask. Each kept column takes the lowest value and shifts the others down.
+    """
+    lines = [
+        "{ .reg .pred p; .reg .b32 t, left, right, w<6>, out<4>;",
+        "mov.b64 {w0, w1}, $4; mov.b64 {w2, w3}, $5; mov.b64 {w4, w5}, $6;",
+        "and.b32 t, $7, 2; setp.ne.b32 p, t, 0; shl.b32 t, $7, 4;",
+    ]
+    lines += [f"selp.b32 w{i}, w{i + 1}, w{i}, p;" for i in range(5)]
+    lines += [f"shf.r.wrap.b32 w{i}, w{i}, w{i + 1}, t;" for i in range(4)]
+    for j in range(8):
+        side, words = "right" if j % 2 else "left", (8 - j) // 2  # that hold what may be left
+        lines.append(f"and.b32 t, $8, {1 << j}; setp.ne.b32 p, t, 0; selp.b32 {side}, w0, 0, p;")
+        lines += [f"@p shf.r.wrap.b32 w{i}, w{i}, w{min(i + 1, 3)}, 16;" for i in range(words)]
+        if j % 2:
+            lines.append(f"prmt.b32 out{j // 2}, left, right, 0x5410;")
+    lines += [f"mov.b32 ${i}, out{i};" for i in range(4)]  # not before all operands were read
+    return tl.constexpr("\n".join([*lines, "}"]))
+
+
+_PLACE = _place_kept()
+
+
 @triton.jit
 def multiply_tiles(
     x,
-    words,
-    values,
-    starts,
-    offsets,
-    u,
-    B,
-    bias,
-    y,
-    outs,
+    layers,
+    ends,
     ins,
     blocks,
-    rank,
     count,
     span,
     ROWS: tl.constexpr,
     BATCH: tl.constexpr,
     WARPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     PAIRS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
     AHEAD: tl.constexpr,
     LOW_RANK: tl.constexpr,
     BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    layer, program = pick(layers, ends, tl.program_id(0))
+    words, values, starts, offsets, nonzeros, _, B, u, bias, y, outs, rank = layer
     STEP: tl.constexpr = 64 * WARPS
-    first = tl.program_id(0) * ROWS
+    first = program * ROWS
     split = tl.program_id(1)
     lane = tl.arange(0, 32 * WARPS)
     own, quarter = lane // 4 % 8, lane % 4
-    within = lane // 32 * 64 + quarter * COLUMNS
+    within = lane // 32 * 64 + quarter * 8
     start, end = split * span, tl.minimum(split * span + span, ins)
     rows, begin, sums = (), (), ()
     for i in tl.static_range(ROWS // 8):
@@ -77,19 +97,19 @@ def multiply_tiles(
     last = start + (end - start - 1) // STEP * STEP
     if AHEAD:
         heads = _heads(words, values, offsets, rows, start + within, blocks, PER_BLOCK, PAIRS, EVEN)
-        entries = _chunks(x, samples, start + within, ins, COLUMNS, EVEN)
+        entries = _chunks(x, samples, start + within, ins, EVEN)
     for k in range(start, end, STEP):
         if AHEAD:
             now, right = heads, entries
             column = tl.minimum(k + STEP, last) + within
             heads = _heads(words, values, offsets, rows, column, blocks, PER_BLOCK, PAIRS, EVEN)
-            entries = _chunks(x, samples, column, ins, COLUMNS, EVEN)
+            entries = _chunks(x, samples, column, ins, EVEN)
         else:
             now = _heads(words, values, offsets, rows, k + within, blocks, PER_BLOCK, PAIRS, EVEN)
-            right = _chunks(x, samples, k + within, ins, COLUMNS, EVEN)
+            right = _chunks(x, samples, k + within, ins, EVEN)
         left = ()
         for i in tl.static_range(ROWS // 8):
-            left = left + (_unpack(values, now[i], begin[i], quarter, COLUMNS, PAIRS),)
+            left = left + (_unpack(values, nonzeros, now[i], begin[i], quarter, PAIRS, ALIGNED),)
         sums = _accumulate(sums, left, right, WARPS)
     if LOW_RANK:
         for q in range(0, tl.where(split == 0, rank, 0), 32 * WARPS):
@@ -139,43 +159,58 @@ def _heads(
 
 
 @triton.jit
-def _unpack(values, head, begin, quarter, COLUMNS: tl.constexpr, PAIRS: tl.constexpr):
+def _unpack(values, nonzeros, head, begin, quarter, PAIRS: tl.constexpr, ALIGNED: tl.constexpr):
     """The dense entries of a lane's columns of one row: (lanes, 16)."""
     entries = ()
-    for c in tl.static_range(16 // COLUMNS):
-        shift, below = column_bits(quarter + 4 * c, COLUMNS)
+    for c in tl.static_range(2):
+        shift, below = column_bits(quarter + 4 * c, 8)
         bits = (head[0] >> shift).to(tl.int32)
         if PAIRS:
             entries = entries + expand_pairs(head[1 + c], bits, values.dtype.element_ty)
         else:
             place = begin + head[1] + popcount(head[0] & below)
-            for j in tl.static_range(COLUMNS):
-                kept = bit(bits, j)
-                entries = entries + (_take(values + place, kept),)
-                place += kept >> j
+            if ALIGNED and not INTERPRETED:
+                entries = entries + _expand_aligned(values, bits, place, nonzeros)
+            else:
+                entries = entries + expand(values, bits, place, 8)[0]
     return stack(entries)
 
 
 @triton.jit
-def _take(at, kept):
-    """The values at `at` where kept, else 0, each in a register of 32 bits: a zero for one of 16 is an instruction."""
-    if INTERPRETED:
-        return tl.load(at, mask=kept != 0, other=0)
-    taken = tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.u16 $0, [$1]; }", "=r,l,r",
-        [at.to(tl.int64), kept], dtype=tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-    return taken.to(tl.int16).to(at.dtype.element_ty, bitcast=True)
+def _expand_aligned(values, bits, place, nonzeros):
+    """`expand` of eight columns, by three wide loads where eight would keep the cache busy with eight rows at once."""
+    first, last = place >> 2, (nonzeros + 3) >> 2
+    at = values.to(tl.pointer_type(tl.int64)) + first
+    pairs = tl.inline_asm_elementwise(
+        _PLACE,
+        "=r,=r,=r,=r,l,l,l,r,r",
+        [
+            tl.load(at, mask=first < last),
+            tl.load(at + 1, mask=first + 1 < last),
+            tl.load(at + 2, mask=first + 2 < last),
+            place,
+            bits,
+        ],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    entries = ()
+    for i in tl.static_range(4):
+        for side in tl.static_range(2):
+            entry = (pairs[i] >> (16 * side)).to(tl.int16)
+            entries = entries + (entry.to(values.dtype.element_ty, bitcast=True),)
+    return entries
 
 
 @triton.jit
-def _chunks(x, samples, column, ins, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
-    """The entries of x at a lane's columns, for each of its rows: (lanes, COLUMNS, chunks)."""
+def _chunks(x, samples, column, ins, EVEN: tl.constexpr):
+    """The entries of x at a lane's columns, for each of its rows: (lanes, 8, 2)."""
     parts = ()
     for s in tl.static_range(len(samples)):
         start, chunks = x + samples[s][:, None] * ins, ()
-        for c in tl.static_range(16 // COLUMNS):
-            at = (column + 4 * COLUMNS * c)[:, None] + tl.arange(0, COLUMNS)[None, :]
+        for c in tl.static_range(2):
+            at = (column + 32 * c)[:, None] + tl.arange(0, 8)[None, :]
             chunks = chunks + (read(start + at, at < ins, EVEN),)
         parts = parts + (stack(chunks),)
     return parts

@@ -1,41 +1,51 @@
 """The product on a GPU, by the plan that was measured to be the fastest."""
 
+from collections.abc import Sequence
+
 import torch
 
 from .choice import choose, known
-from .decode import decode
-from .index import index_of
+from .decode import Packed, decode
 from .plan import MAX_ROWS, UNPACKED, Plan, candidates, packed_plans
 from .unpacked import multiply_unpacked
 
 
-def triton_product(
-    rows: torch.Tensor,
-    mask: torch.Tensor,
-    values: torch.Tensor,
-    A: torch.Tensor | None,
-    B: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    in_features: int,
-    kernel: str,
-) -> torch.Tensor:
-    """x S^T + (x A^T) B^T + bias: (rows, in) to (rows, out), at least one row. `kernel`: "auto" or "packed"."""
-    count, rank, index = rows.shape[0], 0 if A is None else A.shape[0], index_of(mask, in_features)
-    layer = mask, index, values, A, B, bias
+def triton_product(rows: torch.Tensor, layers: Sequence[Packed], kernel: str) -> list[torch.Tensor]:
+    """x S^T + (x A^T) B^T + bias of layers that can share a launch, or of one.
+
+    Args:
+        rows: x (rows, in), at least one row; for several layers at most `MAX_ROWS`.
+        layers: of one `kind`.
+        kernel: "auto" or "packed".
+    """
+    count, dtype = rows.shape[0], rows.dtype
     if kernel == "packed" and count <= MAX_ROWS:
-        return decode(rows, *layer, packed_plans(count, values.dtype)[0])
+        return decode(rows, layers, packed_plans(count, dtype)[0])
 
-    def run(plan: Plan) -> torch.Tensor:
+    def run(plan: Plan) -> list[torch.Tensor]:
         if plan.form in UNPACKED:
-            return multiply_unpacked(rows, *layer, plan)
+            return [multiply_unpacked(rows, layer, plan) for layer in layers]
         if count <= MAX_ROWS:
-            return decode(rows, *layer, plan)
-        return torch.cat([decode(x, *layer, plan) for x in rows.split(MAX_ROWS)])
+            return decode(rows, layers, plan)
+        return [torch.cat([decode(x, layers, plan)[0] for x in rows.split(MAX_ROWS)])]
 
-    plan = known(count, rank, index, values)
+    plan = known(count, layers)
     if plan is not None:
         return run(plan)
-    options = candidates(count, values.dtype, rank)
+    options = candidates(count, dtype, max(layer.rank for layer in layers), rows.shape[1])
     if torch.cuda.is_current_stream_capturing():  # nothing can be measured now
         return run(options[0])
-    return run(choose(count, rank, index, values, options, run))
+    return run(choose(count, layers, options, run))
+
+
+def shared_product(
+    rows: torch.Tensor, layers: Sequence[tuple], in_features: int, kernel: str
+) -> list[torch.Tensor] | None:
+    """`triton_product` of layers (mask, values, A, B, bias), or None if they are not alike or the rows too many."""
+    if rows.shape[0] > MAX_ROWS or not all(mask.shape[0] for mask, *_ in layers):
+        return None
+    packed = [Packed.of(*layer, in_features) for layer in layers]
+    kind = packed[0].kind
+    if any(layer.kind != kind for layer in packed[1:]):
+        return None
+    return triton_product(rows, packed, kernel)

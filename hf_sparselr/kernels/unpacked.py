@@ -7,22 +7,14 @@ more than the dense product of 8192 rows, and a layout kept for them would doubl
 import torch
 from torch.nn import functional as F
 
+from .decode import Packed
 from .densify import densify
-from .index import SupportIndex
 from .plan import Plan
 
 
-def multiply_unpacked(
-    inputs: torch.Tensor,
-    mask: torch.Tensor,
-    index: SupportIndex,
-    values: torch.Tensor,
-    A: torch.Tensor | None,
-    B: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    plan: Plan,
-) -> torch.Tensor:
+def multiply_unpacked(inputs: torch.Tensor, layer: Packed, plan: Plan) -> torch.Tensor:
     """(rows, in) to (rows, out), by the plan's form (see `Plan`)."""
+    mask, index, values, A, B, bias = layer
     if plan.form == "folded" or A is None:
         return F.linear(inputs, densify(mask, index, values, A, B), bias)
     y = F.linear(F.linear(inputs, A), B, bias)

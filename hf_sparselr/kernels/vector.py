@@ -4,70 +4,72 @@
 import triton
 import triton.language as tl
 
-from .support import column_bits, expand, locate, read, read_pairs, row_start, stack
+from .support import column_bits, expand, locate, pick, read_eight, read_pairs, row_start, stack
 
 
 @triton.jit
 def multiply_vector(
     x,
-    words,
-    values,
-    starts,
-    offsets,
-    u,
-    B,
-    bias,
-    y,
-    outs,
+    layers,
+    ends,
     ins,
     blocks,
-    rank,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
-    COLUMNS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     PAIRS: tl.constexpr,
+    WIDE: tl.constexpr,
     EVEN: tl.constexpr,
     LOW_RANK: tl.constexpr,
+    INLINE: tl.constexpr,
     BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    first = tl.program_id(0) * ROWS
+    layer, program = pick(layers, ends, tl.program_id(0))
+    words, values, starts, offsets, nonzeros, A, B, u, bias, y, outs, rank = layer
+    first = program * ROWS
     sample = tl.program_id(1)
     lane = tl.arange(0, LANES)
-    shift, below = column_bits(lane, COLUMNS)
+    shift, below = column_bits(lane, 8)
     sums, begin, ahead = (), (), ()
     for i in tl.static_range(ROWS):
         row = tl.minimum(first + i, outs - 1)
         sums = sums + (tl.zeros((LANES,), tl.float32),)
         begin = begin + (row_start(starts, row, blocks, PER_BLOCK),)
-        if LOW_RANK:  # asked for early, so that it is here when the sums are done
+        if LOW_RANK and not INLINE:  # asked for early, so that it is here when the sums are done
             ahead = ahead + (tl.load(B + row * rank + lane, mask=lane < rank, other=0),)
-    for k in range(0, ins, LANES * COLUMNS):
-        column = k + lane * COLUMNS
-        samples = ()
-        for j in tl.static_range(COLUMNS):
-            entry = read(x + sample * ins + column + j, column + j < ins, EVEN)
-            samples = samples + (entry.to(tl.float32),)
-        block = k // 64 + lane * COLUMNS // 64
+    for k in range(0, ins, LANES * 8):
+        samples = read_eight(x + sample * ins, k + lane * 8, ins, WIDE, EVEN)
+        block = k // 64 + lane // 8
         updated = ()
         for i in tl.static_range(ROWS):
             row = tl.minimum(first + i, outs - 1)
             if PAIRS:
                 at = row * (blocks * 8) + k // 8 + lane
-                bits, pairs = read_pairs(words, values, at, column < ins, EVEN)
+                bits, pairs = read_pairs(words, values, at, k + lane * 8 < ins, EVEN)
                 total = _multiply_pairs(sums[i], bits, pairs, samples, values.dtype.element_ty)
             else:
                 bits, place = locate(
                     words, offsets, begin[i], row, block, shift, below, blocks, PER_BLOCK, EVEN
                 )
+                entries = expand(values, bits, place, 8)[0]
                 total = sums[i]
-                entries, _ = expand(values, bits, place, COLUMNS)
-                for j in tl.static_range(COLUMNS):
+                for j in tl.static_range(8):
                     total += entries[j].to(tl.float32) * samples[j]
             updated = updated + (total,)
         sums = updated
-    if LOW_RANK:
+        if INLINE:
+            for q in tl.range(0, rank, loop_unroll_factor=4):
+                entries = read_eight(A + q * ins, k + lane * 8, ins, WIDE, EVEN)
+                part = entries[0] * samples[0]
+                for j in tl.static_range(1, 8):
+                    part += entries[j] * samples[j]
+                updated = ()
+                for i in tl.static_range(ROWS):
+                    row = tl.minimum(first + i, outs - 1)
+                    updated = updated + (sums[i] + tl.load(B + row * rank + q).to(tl.float32) * part,)
+                sums = updated
+    if LOW_RANK and not INLINE:
         if DEPENDENT:
             tl.extra.cuda.gdc_wait()  # from here on u is complete
         for q in range(0, rank, LANES):

@@ -1,0 +1,113 @@
+"""Packed layers that take the same input in one launch: q, k and v, gate and up, whatever a model calls them.
+
+Which layers these are is seen when the model runs: siblings that were called one after the other with one tensor. From
+then on the first of them computes the product of all, and the others find theirs ready. A group that is once called
+otherwise is given up. Only where nothing is differentiated; under torch.compile only if it was seen before.
+"""
+
+import weakref
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .kernels import packed_linears
+
+if TYPE_CHECKING:
+    from .modules import SparseLRLinear
+
+
+class Siblings:
+    """The packed layers below one module that take inputs of one width.
+
+    Args:
+        layers: in any order.
+    """
+
+    def __init__(self, layers: list["SparseLRLinear"]) -> None:
+        self.layers = layers
+        self.groups: list[list[int] | None] = [None] * len(
+            layers
+        )  # by the first of each: who shares its input
+        self._given_up = [False] * len(layers)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._ready: tuple[Any, ...] | None = None  # input, its state, who computed, outputs that wait
+        self._seen: Any = None  # the last input, weakly
+        self._seen_state: tuple | None = None
+        self._run: list[int] = []  # who was called with it
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: without what belongs to one run."""
+        return {"layers": self.layers, "groups": self.groups, "_given_up": self._given_up}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def __call__(self, layer: "SparseLRLinear", inputs: torch.Tensor) -> torch.Tensor:
+        """The product of one of the layers: x (..., in) to (..., out)."""
+        number, state = layer.number, _state(inputs)
+        if self._ready is not None:
+            known, its_state, first, outputs = self._ready
+            if known is inputs and its_state == state and number in outputs:
+                output = outputs.pop(number)
+                if not outputs:
+                    self._ready = None
+                return output
+            self._ready, self.groups[first], self._given_up[first] = None, None, True
+        group = self.groups[number]
+        if group is None:
+            if not torch.compiler.is_compiling():
+                self._watch(number, inputs, state)
+            return layer.product(inputs, layer.A, layer.B)
+        members = [self.layers[i] for i in group]
+        if not all(_is_at_hand(member, layer) for member in members):
+            return layer.product(inputs, layer.A, layer.B)
+        outputs = packed_linears(
+            inputs, [(m.mask, m.values, m.A, m.B, m.bias) for m in members], layer.in_features, layer.kernel
+        )
+        self._ready = inputs, state, number, dict(zip(group[1:], outputs[1:], strict=True))
+        return outputs[0]
+
+    def _watch(self, number: int, inputs: torch.Tensor, state: tuple) -> None:
+        same = self._seen is not None and self._seen() is inputs and self._seen_state == state
+        if not same or number in self._run:
+            self._seen, self._seen_state, self._run = weakref.ref(inputs), state, []
+        self._run.append(number)
+        first = self._run[0]
+        if len(self._run) > 1 and not self._given_up[first]:
+            self.groups[first] = list(self._run)
+
+
+def link_siblings(model: nn.Module) -> None:
+    """Lets the packed layers of a model find out which of them share their input."""
+    from .modules import SparseLRLinear
+
+    for module in model.modules():
+        widths = defaultdict(list)
+        for child in module.children():
+            if isinstance(child, SparseLRLinear):
+                child.siblings = None
+                widths[child.in_features].append(child)
+        for layers in widths.values():
+            if len(layers) > 1:
+                siblings = Siblings(layers)
+                for number, layer in enumerate(layers):
+                    layer.siblings, layer.number = siblings, number
+
+
+def _state(inputs: torch.Tensor) -> tuple:
+    """What must not change between the calls of a group: the values of the input, and the stream of the work."""
+    if torch.compiler.is_compiling():  # one graph: a tensor is a value
+        return ()
+    version = 0 if inputs.is_inference() else inputs._version
+    return version, torch.cuda.current_stream(inputs.device) if inputs.is_cuda else None
+
+
+def _is_at_hand(member: "SparseLRLinear", layer: "SparseLRLinear") -> bool:
+    """Whether a layer can be computed with another: not offloaded, not sharded by itself, of the same settings."""
+    alike = type(member.values) is type(layer.values) and member.values.device == layer.values.device
+    return alike and member.kernel == layer.kernel
