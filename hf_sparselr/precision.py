@@ -1,5 +1,6 @@
 """The precision of matrix products."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,8 +22,27 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
             yield
 
 
+def coarsest(device: torch.device) -> str:
+    """The lowest precision in which the device multiplies faster than in FP32."""
+    return "bf16" if device.type == "cuda" or (device.type == "cpu" and _cpu_has_bf16()) else "fp32"
+
+
+def finer(precision: str, device: torch.device) -> str:
+    """The next one."""
+    return "tf32" if precision == "bf16" and device.type == "cuda" else "fp32"
+
+
+@functools.cache
+def _cpu_has_bf16() -> bool:
+    """Whether products of BF16 are instructions: emulated, they are slower than those of FP32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def product(left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Tensor:
-    """left @ right of FP32 matrices in "fp32", "tf32", or on CUDA "bf16": rounded factors, FP32 sums."""
+    """left @ right of FP32 matrices in "fp32", "tf32" or "bf16": rounded factors, FP32 sums."""
+    if precision == "bf16" and not left.is_cuda:
+        with matmuls("medium"):
+            return left @ right
     if precision == "bf16":
         return torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32)
     with matmuls(LEVELS[precision]):
@@ -33,6 +53,9 @@ def subtract_product(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, precision: str
 ) -> torch.Tensor:
     """total - left @ right, see `product`, in the place of `total`."""
+    if precision == "bf16" and not total.is_cuda:
+        with matmuls("medium"):
+            return total.addmm_(left, right, alpha=-1)
     if precision == "bf16":
         factors = left.bfloat16(), right.bfloat16()
         return torch.addmm(total, *factors, out_dtype=torch.float32, alpha=-1, out=total)
@@ -42,7 +65,8 @@ def subtract_product(
 
 @contextmanager
 def matmuls(precision: str) -> Iterator[None]:
-    """FP32 matrix products in full ("highest"), or on the TF32 units of devices that have them ("high").
+    """FP32 matrix products in full ("highest"), on the TF32 units of devices that have them ("high"), or on the BF16
+    units of a CPU that has them ("medium").
 
     What the user has set does not matter inside and is back afterwards.
     """

@@ -1,8 +1,8 @@
 """Packed layers that take the same input in one launch: q, k and v, gate and up, whatever a model calls them.
 
 Which layers these are is seen when the model runs: siblings that were called one after the other with one tensor. From
-then on the first of them computes the product of all, and the others find theirs ready. A group that is once called
-otherwise is given up. Only where nothing is differentiated; under torch.compile only if it was seen before.
+then on the first of them computes the product of all, and the others find theirs ready. A group that is called
+otherwise too often is given up. Only where nothing is differentiated; under torch.compile only if it was seen before.
 """
 
 import weakref
@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from .kernels import packed_linears
+
+MOST_MISSES = 3  # calls in which a group was no group: an interrupted run may be one
 
 if TYPE_CHECKING:
     from .modules import SparseLRLinear
@@ -30,7 +32,7 @@ class Siblings:
         self.groups: list[list[int] | None] = [None] * len(
             layers
         )  # by the first of each: who shares its input
-        self._given_up = [False] * len(layers)
+        self._misses = [0] * len(layers)
         self._forget()
 
     def _forget(self) -> None:
@@ -41,7 +43,7 @@ class Siblings:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and files: without what belongs to one run."""
-        return {"layers": self.layers, "groups": self.groups, "_given_up": self._given_up}
+        return {"layers": self.layers, "groups": self.groups, "_misses": self._misses}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -50,14 +52,20 @@ class Siblings:
     def __call__(self, layer: "SparseLRLinear", inputs: torch.Tensor) -> torch.Tensor:
         """The product of one of the layers: x (..., in) to (..., out)."""
         number, state = layer.number, _state(inputs)
-        if self._ready is not None:
-            known, its_state, first, outputs = self._ready
+        if self.layers[number] is not layer:  # a shallow copy
+            return layer.product(inputs, layer.A, layer.B)
+        ready = self._ready  # read once: another thread may run the model
+        if ready is not None:
+            known, its_state, first, outputs = ready
             if known is inputs and its_state == state and number in outputs:
                 output = outputs.pop(number)
                 if not outputs:
                     self._ready = None
                 return output
-            self._ready, self.groups[first], self._given_up[first] = None, None, True
+            self._ready = None
+            self._misses[first] += 1
+            if self._misses[first] == MOST_MISSES:
+                self.groups[first] = None
         group = self.groups[number]
         if group is None:
             if not torch.compiler.is_compiling():
@@ -78,7 +86,7 @@ class Siblings:
             self._seen, self._seen_state, self._run = weakref.ref(inputs), state, []
         self._run.append(number)
         first = self._run[0]
-        if len(self._run) > 1 and not self._given_up[first]:
+        if len(self._run) > 1 and self._misses[first] < MOST_MISSES:
             self.groups[first] = list(self._run)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_sparselr.precision import arithmetic, matmuls
+from hf_sparselr.precision import PRECISIONS, arithmetic, matmuls, product, subtract_product
 
 
 def settings() -> tuple:
@@ -40,3 +40,15 @@ def test_products_do_not_depend_on_what_the_user_has_set(user, precision, inside
 def test_bf16_is_autocast() -> None:
     with arithmetic(torch.device("cpu"), "bf16"):
         assert torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_products_round_their_factors_only(precision: str) -> None:
+    left, right = (torch.randint(-100, 101, shape, dtype=torch.float32) for shape in ((40, 96), (96, 24)))
+    exact = (left.double() @ right.double()).float()  # within 24 bits
+    assert torch.equal(product(left, right, precision), exact)
+    total = torch.ones(40, 24)
+    assert subtract_product(total, left, right, precision) is total and torch.equal(total, 1 - exact)
+    left, right = left / 7, right / 9
+    error = (product(left, right, precision) - left @ right).norm() / (left @ right).norm()
+    assert error < (2.0**-8 if precision == "bf16" else 1e-6)

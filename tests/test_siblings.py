@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernel_cases import CUDA, DEVICE, draw, layer_of, problem
 from torch import nn
 
-from hf_sparselr.siblings import link_siblings
+from hf_sparselr.siblings import MOST_MISSES, link_siblings
 
 WIDTH = 64
 
@@ -68,12 +68,28 @@ def test_the_first_computes_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_group_called_otherwise_is_given_up(second: list) -> None:
     module, x = parent(8, 4, 4), [inputs(0), inputs(1)]
-    call(module, [(0, x[0]), (1, x[0])])
-    call(module, [(number, x[which]) for number, which in second])
     siblings = module.part0.siblings
+    for _ in range(MOST_MISSES):
+        call(module, [(0, x[0]), (1, x[0])] * 2)
+        assert siblings._ready is None
+        call(module, [*((number, x[which]) for number, which in second), (2, x[1])])
+    call(module, [(0, x[0]), (1, x[0]), (0, x[1]), (1, x[1])])
     assert siblings.groups[0] is None and siblings._ready is None
-    call(module, [(0, x[0]), (1, x[0])])
-    assert siblings.groups[0] is None
+
+
+def test_one_interrupted_run_gives_nothing_up() -> None:
+    module, x = parent(8, 4), inputs()
+    call(module, [(0, x), (1, x), (0, x), (0, x), (1, x)])
+    assert module.part0.siblings.groups[0] == [0, 1]
+
+
+def test_a_shallow_copy_computes_with_its_own_values() -> None:
+    module, x = parent(8, 4), inputs()
+    call(module, [(0, x), (1, x)])
+    other = copy.copy(module.part0)
+    other._parameters = {**other._parameters, "values": nn.Parameter(other.values * 2, requires_grad=False)}
+    with torch.no_grad():
+        assert not torch.equal(other(x), module.part0(x))
 
 
 def test_an_input_edited_between_calls_is_not_shared() -> None:

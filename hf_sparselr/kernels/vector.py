@@ -26,7 +26,7 @@ def multiply_vector(
     DEPENDENT: tl.constexpr,
 ):
     layer, program = pick(layers, ends, tl.program_id(0))
-    words, values, starts, offsets, nonzeros, A, B, u, bias, y, outs, rank = layer
+    words, values, starts, offsets, _nonzeros, A, B, u, bias, y, outs, rank = layer
     first = program * ROWS
     sample = tl.program_id(1)
     lane = tl.arange(0, LANES)

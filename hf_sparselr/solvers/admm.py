@@ -19,13 +19,12 @@ import torch
 from ..gram import ScaledGram, shift_inverse, squared_error
 from ..kernels.ops import TRITON
 from ..patterns import NM, Pattern, project
-from ..precision import LARGE, LEVELS, matmuls, product, subtract_product
+from ..precision import LARGE, LEVELS, coarsest, finer, matmuls, product, subtract_product
 from . import cpu_steps
 from .base import orthonormalise, start_basis
 
 LARGEST_SHIFT = 1.15  # a larger factor for rho takes a new factorisation
 ROUNDING = 5e-6  # share of the objective that rounding the product's factors may add
-FINER = {"bf16": "tf32", "tf32": "fp32"}
 
 
 @dataclass
@@ -55,8 +54,8 @@ class Admm:
         patterns, ranks: one a layer.
         rho: first penalty.
         seed: of the first low-rank bases.
-        precision: of the large product on CUDA: "bf16", "tf32", "fp32", or "auto": for large layers the coarsest whose
-            rounding does not show.
+        precision: of the large product: "bf16", "tf32", "fp32" as far as the device has it, or "auto": the coarsest
+            whose rounding does not show, on CUDA for large layers.
     """
 
     def __init__(
@@ -71,10 +70,8 @@ class Admm:
     ) -> None:
         self.W = weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
         self.gram = gram
-        # Bound by launches, small products gain nothing from less.
-        plain = not self.W.is_cuda or (precision == "auto" and self.W.numel() <= LARGE)
         self._in_c = not self.W.is_cuda and cpu_steps.available()
-        self._steps, self._next_check = 0, 0.0 if precision == "auto" and not plain else math.inf
+        self._steps, self._next_check = 0, 0.0 if precision == "auto" else math.inf
         self.layers: list[_Layer] = []
         first = 0
         for weight, pattern, rank in zip(weights, patterns, ranks, strict=True):
@@ -89,7 +86,7 @@ class Admm:
         self.T, self.L = torch.empty_like(self.W), torch.empty_like(self.W)
         self.M = torch.empty_like(gram.matrix)
         self._rho = torch.empty((), device=self.W.device)
-        self._set_precision("fp32" if plain else "bf16" if precision == "auto" else precision)
+        self._set_precision(_first_precision(precision, self.W))
         self._seed = seed
         self._start(rho)
 
@@ -133,7 +130,7 @@ class Admm:
 
     def _set_precision(self, precision: str) -> None:
         self.precision = precision
-        self._rounded_M = self.M.bfloat16() if precision == "bf16" else None
+        self._rounded_M = self.M.bfloat16() if precision == "bf16" and self.M.is_cuda else None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._warm = False  # whether the kernels of a step have been compiled
 
@@ -229,7 +226,7 @@ class Admm:
     def _refine_precision(self) -> None:
         """Takes a finer precision as long as rounding shows, as it does with ill-conditioned Gram matrices."""
         while self.precision != "fp32" and self._rounding() > ROUNDING:
-            self._set_precision(FINER[self.precision])
+            self._set_precision(finer(self.precision, self.W.device))
             self._set_inverse(self.gram.inverse(self.rho))  # its shifts were rounded, too
 
     def _rounding(self) -> float:
@@ -240,6 +237,14 @@ class Admm:
         rounding = product(Z, self.M, self.precision) - product(Z, self.M, "fp32")
         objective = squared_error(W - L - torch.where(mask, T, 0), self.gram.matrix)
         return squared_error(rounding, self.gram.matrix) / max(objective, torch.finfo(torch.float32).tiny)
+
+
+def _first_precision(precision: str, W: torch.Tensor) -> str:
+    if precision == "auto" and W.is_cuda and W.numel() <= LARGE:
+        return "fp32"  # bound by launches
+    if precision == "auto":
+        return coarsest(W.device)
+    return precision if W.is_cuda or precision == coarsest(W.device) else "fp32"
 
 
 def _correction(

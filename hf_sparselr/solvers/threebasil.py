@@ -58,8 +58,9 @@ class Options:
         refit_rounds: rounds of (low-rank fit, CG on the fixed support) at the end, at most: they end with one that
             lowers the objective by less than 1e-4 of it.
         cg_steps: conjugate gradient steps a round.
-        precision: of the large products on a GPU: "bf16" (with FP32 sums), "tf32", "fp32", or "auto", which takes for
-            large layers the coarsest of them whose rounding does not show in the objective.
+        precision: of the large products: "bf16" (with FP32 sums), "tf32" (GPUs only), "fp32", or "auto", which takes
+            the coarsest of them whose rounding does not show in the objective: on GPUs for large layers, on CPUs with
+            instructions for BF16 for all.
     """
 
     form: str = "one-product"
