@@ -67,13 +67,16 @@ def test_the_first_computes_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     "second", [[(0, 0), (1, 1)], [(0, 0), (0, 0)], [(0, 0), (2, 0)]], ids=["other input", "again", "left out"]
 )
 def test_a_group_called_otherwise_is_given_up(second: list) -> None:
-    module, x = parent(8, 4, 4), [inputs(0), inputs(1)]
+    module = parent(8, 4, 4)
     siblings = module.part0.siblings
     for _ in range(MOST_MISSES):
-        call(module, [(0, x[0]), (1, x[0])] * 2)
+        x, y, z = inputs(0), inputs(1), inputs(2)
+        call(module, [(0, x), (1, x), (0, y), (1, y), (2, z)])
         assert siblings._ready is None
-        call(module, [*((number, x[which]) for number, which in second), (2, x[1])])
-    call(module, [(0, x[0]), (1, x[0]), (0, x[1]), (1, x[1])])
+        x, y, z = inputs(0), inputs(1), inputs(2)
+        call(module, [*((number, (x, y)[which]) for number, which in second), (2, z)])
+    x, y = inputs(0), inputs(1)
+    call(module, [(0, x), (1, x), (0, y), (1, y)])
     assert siblings.groups[0] is None and siblings._ready is None
 
 
