@@ -2,8 +2,8 @@
 
 At such sizes the time is that of reading S. A program owns some output rows and walks along them; a thread owns a
 few columns of each (see `support`) and takes its values through the cache, where its neighbours' values already are.
-u = x A^T is a small kernel of its own, or, where A is small, part of every program; B u and the bias join the sum
-before y is written, once. Layers with the same x share a launch.
+u = x A^T is a small kernel of its own; B u and the bias join the sum before y is written, once. Layers with the same x
+share a launch.
 """
 
 import functools
@@ -80,8 +80,8 @@ def decode(inputs: torch.Tensor, layers: Sequence[Packed], plan: Plan) -> list[t
     count, ins = inputs.shape
     inputs, one = inputs.contiguous(), layers[0]
     low_rank = one.A is not None
-    dependent = low_rank and not plan.inline and _can_overlap(inputs.device)
-    us = _low_rank(inputs, layers, dependent) if low_rank and not plan.inline else [inputs] * len(layers)
+    dependent = low_rank and _can_overlap(inputs.device)
+    us = _low_rank(inputs, layers, dependent) if low_rank else [inputs] * len(layers)
     ys = [inputs.new_empty((count, layer.index.shape[0])) for layer in layers]
     tile = plan.warps * (64 if plan.form == "tiles" else 256)  # columns of a program at a time
     span = _ceil(_ceil(ins, tile), plan.split) * tile
@@ -98,10 +98,8 @@ def decode(inputs: torch.Tensor, layers: Sequence[Packed], plan: Plan) -> list[t
     if dependent:
         constants["launch_pdl"] = True
     if plan.form == "vector":
-        inline = low_rank and plan.inline
-        wide = ins % 8 == 0 and _aligned(inputs) and not (inline and any(not _aligned(p.A) for p in layers))
-        lanes = 32 * plan.warps
-        multiply_vector[ends[-1], count](*sizes, LANES=lanes, WIDE=wide, INLINE=inline, **constants)
+        wide = ins % 8 == 0 and _aligned(inputs)
+        multiply_vector[ends[-1], count](*sizes, LANES=32 * plan.warps, WIDE=wide, **constants)
         return ys
     constants |= {"WARPS": plan.warps, "AHEAD": plan.ahead, "ALIGNED": _aligned(one.values)}
     multiply_tiles[ends[-1], split](*sizes, count, span, BATCH=8 if count <= 8 else 16, **constants)
@@ -113,13 +111,10 @@ def decode(inputs: torch.Tensor, layers: Sequence[Packed], plan: Plan) -> list[t
 
 def _arguments(layer: Packed, u: torch.Tensor, y: torch.Tensor, part: torch.Tensor) -> tuple:
     """What the kernels take for a layer; `y` stands in for what it does not have."""
-    mask, index, values, A, B, bias = layer
-    words, rank = index.words(mask), layer.rank
-    factors = (y, y) if A is None else (A, B)
-    return (
-        words, values, index.starts, index.offsets, index.nonzeros, *factors, u, y if bias is None else bias,
-        part, y.shape[1], rank,
-    )  # fmt: skip
+    mask, index, values, _, B, bias = layer
+    support = index.words(mask), values, index.starts, index.offsets, index.nonzeros
+    rest = y if B is None else B, u, y if bias is None else bias, part
+    return *support, *rest, y.shape[1], layer.rank
 
 
 def _ceil(number: int, size: int) -> int:

@@ -17,7 +17,7 @@ from ..checks import check_choice
 from ..packing import unpack
 from . import native
 from .index import index_of, row_starts
-from .reference import add_rest, reference_linear
+from .reference import reference_linear
 from .resident import keep
 
 logger = logging.getLogger(__name__)
@@ -119,8 +119,7 @@ def _product(rows, mask, values, A, B, bias, in_features, kernel) -> torch.Tenso
 
         return triton_product(rows, [Packed.of(mask, values, A, B, bias, in_features)], kernel)[0]
     if not rows.is_cuda and len(rows) == 1 and native.supports(values.dtype):
-        out = native.multiply(rows[0], mask, values, row_starts(mask))[None]
-        return add_rest(out, rows, A, B, bias)
+        return native.multiply(rows[0], mask, values, A, B, bias, row_starts(mask))[None]
     return reference_linear(rows, mask, values, A, B, bias, in_features)
 
 

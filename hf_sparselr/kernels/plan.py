@@ -6,7 +6,6 @@ import torch
 
 MAX_ROWS = 16  # of x that one packed product takes
 MOST_PACKED_ROWS = 4 * MAX_ROWS  # above, the dense product is bound by arithmetic
-MOST_INLINE = 2**17  # entries of A that every program may read
 
 UNPACKED = ("folded", "beside")
 
@@ -22,7 +21,6 @@ class Plan:
         warps: of a program.
         split: programs that share output rows, each with a part of the columns ("tiles" only).
         ahead: read the mask of the next columns, of 2:4 also the values, before multiplying these ("tiles" only).
-        inline: every program computes x A^T for itself ("vector" only).
     """
 
     form: str
@@ -30,21 +28,15 @@ class Plan:
     warps: int = 0
     split: int = 1
     ahead: bool = False
-    inline: bool = False
 
     def __str__(self) -> str:
         if self.form in UNPACKED:
             return self.form
-        more = f" / {self.split}" * (self.split > 1) + " ahead" * self.ahead + " inline" * self.inline
+        more = f" / {self.split}" * (self.split > 1) + " ahead" * self.ahead
         return f"{self.form} {self.rows} rows {self.warps} warps{more}"
 
 
 VECTOR = (Plan("vector", 4, 4), Plan("vector", 2, 8), Plan("vector", 2, 4), Plan("vector", 8, 4))
-INLINE = (
-    Plan("vector", 4, 4, inline=True),
-    Plan("vector", 2, 2, inline=True),
-    Plan("vector", 4, 2, inline=True),
-)
 TILES = (
     Plan("tiles", 16, 8, split=2),
     Plan("tiles", 16, 4),
@@ -63,12 +55,11 @@ def packed_plans(rows: int, dtype: torch.dtype) -> tuple[Plan, ...]:
     return VECTOR if rows == 1 else TILES
 
 
-def candidates(rows: int, dtype: torch.dtype, rank: int, ins: int) -> tuple[Plan, ...]:
-    """What is worth trying for so many rows of x and such factors."""
+def candidates(rows: int, dtype: torch.dtype, rank: int) -> tuple[Plan, ...]:
+    """What is worth trying for so many rows of x."""
     unpacked = (Plan("folded"), Plan("beside")) if rank else (Plan("folded"),)
     if rows > MOST_PACKED_ROWS:
         return unpacked
     if dtype.itemsize != 2 and rows > MAX_ROWS:
         return unpacked[:1]
-    inline = INLINE if rows == 1 and 0 < rank * ins <= MOST_INLINE else ()
-    return (*packed_plans(rows, dtype), *inline, unpacked[0])
+    return (*packed_plans(rows, dtype), unpacked[0])

@@ -56,18 +56,11 @@ def reference_linear(
     bias: torch.Tensor | None,
     in_features: int,
 ) -> torch.Tensor:
-    """x S^T + bias + (x A^T) B^T, differentiable in everything but the mask, twice."""
-    return add_rest(sparse_linear(inputs, mask, values, in_features), inputs, A, B, bias)
+    """x S^T + bias + (x A^T) B^T, differentiable in everything but the mask, twice.
 
-
-def add_rest(
-    out: torch.Tensor,
-    inputs: torch.Tensor,
-    A: torch.Tensor | None,
-    B: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """out + bias + (x A^T) B^T, in this order: replacing adapters, which add their part last, stay exact."""
+    In this order: replacing adapters, which add their part last, stay exact.
+    """
+    out = sparse_linear(inputs, mask, values, in_features)
     if bias is not None:
         out = out + bias.to(out.dtype)
     if A is not None:

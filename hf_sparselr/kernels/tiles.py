@@ -76,7 +76,7 @@ def multiply_tiles(
     DEPENDENT: tl.constexpr,
 ):
     layer, program = pick(layers, ends, tl.program_id(0))
-    words, values, starts, offsets, nonzeros, _, B, u, bias, y, outs, rank = layer
+    words, values, starts, offsets, nonzeros, B, u, bias, y, outs, rank = layer
     STEP: tl.constexpr = 64 * WARPS
     first = program * ROWS
     split = tl.program_id(1)

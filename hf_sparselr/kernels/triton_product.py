@@ -32,7 +32,7 @@ def triton_product(rows: torch.Tensor, layers: Sequence[Packed], kernel: str) ->
     plan = known(count, layers)
     if plan is not None:
         return run(plan)
-    options = candidates(count, dtype, max(layer.rank for layer in layers), rows.shape[1])
+    options = candidates(count, dtype, max(layer.rank for layer in layers))
     if torch.cuda.is_current_stream_capturing():  # nothing can be measured now
         return run(options[0])
     return run(choose(count, layers, options, run))
