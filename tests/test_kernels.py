@@ -268,6 +268,15 @@ def test_one_row_on_the_cpu(
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "n", "kind"), SUPPORTS)
+def test_unpacking_on_the_cpu(out: int, n: int, kind: str | float, dtype: torch.dtype) -> None:
+    case = problem(out, n, kind, dtype=dtype)
+    mask, values = case.mask.cpu(), case.values.cpu()
+    assert torch.equal(native.unpack(mask, values, row_starts(mask), n).double(), case.S.cpu())
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
     mask, values = pack(torch.ones(200, 1, dtype=dtype), torch.ones(200, 1, dtype=torch.bool))

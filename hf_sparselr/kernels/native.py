@@ -1,9 +1,9 @@
-"""x S^T + (x A^T) B^T + bias for one row of x on the CPU: a few lines of C, compiled on first use, as no torch
-operator reads S packed.
+"""x S^T + (x A^T) B^T + bias for one row of x on the CPU, and S in full for more: a few lines of C, compiled on first
+use, as no torch operator reads S packed.
 
 With AVX-512 (VBMI2) the mask expands the next values to 16 columns in one instruction, or to 32 where pairs of BF16
 are multiplied as they are (AVX512_BF16); with AVX2 a byte of it picks their places among eight columns from a table.
-Without AVX2 or a C compiler the reference takes over, which unpacks S for each call: slower than a dense layer.
+Without AVX2 or a C compiler S is unpacked by torch for each call, several times slower than a dense layer.
 """
 
 import ctypes
@@ -195,6 +195,36 @@ static row_bf16 choose_bf16() {
 PRODUCT(f32, float)
 PRODUCT(f16, uint16_t)
 PRODUCT(bf16, uint16_t)
+
+/* Rows of S in full; an entry is TYPE wide, whatever it stands for. */
+#define UNPACK(BITS, TYPE)                                                                                      \
+  static void plain_##BITS(const uint8_t *m, const TYPE *v, TYPE *row, int64_t from, int64_t ins) {             \
+    for (int64_t i = from; i < ins; i++) row[i] = m[i / 8] >> i % 8 & 1 ? *v++ : 0;                             \
+  }                                                                                                             \
+  WIDE static void wide_##BITS(const uint8_t *m, const TYPE *v, int64_t left, TYPE *row, int64_t ins) {         \
+    int64_t i = 0, side = 64 / sizeof(TYPE);                                                                    \
+    for (; i + side <= ins && left >= side; i += side) {                                                        \
+      uint32_t bits = 0;                                                                                        \
+      memcpy(&bits, m + i / 8, side / 8);                                                                       \
+      __m512i entries = _mm512_loadu_si512(v);                                                                  \
+      _mm512_storeu_si512(row + i, _mm512_maskz_expand_epi##BITS(bits, entries));                               \
+      v += __builtin_popcount(bits), left -= __builtin_popcount(bits);                                          \
+    }                                                                                                           \
+    plain_##BITS(m, v, row, i, ins);                                                                            \
+  }                                                                                                             \
+  void unpack_##BITS(const uint8_t *mask, const TYPE *values, const int64_t *starts, TYPE *dense, int64_t outs, \
+                     int64_t ins, int threads) {                                                                \
+    int wide = has_wide();                                                                                      \
+    _Pragma("omp parallel for schedule(static) num_threads(threads)")                                           \
+    for (int64_t row = 0; row < outs; row++) {                                                                  \
+      const uint8_t *m = mask + row * ((ins + 7) / 8);                                                          \
+      if (wide) wide_##BITS(m, values + starts[row], starts[outs] - starts[row], dense + row * ins, ins);       \
+      else plain_##BITS(m, values + starts[row], dense + row * ins, 0, ins);                                    \
+    }                                                                                                           \
+  }
+
+UNPACK(16, uint16_t)
+UNPACK(32, uint32_t)
 """
 
 
@@ -234,6 +264,16 @@ def multiply(
     return y
 
 
+def unpack(mask: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, in_features: int) -> torch.Tensor:
+    """`packing.unpack`: S (out, in), the dtype of the values; `starts` as for `multiply`."""
+    given = [tensor.contiguous() for tensor in (mask, values, starts)]
+    dense = values.new_empty(len(mask), in_features)
+    getattr(_library(), f"unpack_{8 * values.element_size()}")(
+        *(tensor.data_ptr() for tensor in (*given, dense)), len(mask), in_features, torch.get_num_threads()
+    )
+    return dense
+
+
 @functools.cache
 def _places() -> torch.Tensor:
     """int32 (256, 8): the rank of each set bit among those of its byte, -1 for the others."""
@@ -255,8 +295,10 @@ def _library() -> ctypes.CDLL | None:
         "install a C compiler with OpenMP, or load with kernel='dense'",
         _FLAGS,
     )
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
     for kind in _KINDS.values() if library else ():
-        pointers, numbers = [ctypes.c_void_p] * 9, [ctypes.c_int64] * 3
         function = getattr(library, f"multiply_{kind}")
-        function.argtypes, function.restype = [*pointers, *numbers, ctypes.c_int], ctypes.c_int
+        function.argtypes, function.restype = [*[pointer] * 9, *[number] * 3, ctypes.c_int], ctypes.c_int
+    for function in (library.unpack_16, library.unpack_32) if library else ():
+        function.argtypes, function.restype = [*[pointer] * 4, *[number] * 2, ctypes.c_int], None
     return library

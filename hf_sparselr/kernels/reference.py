@@ -3,6 +3,8 @@
 import torch
 
 from ..packing import unpack, unpack_mask
+from . import native
+from .index import row_starts
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -12,18 +14,26 @@ class _SparseLinear(torch.autograd.Function):
     def forward(ctx, inputs, mask, values, in_features):
         ctx.in_features = in_features
         ctx.save_for_backward(inputs if ctx.needs_input_grad[2] else None, mask, values)
-        return torch.nn.functional.linear(inputs, unpack(mask, values, in_features))
+        return torch.nn.functional.linear(inputs, _unpack(mask, values, in_features))
 
     @staticmethod
     def backward(ctx, grad):
         inputs, mask, values = ctx.saved_tensors
         grad_inputs = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_inputs = grad @ unpack(mask, values, ctx.in_features)
+            grad_inputs = grad @ _unpack(mask, values, ctx.in_features)
         if ctx.needs_input_grad[2]:
             dense = grad.reshape(-1, grad.shape[-1]).T @ inputs.reshape(-1, ctx.in_features)
             grad_values = dense[unpack_mask(mask, ctx.in_features)]
         return grad_inputs, None, grad_values, None
+
+
+def _unpack(mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:
+    """`unpack`, in C where nothing has to follow it: no second derivative, no compiler."""
+    plain = values.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if plain or not native.supports(values.dtype):
+        return unpack(mask, values, in_features)
+    return native.unpack(mask, values, row_starts(mask), in_features)
 
 
 def sparse_linear(
