@@ -323,6 +323,10 @@ def test_the_operators_are_well_defined() -> None:
     x = draw(2, 12, seed=6, dtype=torch.float32)
     arguments = (x, *case.packed, case.bias, 12, "packed")
     torch.library.opcheck(ops.linear, arguments, test_utils=("test_schema", "test_faketensor"))
+    layers = [[part] * 2 for part in (*case.packed, case.bias)]
+    torch.library.opcheck(
+        ops.linears, (x, *layers, 12, "packed"), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_an_unknown_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

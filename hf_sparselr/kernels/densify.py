@@ -13,7 +13,6 @@ from .index import SupportIndex
 from .support import bit, column_bits, expand, expand_pairs, locate, multiply, read_pairs, row_start, stack
 
 _WARPS = 8  # each unpacks rows of its own: so many are a tile that the tensor cores add to
-_COLUMNS = 8  # of a thread
 _STEPS, _STEPS_ADDING = 4, 1  # rows of a warp at a time, without and with B A
 _BAND = 128  # output rows of a program that adds B A: it keeps its part of A for all of them
 _RANK = 64  # of A at a time
@@ -46,7 +45,7 @@ def _densify(
     k = tl.program_id(0) % tiles * 256
     top = tl.program_id(0) // tiles * BAND
     lane = tl.arange(0, 32 * WARPS)
-    shift, below = column_bits(lane % 32, 8)
+    shift, below = column_bits(lane % 32)
     block = k // 64 + lane % 32 // 8
     column = k + tl.arange(0, 256)
     if LOW_RANK and ONE_STEP:
@@ -67,7 +66,7 @@ def _densify(
             if PAIRS:
                 entries = expand_pairs(parts[i][1], parts[i][0], values.dtype.element_ty)
             else:
-                entries, _ = expand(values, parts[i][0], parts[i][1], 8)
+                entries = expand(values, parts[i][0], parts[i][1])
             unpacked = unpacked + (stack(entries).reshape(WARPS, 256),)
         for i in tl.static_range(STEPS):
             row = first + i * WARPS + tl.arange(0, WARPS)
@@ -109,18 +108,17 @@ def _collect(
     ins,
     blocks,
     LANES: tl.constexpr,
-    COLUMNS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
     lane = tl.arange(0, LANES)
-    shift, below = column_bits(lane, COLUMNS)
+    shift, below = column_bits(lane)
     start = row_start(starts, row, blocks, PER_BLOCK)
-    for k in range(0, ins, LANES * COLUMNS):
-        block = k // 64 + lane * COLUMNS // 64
+    for k in range(0, ins, LANES * 8):
+        block = k // 64 + lane // 8
         bits, place = locate(words, offsets, start, row, block, shift, below, blocks, PER_BLOCK, False)
-        at = dense + row.to(tl.int64) * ins + k + lane * COLUMNS
-        for j in tl.static_range(COLUMNS):
+        at = dense + row.to(tl.int64) * ins + k + lane * 8
+        for j in tl.static_range(8):
             kept = bit(bits, j)
             tl.store(values + place, tl.load(at + j, mask=kept != 0, other=0), mask=kept != 0)
             place += kept >> j
@@ -164,6 +162,6 @@ def collect(mask: torch.Tensor, index: SupportIndex, dense: torch.Tensor) -> tor
         return values
     _collect[(outs,)](
         dense.contiguous(), index.words(mask), index.starts, index.offsets, values, index.in_features, blocks,
-        LANES=32 * _WARPS, COLUMNS=_COLUMNS, PER_BLOCK=index.per_block, num_warps=_WARPS,
+        LANES=32 * _WARPS, PER_BLOCK=index.per_block, num_warps=_WARPS,
     )  # fmt: skip
     return values

@@ -1,7 +1,7 @@
 # ruff: noqa: RUF005 (the compiler of these functions knows tuples, but not unpacking)
 """Triton helpers: where the values of a few columns lie, and how they become dense columns.
 
-A thread owns `COLUMNS` consecutive columns of one row; the lanes of a warp own consecutive stretches, so that their
+A thread owns eight consecutive columns of one row; the lanes of a warp own consecutive stretches, so that their
 values are neighbours in memory although nobody knows their places before the mask is read. Everything here works on
 one row at a time in one-dimensional tensors: then a lane's place does not depend on which layout the compiler likes.
 """
@@ -50,9 +50,9 @@ def popcount(word):
 
 
 @triton.jit
-def column_bits(lane, COLUMNS: tl.constexpr):
+def column_bits(lane):
     """(shift, below): the first column of a lane inside its 64-column word, and the bits before it."""
-    shift = ((lane * COLUMNS) % 64).to(tl.uint64)
+    shift = ((lane * 8) % 64).to(tl.uint64)
     return shift, (tl.full(lane.shape, 1, tl.uint64) << shift) - 1
 
 
@@ -94,14 +94,14 @@ def locate(
 
 
 @triton.jit
-def expand(values, bits, place, COLUMNS: tl.constexpr):
-    """(entries, place): the dense entries of a lane's columns, COLUMNS tensors, and the place after the last."""
+def expand(values, bits, place):
+    """The dense entries of a lane's columns, eight tensors; their values lie in order from `place` on."""
     entries = ()
-    for j in tl.static_range(COLUMNS):
+    for j in tl.static_range(8):
         kept = bit(bits, j)
         entries = entries + (tl.load(values + place, mask=kept != 0, other=0),)
         place += kept >> j
-    return entries, place
+    return entries
 
 
 @triton.jit

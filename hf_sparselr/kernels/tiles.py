@@ -163,7 +163,7 @@ def _unpack(values, nonzeros, head, begin, quarter, PAIRS: tl.constexpr, ALIGNED
     """The dense entries of a lane's columns of one row: (lanes, 16)."""
     entries = ()
     for c in tl.static_range(2):
-        shift, below = column_bits(quarter + 4 * c, 8)
+        shift, below = column_bits(quarter + 4 * c)
         bits = (head[0] >> shift).to(tl.int32)
         if PAIRS:
             entries = entries + expand_pairs(head[1 + c], bits, values.dtype.element_ty)
@@ -172,7 +172,7 @@ def _unpack(values, nonzeros, head, begin, quarter, PAIRS: tl.constexpr, ALIGNED
             if ALIGNED and not INTERPRETED:
                 entries = entries + _expand_aligned(values, bits, place, nonzeros)
             else:
-                entries = entries + expand(values, bits, place, 8)[0]
+                entries = entries + expand(values, bits, place)
     return stack(entries)
 
 

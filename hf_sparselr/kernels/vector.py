@@ -34,7 +34,7 @@ def multiply_vector(
     first = program * ROWS
     sample = tl.program_id(1)
     lane = tl.arange(0, LANES)
-    shift, below = column_bits(lane, 8)
+    shift, below = column_bits(lane)
     sums, begin, ahead = (), (), ()
     for i in tl.static_range(ROWS):
         row = tl.minimum(first + i, outs - 1)
@@ -56,7 +56,7 @@ def multiply_vector(
                 bits, place = locate(
                     words, offsets, begin[i], row, block, shift, below, blocks, PER_BLOCK, EVEN
                 )
-                entries = expand(values, bits, place, 8)[0]
+                entries = expand(values, bits, place)
                 total = sums[i]
                 for j in tl.static_range(8):
                     total += entries[j].to(tl.float32) * samples[j]
