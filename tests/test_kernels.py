@@ -160,28 +160,39 @@ def test_layers_share_a_launch(kind: str | float, plan) -> None:
     outs = decode(x, [bundle(case, 192) for case in cases], plan)
     for case, out in zip(cases, outs, strict=True):
         assert_near(out, case.expected(x), dtype)
+        assert torch.equal(out, decode(x, [bundle(case, 192)], plan)[0])
 
 
 @needs_triton
-def test_only_layers_that_are_alike_share_a_launch() -> None:
-    from hf_sparselr.kernels.triton_product import shared_product
+def test_only_layers_that_are_alike_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_sparselr.kernels import triton_product
+    from hf_sparselr.kernels.plan import Plan
 
-    dtype, x = torch.bfloat16, draw(1, 64, seed=6, dtype=torch.bfloat16)
-    first = problem(6, 64, 0.5, dtype=dtype)
-    others = {
-        True: problem(9, 64, 0.7, 1, dtype=dtype),
-        "another pattern": problem(6, 64, "2:4", dtype=dtype),
-        "no factors": problem(6, 64, 0.5, 0, dtype=dtype),
-        "no bias": problem(6, 64, 0.5, bias=False, dtype=dtype),
-    }
-    for name, other in others.items():
-        layers = [(*case.packed, case.bias) for case in (first, other)]
-        outs = shared_product(x, layers, 64, "packed")
-        assert (outs is not None) == (name is True)
-        assert shared_product(x.expand(17, 64), layers, 64, "packed") is None
-        if outs is not None:
-            assert_near(outs[0], first.expected(x), dtype)
-            assert_near(outs[1], other.expected(x), dtype)
+    dtype, launches = torch.bfloat16, []
+    real = triton_product.decode
+    monkeypatch.setattr(
+        triton_product,
+        "decode",
+        lambda x, layers, plan: launches.append(len(layers)) or real(x, layers, plan),
+    )
+    cases = [
+        problem(6, 64, 0.5, dtype=dtype),
+        problem(6, 64, "2:4", dtype=dtype),
+        problem(9, 64, 0.7, 1, dtype=dtype),  # as the first
+        problem(6, 64, 0.5, 0, dtype=dtype),
+        problem(6, 64, 0.5, bias=False, dtype=dtype),
+        problem(7, 64, 0.6, dtype=dtype),  # but for its plan
+    ]
+    layers = [bundle(case, 64) for case in cases]
+    for layer in layers:
+        layer.index.plans[1, layer.rank, dtype] = Plan("vector", 2, 4)
+    layers[2].index.plans[1, 1, dtype] = Plan("vector", 8, 4)  # of the same order
+    layers[5].index.plans[1, 3, dtype] = Plan("vector", 2, 8)
+    x = draw(1, 64, seed=6, dtype=dtype)
+    outs = triton_product.triton_product(x, layers, "auto")
+    assert sorted(launches) == [1, 1, 1, 1, 2]
+    for case, out in zip(cases, outs, strict=True):
+        assert_near(out, case.expected(x), dtype)
 
 
 # Unpacking, and back
@@ -245,7 +256,7 @@ def test_the_chosen_plan_is_followed(rows: int, kernel: str, form: str | None) -
     case = problem(3, 24, 0.5, 1, dtype=torch.bfloat16)
     x, plans = draw(rows, 24, seed=6, dtype=torch.bfloat16), index_of(case.mask, 24).plans
     if form is not None:  # by the next power of two
-        plans[1 << rows.bit_length(), torch.bfloat16, (1, 3)] = Plan(form, 16, 1)
+        plans[1 << rows.bit_length(), 1, torch.bfloat16] = Plan(form, 16, 1)
     (out,) = triton_product(x, [bundle(case, 24)], kernel)
     assert_near(out, case.expected(x), torch.bfloat16)
     assert len(plans) == (form is not None)  # nothing was measured

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_sparselr.bench import kernels as bench
-from hf_sparselr.kernels import ops
+from hf_sparselr.kernels import ops, packed_linears
 from hf_sparselr.kernels.index import index_of
 from hf_sparselr.kernels.timing import milliseconds
 from hf_sparselr.patterns import parse
@@ -95,12 +95,26 @@ def test_a_choice_is_made_once_and_kept_on_disk(tmp_path, monkeypatch: pytest.Mo
     with torch.no_grad():
         assert_near(layer(x), case.expected(x), torch.bfloat16)
     packed = Packed.of(layer.mask, layer.values, layer.A, layer.B, layer.bias, 320)
-    made, without = choice.known(3, [packed]), packed._replace(A=None, B=None)
-    assert made is not None and choice.known(4, [packed]) == made
-    assert choice.known(3, [without]) is None and choice.known(9, [packed]) is None
+    made, without = choice.known(3, packed), packed._replace(A=None, B=None)
+    assert made is not None and choice.known(4, packed) == made
+    assert choice.known(3, without) is None and choice.known(9, packed) is None
     choice._table.cache_clear(), packed.index.plans.clear()
-    assert choice.known(3, [packed]) == made
+    assert choice.known(3, packed) == made
     choice._file.cache_clear(), choice._table.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["2:4", 0.5])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_layers_that_share_a_launch_come_out_as_alone(
+    rows: int, kind: str | float, dtype: torch.dtype
+) -> None:
+    layers = [layer_of(problem(out, 320, kind, dtype=dtype), 320) for out in (500, 96, 7)]
+    parts = [(m.mask, m.values, m.A, m.B, m.bias) for m in layers]
+    x = draw(rows, 320, seed=6, dtype=dtype)
+    with torch.no_grad():
+        for layer, together in zip(layers, packed_linears(x, parts, 320), strict=True):
+            assert torch.equal(layer(x), together)
 
 
 def test_several_streams() -> None:

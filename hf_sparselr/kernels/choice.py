@@ -6,7 +6,7 @@ import logging
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,52 +22,49 @@ logger = logging.getLogger(__name__)
 _MOST_ROWS = 8192  # of x that make a difference to what is the fastest
 
 
-def known(rows: int, layers: Sequence[Packed]) -> Plan | None:
+def known(rows: int, layer: Packed) -> Plan | None:
     """What was chosen for such a product, or None if nothing was."""
-    key, plans = _key(rows, layers), layers[0].index.plans
+    key, plans = _key(rows, layer), layer.index.plans
     plan = plans.get(key)
     if plan is None:
-        plan = _table(layers[0].values.device).get(_name(rows, layers))
+        plan = _table(layer.values.device).get(_name(rows, layer))
         if plan is not None:
             plans[key] = plan
     return plan
 
 
 def choose(
-    rows: int, layers: Sequence[Packed], options: Iterable[Plan], run: Callable[[Plan], list[torch.Tensor]]
+    rows: int, layer: Packed, options: Iterable[Plan], run: Callable[[Plan], list[torch.Tensor]]
 ) -> Plan:
     """The fastest of the options.
 
     Args:
         rows: of x, at least 1.
-        layers: that share a launch, or one.
         run: computes the product by a plan.
     """
-    device = layers[0].values.device
+    device = layer.values.device
     times = {plan: milliseconds(functools.partial(run, plan), device) for plan in options}
     best = min(times, key=times.get)
-    name = _name(rows, layers)
+    name = _name(rows, layer)
     logger.info("%s: %s is the fastest (ms: %s)", name, best, {str(p): round(t, 4) for p, t in times.items()})
-    layers[0].index.plans[_key(rows, layers)] = _table(device)[name] = best
+    layer.index.plans[_key(rows, layer)] = _table(device)[name] = best
     _save(device)
     return best
 
 
-def _key(rows: int, layers: Sequence[Packed]) -> tuple:
-    return _bucket(rows), layers[0].values.dtype, *((layer.rank, layer.index.shape[0]) for layer in layers)
+def _key(rows: int, layer: Packed) -> tuple:
+    return _bucket(rows), layer.rank, layer.values.dtype
 
 
 def _bucket(rows: int) -> int:
     return min(1 << (rows - 1).bit_length(), _MOST_ROWS)
 
 
-def _name(rows: int, layers: Sequence[Packed]) -> str:
-    index, dtype = layers[0].index, str(layers[0].values.dtype).removeprefix("torch.")
-    outs = [layer.index.shape[0] for layer in layers]
-    nonzeros, ranks = sum(layer.index.nonzeros for layer in layers), {layer.rank: None for layer in layers}
-    kind = "2:4" if index.pairs else f"{nonzeros / (sum(outs) * index.in_features):.1f}"
-    shape, rank = ("+".join(map(str, sizes)) for sizes in (outs, ranks))
-    return f"{shape}x{index.in_features} {kind} rank {rank} {dtype} {_bucket(rows)}"
+def _name(rows: int, layer: Packed) -> str:
+    index, dtype = layer.index, str(layer.values.dtype).removeprefix("torch.")
+    outs, ins = index.shape[0], index.in_features
+    kind = "2:4" if index.pairs else f"{index.nonzeros / (outs * ins):.1f}"
+    return f"{outs}x{ins} {kind} rank {layer.rank} {dtype} {_bucket(rows)}"
 
 
 @functools.cache

@@ -96,16 +96,17 @@ def product(inputs, mask, values, A, B, bias, in_features, kernel) -> torch.Tens
 
 
 def products(inputs, layers, in_features, kernel) -> list[torch.Tensor]:
-    """`product` for several layers, each (mask, values, A, B, bias), in one launch where they are alike."""
-    rows = inputs.reshape(-1, in_features)
-    if _uses_triton(rows) and rows.numel() and (setting := _setting(kernel)) != "dense":
-        from .triton_product import shared_product
+    """`product` for several layers, each (mask, values, A, B, bias), in as few launches as may be."""
+    rows, kernel = inputs.reshape(-1, in_features), _setting(kernel)
+    empty = rows.numel() == 0 or not all(mask.shape[0] for mask, *_ in layers)
+    if empty or kernel == "dense" or not _uses_triton(rows):
+        return [product(inputs, *layer, in_features, kernel) for layer in layers]
+    from .decode import Packed
+    from .triton_product import triton_product
 
-        with _on_its_device(rows):
-            outs = shared_product(rows, layers, in_features, setting)
-        if outs is not None:
-            return [out.view(*inputs.shape[:-1], out.shape[1]) for out in outs]
-    return [product(inputs, *layer, in_features, kernel) for layer in layers]
+    with _on_its_device(rows):
+        outs = triton_product(rows, [Packed.of(*layer, in_features) for layer in layers], kernel)
+    return [out.view(*inputs.shape[:-1], out.shape[1]) for out in outs]
 
 
 def _product(rows, mask, values, A, B, bias, in_features, kernel) -> torch.Tensor:

@@ -29,6 +29,11 @@ class Plan:
     split: int = 1
     ahead: bool = False
 
+    @property
+    def order(self) -> tuple:
+        """Of the terms of a sum: packed plans of one order give the same bits."""
+        return self.form, self.warps, self.split
+
     def __str__(self) -> str:
         if self.form in UNPACKED:
             return self.form
@@ -36,7 +41,7 @@ class Plan:
         return f"{self.form} {self.rows} rows {self.warps} warps{more}"
 
 
-VECTOR = (Plan("vector", 4, 4), Plan("vector", 2, 8), Plan("vector", 2, 4), Plan("vector", 8, 4))
+VECTOR = (Plan("vector", 4, 4), Plan("vector", 2, 4), Plan("vector", 8, 4))  # of one order
 TILES = (
     Plan("tiles", 16, 8, split=2),
     Plan("tiles", 16, 4),

@@ -1,5 +1,6 @@
 """The product on a GPU, by the plan that was measured to be the fastest."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -11,41 +12,43 @@ from .unpacked import multiply_unpacked
 
 
 def triton_product(rows: torch.Tensor, layers: Sequence[Packed], kernel: str) -> list[torch.Tensor]:
-    """x S^T + (x A^T) B^T + bias of layers that can share a launch, or of one.
+    """x S^T + (x A^T) B^T + bias of every layer; up to 16 rows, layers that are alike share a launch.
+
+    Each comes out as it would alone, to the bit: layers whose plans sum in different orders do not share one.
 
     Args:
-        rows: x (rows, in), at least one row; for several layers at most `MAX_ROWS`.
-        layers: of one `kind`.
+        rows: x (rows, in), at least one row.
+        layers: with at least one row of S each.
         kernel: "auto" or "packed".
     """
-    count, dtype = rows.shape[0], rows.dtype
+    plans = [_plan(rows, layer, kernel) for layer in layers]
+    launches, outs = defaultdict(list), {}
+    for number, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
+        shares = len(layers) > 1 and plan.form not in UNPACKED and rows.shape[0] <= MAX_ROWS
+        launches[(plan.order, layer.kind) if shares else number].append(number)
+    for numbers in launches.values():
+        largest = max(numbers, key=lambda number: layers[number].index.shape[0])
+        results = _run(rows, [layers[number] for number in numbers], plans[largest])
+        outs.update(zip(numbers, results, strict=True))
+    return [outs[number] for number in range(len(layers))]
+
+
+def _plan(rows: torch.Tensor, layer: Packed, kernel: str) -> Plan:
+    count = rows.shape[0]
     if kernel == "packed" and count <= MAX_ROWS:
-        return decode(rows, layers, packed_plans(count, dtype)[0])
-
-    def run(plan: Plan) -> list[torch.Tensor]:
-        if plan.form in UNPACKED:
-            return [multiply_unpacked(rows, layer, plan) for layer in layers]
-        if count <= MAX_ROWS:
-            return decode(rows, layers, plan)
-        return [torch.cat([decode(x, layers, plan)[0] for x in rows.split(MAX_ROWS)])]
-
-    plan = known(count, layers)
+        return packed_plans(count, rows.dtype)[0]
+    plan = known(count, layer)
     if plan is not None:
-        return run(plan)
-    options = candidates(count, dtype, max(layer.rank for layer in layers))
+        return plan
+    options = candidates(count, rows.dtype, layer.rank)
     if torch.cuda.is_current_stream_capturing():  # nothing can be measured now
-        return run(options[0])
-    return run(choose(count, layers, options, run))
+        return options[0]
+    return choose(count, layer, options, lambda plan: _run(rows, [layer], plan))
 
 
-def shared_product(
-    rows: torch.Tensor, layers: Sequence[tuple], in_features: int, kernel: str
-) -> list[torch.Tensor] | None:
-    """`triton_product` of layers (mask, values, A, B, bias), or None if they are not alike or the rows too many."""
-    if rows.shape[0] > MAX_ROWS or not all(mask.shape[0] for mask, *_ in layers):
-        return None
-    packed = [Packed.of(*layer, in_features) for layer in layers]
-    kind = packed[0].kind
-    if any(layer.kind != kind for layer in packed[1:]):
-        return None
-    return triton_product(rows, packed, kernel)
+def _run(rows: torch.Tensor, layers: list[Packed], plan: Plan) -> list[torch.Tensor]:
+    if plan.form in UNPACKED:
+        return [multiply_unpacked(rows, layer, plan) for layer in layers]
+    if rows.shape[0] <= MAX_ROWS:
+        return decode(rows, layers, plan)
+    return [torch.cat([decode(x, layers, plan)[0] for x in rows.split(MAX_ROWS)])]
