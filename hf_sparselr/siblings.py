@@ -2,7 +2,8 @@
 
 Which layers these are is seen when the model runs: siblings that were called one after the other with one tensor. From
 then on the first of them computes the product of all, and the others find theirs ready. A group that is called
-otherwise too often is given up. Only where nothing is differentiated; under torch.compile only if it was seen before.
+otherwise too often is given up. Only for few rows and where nothing is differentiated, not in inference mode, whose
+tensors do not show edits; under torch.compile only if it was seen before.
 """
 
 import weakref
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from .kernels import packed_linears
+from .kernels.plan import MAX_ROWS
 
 MOST_MISSES = 3  # calls in which a group was no group: an interrupted run may be one
 
@@ -28,7 +30,7 @@ class Siblings:
     """
 
     def __init__(self, layers: list["SparseLRLinear"]) -> None:
-        self.layers = layers
+        self.layers = [weakref.ref(layer) for layer in layers]  # which hold this: models must die at once
         self.groups: list[list[int] | None] = [None] * len(
             layers
         )  # by the first of each: who shares its input
@@ -43,17 +45,21 @@ class Siblings:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and files: without what belongs to one run."""
-        return {"layers": self.layers, "groups": self.groups, "_misses": self._misses}
+        layers = [layer() for layer in self.layers]
+        return {"layers": layers, "groups": self.groups, "_misses": self._misses}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self.layers = [_gone if layer is None else weakref.ref(layer) for layer in self.layers]
         self._forget()
 
     def __call__(self, layer: "SparseLRLinear", inputs: torch.Tensor) -> torch.Tensor:
         """The product of one of the layers: x (..., in) to (..., out)."""
-        number, state = layer.number, _state(inputs)
-        if self.layers[number] is not layer:  # a shallow copy
+        compiling = torch.compiler.is_compiling()
+        number = layer.number
+        if self.layers[number]() is not layer or (not compiling and inputs.is_inference()):  # a shallow copy
             return layer.product(inputs, layer.A, layer.B)
+        state = () if compiling else _state(inputs)  # in one graph a tensor is a value
         ready = self._ready  # read once: another thread may run the model
         if ready is not None:
             known, its_state, first, outputs = ready
@@ -68,11 +74,12 @@ class Siblings:
                 self.groups[first] = None
         group = self.groups[number]
         if group is None:
-            if not torch.compiler.is_compiling():
+            if not compiling:
                 self._watch(number, inputs, state)
             return layer.product(inputs, layer.A, layer.B)
-        members = [self.layers[i] for i in group]
-        if not all(_is_at_hand(member, layer) for member in members):
+        members = [self.layers[i]() for i in group]
+        few = inputs.numel() <= MAX_ROWS * layer.in_features
+        if not few or not all(_is_at_hand(member, layer) for member in members):
             return layer.product(inputs, layer.A, layer.B)
         outputs = packed_linears(
             inputs, [(m.mask, m.values, m.A, m.B, m.bias) for m in members], layer.in_features, layer.kernel
@@ -82,12 +89,14 @@ class Siblings:
 
     def _watch(self, number: int, inputs: torch.Tensor, state: tuple) -> None:
         same = self._seen is not None and self._seen() is inputs and self._seen_state == state
-        if not same or number in self._run:
-            self._seen, self._seen_state, self._run = weakref.ref(inputs), state, []
-        self._run.append(number)
-        first = self._run[0]
-        if len(self._run) > 1 and self._misses[first] < MOST_MISSES:
-            self.groups[first] = list(self._run)
+        run = [*self._run, number] if same and number not in self._run else [number]
+        self._seen, self._seen_state, self._run = weakref.ref(inputs), state, run
+        if len(run) > 1 and self._misses[run[0]] < MOST_MISSES:
+            self.groups[run[0]] = run
+
+
+def _gone() -> None:
+    """A reference to a layer that was gone when its siblings were copied."""
 
 
 def link_siblings(model: nn.Module) -> None:
@@ -108,14 +117,16 @@ def link_siblings(model: nn.Module) -> None:
 
 
 def _state(inputs: torch.Tensor) -> tuple:
-    """What must not change between the calls of a group: the values of the input, and the stream of the work."""
-    if torch.compiler.is_compiling():  # one graph: a tensor is a value
-        return ()
-    version = 0 if inputs.is_inference() else inputs._version
-    return version, torch.cuda.current_stream(inputs.device) if inputs.is_cuda else None
+    """What must not change between the calls of a group: the input's values, the stream, the dtype of the work."""
+    kind = inputs.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    stream = torch.cuda.current_stream(inputs.device) if inputs.is_cuda else None
+    return inputs._version, stream, autocast, torch.is_inference_mode_enabled()
 
 
-def _is_at_hand(member: "SparseLRLinear", layer: "SparseLRLinear") -> bool:
+def _is_at_hand(member: "SparseLRLinear | None", layer: "SparseLRLinear") -> bool:
     """Whether a layer can be computed with another: not offloaded, not sharded by itself, of the same settings."""
-    alike = type(member.values) is type(layer.values) and member.values.device == layer.values.device
-    return alike and member.kernel == layer.kernel
+    if member is None or member.kernel != layer.kernel:
+        return False
+    mine, other = layer.values, member.values
+    return type(mine) is type(other) and mine.device == other.device and mine.dtype == other.dtype

@@ -10,6 +10,7 @@ import logging
 import pytest
 import torch
 from kernel_cases import CUDA, DEVICE, SUPPORTS, Problem, assert_near, draw, layer_of, problem
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -298,6 +299,18 @@ def test_sums_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
     out = native.multiply(x, mask, values, None, None, bias.to(dtype), row_starts(mask))
     expected = (x.float() + bias.to(dtype).float()).to(dtype)
     assert torch.equal(out[:-1], expected[:-1]) and out[-1].isnan()
+
+
+@needs_native
+def test_only_memory_of_the_cpu_is_given_to_c() -> None:
+    case = problem(6, 20, 0.5)
+    mask, values = case.mask.cpu(), case.values.cpu()
+    assert native.takes(mask, values, torch.nn.Parameter(values))
+    assert not native.takes(mask, values.to("meta"))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert not native.takes(mode.from_tensor(values))
+    with pytest.raises(ValueError, match="values hold 1 entries: the mask keeps"):
+        native.unpack(mask, values[:1], row_starts(mask), 20)
 
 
 # The entry

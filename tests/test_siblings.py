@@ -1,7 +1,9 @@
 """Layers that share their input: found by watching, computed together, given up where the model calls otherwise."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -114,7 +116,7 @@ def test_any_order_of_calls_gives_the_products(calls: list, inference: bool) -> 
         for number, which, fresh in calls:
             if fresh:
                 xs[which] = xs[which] + 1
-            elif not inference:
+            else:
                 xs[which].add_(1)
             torch.testing.assert_close(layers[number](xs[which]), alone(layers[number], xs[which]))
 
@@ -146,7 +148,7 @@ def test_copies_and_files_keep_what_was_seen() -> None:
     torch.save(module, file)
     file.seek(0)
     for other in (copy.deepcopy(module), torch.load(file, weights_only=False)):
-        assert other.part0.siblings.groups[0] == [0, 1] and other.part0.siblings.layers[1] is other.part1
+        assert other.part0.siblings.groups[0] == [0, 1] and other.part0.siblings.layers[1]() is other.part1
         call(other, [(0, x), (1, x)])
 
 
@@ -176,3 +178,28 @@ def test_compiled_in_one_graph() -> None:
 def test_one_layer_of_its_width_has_no_siblings() -> None:
     module = parent(8)
     assert module.part0.siblings is None and module.part0.values.device.type == DEVICE
+
+
+def test_a_model_dies_at_once() -> None:
+    module = parent(8, 4)
+    layer = weakref.ref(module.part0)
+    gc.disable()
+    try:
+        del module
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+def test_a_member_of_another_dtype_is_left_alone() -> None:
+    module, x = parent(8, 4), inputs()
+    call(module, [(0, x), (1, x)])
+    module.part0.double()
+    call(module, [(0, x.double()), (1, x)])
+
+
+def test_many_rows_are_computed_one_layer_after_the_other() -> None:
+    module = parent(8, 4)
+    x = draw(17, WIDTH, seed=0, dtype=torch.float32)
+    call(module, [(0, x), (1, x), (0, x)])
+    assert module.part0.siblings.groups[0] == [0, 1] and module.part0.siblings._ready is None

@@ -103,7 +103,7 @@ def _packed(args: argparse.Namespace, sparsity: str) -> nn.Module:
     return model
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as `generate` does
 def _measure(args: argparse.Namespace, build: Any) -> dict[str, float]:
     on_cuda = args.device.startswith("cuda")
     model = build().requires_grad_(False)

@@ -165,6 +165,7 @@ ROWS(f32, float)
 ROWS(f16, uint16_t)
 ROWS(bf16, uint16_t)
 
+#if defined(__clang__) || __GNUC__ >= 10 /* that know these instructions */
 /* 32 columns at a time, which are multiplied in pairs. */
 PAIRED static float paired_bf16(ROW(uint16_t)) {
   int64_t byte = 0;
@@ -184,12 +185,18 @@ PAIRED static float paired_bf16(ROW(uint16_t)) {
   return _mm512_reduce_add_ps(_mm512_add_ps(even, odd)) + rest;
 }
 
+#define HAS_PAIRED __builtin_cpu_supports("avx512bf16")
+#else
+#define HAS_PAIRED 0
+#define paired_bf16 wide_bf16
+#endif
+
 static int has_wide() { return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vl"); }
 static row_f32 choose_f32() { return has_wide() ? wide_f32 : narrow_f32; }
 static row_f16 choose_f16() { return has_wide() ? wide_f16 : narrow_f16; }
 static row_bf16 choose_bf16() {
   if (!has_wide()) return narrow_bf16;
-  return __builtin_cpu_supports("avx512bf16") ? paired_bf16 : wide_bf16;
+  return HAS_PAIRED ? paired_bf16 : wide_bf16;
 }
 
 PRODUCT(f32, float)
@@ -233,6 +240,16 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in _KINDS and _library() is not None
 
 
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether all are in the memory that C reads: on the CPU, and no subclass, which may stand for anything."""
+    return all(t.device.type == "cpu" and type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def _check_values(values: torch.Tensor, starts: torch.Tensor) -> None:
+    if values.numel() != int(starts[-1]):
+        raise ValueError(f"values hold {values.numel()} entries: the mask keeps {int(starts[-1])}")
+
+
 def multiply(
     inputs: torch.Tensor,
     mask: torch.Tensor,
@@ -253,6 +270,7 @@ def multiply(
     Returns:
         (out,), the dtype of the inputs.
     """
+    _check_values(values, starts)
     given = [None if t is None else t.contiguous() for t in (mask, values, starts, inputs, A, B, bias)]
     y = inputs.new_empty(len(mask))
     done = getattr(_library(), f"multiply_{_KINDS[values.dtype]}")(
@@ -266,6 +284,7 @@ def multiply(
 
 def unpack(mask: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, in_features: int) -> torch.Tensor:
     """`packing.unpack`: S (out, in), the dtype of the values; `starts` as for `multiply`."""
+    _check_values(values, starts)
     given = [tensor.contiguous() for tensor in (mask, values, starts)]
     dense = values.new_empty(len(mask), in_features)
     getattr(_library(), f"unpack_{8 * values.element_size()}")(
@@ -277,7 +296,7 @@ def unpack(mask: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, in_fe
 @functools.cache
 def _places() -> torch.Tensor:
     """int32 (256, 8): the rank of each set bit among those of its byte, -1 for the others."""
-    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    bits = (torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1
     return torch.where(bits == 1, bits.cumsum(1) - 1, -1).to(torch.int32)
 
 

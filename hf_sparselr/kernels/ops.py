@@ -119,7 +119,7 @@ def _product(rows, mask, values, A, B, bias, in_features, kernel) -> torch.Tenso
         from .triton_product import triton_product
 
         return triton_product(rows, [Packed.of(mask, values, A, B, bias, in_features)], kernel)[0]
-    if not rows.is_cuda and len(rows) == 1 and native.supports(values.dtype):
+    if len(rows) == 1 and native.takes(rows, mask, values) and native.supports(values.dtype):
         return native.multiply(rows[0], mask, values, A, B, bias, row_starts(mask))[None]
     return reference_linear(rows, mask, values, A, B, bias, in_features)
 

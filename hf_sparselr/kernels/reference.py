@@ -30,7 +30,7 @@ class _SparseLinear(torch.autograd.Function):
 
 def _unpack(mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:
     """`unpack`, in C where nothing has to follow it: no second derivative, no compiler."""
-    plain = values.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not native.takes(mask, values)
     if plain or not native.supports(values.dtype):
         return unpack(mask, values, in_features)
     return native.unpack(mask, values, row_starts(mask), in_features)
