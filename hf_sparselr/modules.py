@@ -80,6 +80,11 @@ class SparseLRLinear(nn.Linear):
         return layer
 
     @property
+    def parts(self) -> tuple[torch.Tensor | None, ...]:
+        """(mask, values, A, B, bias), as the kernels take a layer."""
+        return self.mask, self.values, self.A, self.B, self.bias
+
+    @property
     def rank(self) -> int:
         return 0 if self.A is None else self.A.shape[0]
 

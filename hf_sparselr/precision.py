@@ -8,6 +8,7 @@ import torch
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 LEVELS = {"fp32": "highest", "tf32": "high", "bf16": "high"}  # of the FP32 products beside those in BF16
+_OWN = {**LEVELS, "bf16": "medium"}  # of FP32 products that are themselves to be in a precision, off CUDA
 LARGE = 2**22  # weights: above, work on a layer is bound by arithmetic and memory; below, by launches
 
 
@@ -40,12 +41,9 @@ def _cpu_has_bf16() -> bool:
 
 def product(left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Tensor:
     """left @ right of FP32 matrices in "fp32", "tf32" or "bf16": rounded factors, FP32 sums."""
-    if precision == "bf16" and not left.is_cuda:
-        with matmuls("medium"):
-            return left @ right
-    if precision == "bf16":
+    if precision == "bf16" and left.is_cuda:
         return torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32)
-    with matmuls(LEVELS[precision]):
+    with matmuls(_OWN[precision]):
         return left @ right
 
 
@@ -53,13 +51,10 @@ def subtract_product(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, precision: str
 ) -> torch.Tensor:
     """total - left @ right, see `product`, in the place of `total`."""
-    if precision == "bf16" and not total.is_cuda:
-        with matmuls("medium"):
-            return total.addmm_(left, right, alpha=-1)
-    if precision == "bf16":
+    if precision == "bf16" and total.is_cuda:
         factors = left.bfloat16(), right.bfloat16()
         return torch.addmm(total, *factors, out_dtype=torch.float32, alpha=-1, out=total)
-    with matmuls(LEVELS[precision]):
+    with matmuls(_OWN[precision]):
         return total.addmm_(left, right, alpha=-1)
 
 

@@ -31,9 +31,8 @@ class Siblings:
 
     def __init__(self, layers: list["SparseLRLinear"]) -> None:
         self.layers = [weakref.ref(layer) for layer in layers]  # which hold this: models must die at once
-        self.groups: list[list[int] | None] = [None] * len(
-            layers
-        )  # by the first of each: who shares its input
+        # By the first of each: who shares its input.
+        self.groups: list[list[int] | None] = [None] * len(layers)
         self._misses = [0] * len(layers)
         self._forget()
 
@@ -57,7 +56,8 @@ class Siblings:
         """The product of one of the layers: x (..., in) to (..., out)."""
         compiling = torch.compiler.is_compiling()
         number = layer.number
-        if self.layers[number]() is not layer or (not compiling and inputs.is_inference()):  # a shallow copy
+        is_copy = self.layers[number]() is not layer  # a shallow one, with values of its own
+        if is_copy or (not compiling and inputs.is_inference()):
             return layer.product(inputs, layer.A, layer.B)
         state = () if compiling else _state(inputs)  # in one graph a tensor is a value
         ready = self._ready  # read once: another thread may run the model
@@ -81,9 +81,8 @@ class Siblings:
         few = inputs.numel() <= MAX_ROWS * layer.in_features
         if not few or not all(_is_at_hand(member, layer) for member in members):
             return layer.product(inputs, layer.A, layer.B)
-        outputs = packed_linears(
-            inputs, [(m.mask, m.values, m.A, m.B, m.bias) for m in members], layer.in_features, layer.kernel
-        )
+        parts = [member.parts for member in members]
+        outputs = packed_linears(inputs, parts, layer.in_features, layer.kernel)
         self._ready = inputs, state, number, dict(zip(group[1:], outputs[1:], strict=True))
         return outputs[0]
 

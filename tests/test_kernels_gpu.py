@@ -94,7 +94,7 @@ def test_a_choice_is_made_once_and_kept_on_disk(tmp_path, monkeypatch: pytest.Mo
     layer, x = layer_of(case, 320), draw(3, 320, seed=6, dtype=torch.bfloat16)
     with torch.no_grad():
         assert_near(layer(x), case.expected(x), torch.bfloat16)
-    packed = Packed.of(layer.mask, layer.values, layer.A, layer.B, layer.bias, 320)
+    packed = Packed.of(*layer.parts, 320)
     made, without = choice.known(3, packed), packed._replace(A=None, B=None)
     assert made is not None and choice.known(4, packed) == made
     assert choice.known(3, without) is None and choice.known(9, packed) is None
@@ -110,7 +110,7 @@ def test_layers_that_share_a_launch_come_out_as_alone(
     rows: int, kind: str | float, dtype: torch.dtype
 ) -> None:
     layers = [layer_of(problem(out, 320, kind, dtype=dtype), 320) for out in (500, 96, 7)]
-    parts = [(m.mask, m.values, m.A, m.B, m.bias) for m in layers]
+    parts = [layer.parts for layer in layers]
     x = draw(rows, 320, seed=6, dtype=dtype)
     with torch.no_grad():
         for layer, together in zip(layers, packed_linears(x, parts, 320), strict=True):

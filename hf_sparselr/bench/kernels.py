@@ -176,8 +176,7 @@ def _chosen(layer: SparseLRLinear, rows: int) -> str:
     from ..kernels.choice import known
     from ..kernels.decode import Packed
 
-    parts = layer.mask, layer.values, layer.A, layer.B, layer.bias
-    return str(known(rows, Packed.of(*parts, layer.in_features)))
+    return str(known(rows, Packed.of(*layer.parts, layer.in_features)))
 
 
 def _table(results: list[dict[str, Any]]) -> str:

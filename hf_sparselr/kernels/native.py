@@ -35,8 +35,7 @@ static __m256 read_bf16(const uint16_t *v) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
-/* The next values at the set bits of 16 columns, zero elsewhere. 16 are read, wanted or not: the form that reads
-   no more than are wanted is several times slower on some CPUs. */
+/* The next values at the set bits of 16 columns, zero elsewhere. 16 are read, wanted or not. */
 WIDE static __m512 expand_f32(__mmask16 bits, const float *v) {
   return _mm512_maskz_expand_ps(bits, _mm512_loadu_ps(v));
 }

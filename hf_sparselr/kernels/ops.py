@@ -89,23 +89,21 @@ def _on_its_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 
 def product(inputs, mask, values, A, B, bias, in_features, kernel) -> torch.Tensor:
     """x S^T + (x A^T) B^T + bias: (..., in) to (..., out), by the fastest way."""
-    rows = inputs.reshape(-1, in_features)
-    with _on_its_device(rows):
-        out = _product(rows, mask, values, A, B, bias, in_features, _setting(kernel))
-    return out.view(*inputs.shape[:-1], len(mask))
+    return products(inputs, [(mask, values, A, B, bias)], in_features, kernel)[0]
 
 
 def products(inputs, layers, in_features, kernel) -> list[torch.Tensor]:
     """`product` for several layers, each (mask, values, A, B, bias), in as few launches as may be."""
     rows, kernel = inputs.reshape(-1, in_features), _setting(kernel)
     empty = rows.numel() == 0 or not all(mask.shape[0] for mask, *_ in layers)
-    if empty or kernel == "dense" or not _uses_triton(rows):
-        return [product(inputs, *layer, in_features, kernel) for layer in layers]
-    from .decode import Packed
-    from .triton_product import triton_product
-
     with _on_its_device(rows):
-        outs = triton_product(rows, [Packed.of(*layer, in_features) for layer in layers], kernel)
+        if empty or kernel == "dense" or not _uses_triton(rows):
+            outs = [_product(rows, *layer, in_features, kernel) for layer in layers]
+        else:
+            from .decode import Packed
+            from .triton_product import triton_product
+
+            outs = triton_product(rows, [Packed.of(*layer, in_features) for layer in layers], kernel)
     return [out.view(*inputs.shape[:-1], out.shape[1]) for out in outs]
 
 
@@ -114,11 +112,6 @@ def _product(rows, mask, values, A, B, bias, in_features, kernel) -> torch.Tenso
         return rows.new_zeros((len(rows), len(mask))) if bias is None else bias.repeat(len(rows), 1)
     if kernel == "dense":
         return F.linear(rows, _resident(mask, values, A, B, in_features), bias)
-    if _uses_triton(values):
-        from .decode import Packed
-        from .triton_product import triton_product
-
-        return triton_product(rows, [Packed.of(mask, values, A, B, bias, in_features)], kernel)[0]
     if len(rows) == 1 and native.takes(rows, mask, values) and native.supports(values.dtype):
         return native.multiply(rows[0], mask, values, A, B, bias, row_starts(mask))[None]
     return reference_linear(rows, mask, values, A, B, bias, in_features)
