@@ -62,7 +62,7 @@ def test_rounding_the_large_product_does_not_show(sparsity):
         precision: method.solve(weight, gram, parse(sparsity), 16, method.options(precision=precision)).stats
         for precision in ("fp32", "tf32", "bf16", "auto")
     }
-    assert found["auto"]["precision"] == "bf16"
+    assert found["auto"]["precision"] != "fp32"
     for stats in found.values():
         assert stats["objective"] == pytest.approx(found["fp32"]["objective"], rel=0.01)
 
