@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,6 +262,20 @@ def test_the_chosen_plan_is_followed(rows: int, kernel: str, form: str | None) -
     (out,) = triton_product(x, [bundle(case, 24)], kernel)
     assert_near(out, case.expected(x), torch.bfloat16)
     assert len(plans) == (form is not None)  # nothing was measured
+
+
+@needs_triton
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"name": 1}', '{"name": {"speed": 2}}'])
+def test_a_damaged_table_is_as_none(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_sparselr.kernels import choice
+
+    (tmp_path / "table.json").write_text(text)
+    monkeypatch.setattr(choice, "_file", lambda device: tmp_path / "table.json")
+    choice._table.cache_clear()
+    try:
+        assert choice.known(1, bundle(problem(3, 24, 0.5), 24)) is None
+    finally:
+        choice._table.cache_clear()
 
 
 # The CPU

@@ -79,9 +79,14 @@ def _file(device: torch.device) -> Path:
 def _table(device: torch.device) -> dict[str, Plan]:
     try:
         stored = json.loads(_file(device).read_text())
-    except (OSError, ValueError):
+        return {key: Plan(**plan) for key, plan in stored.items()}
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):  # no file, or not what was written: measure again
         return {}
-    return {key: Plan(**plan) for key, plan in stored.items()}
 
 
 def _save(device: torch.device) -> None:
