@@ -81,9 +81,8 @@ def peak(make) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory_of_factors_is_below_dense_lora(dtype, adapter):
     prepare = hf_sparselr.as_peft_model if adapter else hf_sparselr.train_mode
-    train(
-        prepare(build(dtype)), 1
-    )  # cuBLAS takes its workspace once, and the fastest plans are measured once
+    # Once, before the peaks: cuBLAS takes its workspace, and the fastest plans are measured.
+    train(prepare(build(dtype)), 1)
     layers = packed_layers(build(dtype)).values()
     sizes = [layer.in_features * layer.out_features * dtype.itemsize for layer in layers]
     kept = [t for layer in layers for t in (layer.mask, layer.values)]

@@ -80,13 +80,8 @@ def _table(device: torch.device) -> dict[str, Plan]:
     try:
         stored = json.loads(_file(device).read_text())
         return {key: Plan(**plan) for key, plan in stored.items()}
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ):  # no file, or not what was written: measure again
-        return {}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # no file, or not what was written: measure again
 
 
 def _save(device: torch.device) -> None:
