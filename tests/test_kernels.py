@@ -197,6 +197,47 @@ def test_only_layers_that_are_alike_share_a_launch(monkeypatch: pytest.MonkeyPat
         assert_near(out, case.expected(x), dtype)
 
 
+# Blocks
+
+
+def blocks(x: torch.Tensor, case: Problem, split: int) -> torch.Tensor:
+    from hf_sparselr.kernels.blocks import multiply_blocks
+    from hf_sparselr.kernels.plan import Plan
+
+    return multiply_blocks(x, bundle(case, x.shape[1]), Plan("blocks", 64, 4, split=split))
+
+
+@needs_triton
+@pytest.mark.parametrize("split", [1, 2, 5])
+@pytest.mark.parametrize(("out", "n", "kind"), SUPPORTS)
+def test_blocks(out: int, n: int, kind: str | float, split: int) -> None:
+    case = problem(out, n, kind, dtype=torch.bfloat16)
+    x = draw(17, n, seed=6, dtype=torch.bfloat16)
+    assert_near(blocks(x, case, split), case.expected(x), torch.bfloat16)
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", [0.5, "2:4"])
+@pytest.mark.parametrize(
+    ("rows", "rank", "bias"), [(1, 0, False), (9, 33, True), (40, 64, False), (130, 70, True)]
+)
+def test_blocks_of_many_rows_ranks_and_bias(kind: str | float, rows: int, rank: int, bias: bool) -> None:
+    case = problem(70, 320, kind, rank, bias, torch.float16)
+    x = draw(rows, 320, seed=6, dtype=torch.float16)
+    for split in (1, 3):
+        assert_near(blocks(x, case, split), case.expected(x), torch.float16)
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", [0.5, "2:4"])
+def test_blocks_take_values_at_any_address(kind: str | float) -> None:
+    case = problem(4, 64, kind, dtype=torch.bfloat16)
+    case.values = torch.cat([case.values[:1], case.values])[1:]
+    assert case.values.data_ptr() % 8
+    x = draw(20, 64, seed=6, dtype=torch.bfloat16)
+    assert_near(blocks(x, case, 1), case.expected(x), torch.bfloat16)
+
+
 # Unpacking, and back
 
 
@@ -227,29 +268,33 @@ def test_densify_in_16_bits(out: int, n: int, kind: str | float, rank: int) -> N
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    ("rows", "dtype"), [(1, torch.float32), (1, torch.bfloat16), (20, torch.bfloat16), (70, torch.bfloat16)]
-)
+@pytest.mark.parametrize("rows", [1, 9, 20, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_that_is_worth_trying_gives_the_product(rows: int, dtype: torch.dtype) -> None:
-    from hf_sparselr.kernels.plan import MAX_ROWS, MOST_PACKED_ROWS, UNPACKED, candidates
-    from hf_sparselr.kernels.unpacked import multiply_unpacked
+    from hf_sparselr.kernels.plan import candidates
+    from hf_sparselr.kernels.triton_product import _run
 
     x = draw(rows, 24, seed=6, dtype=dtype)
     for rank, bias in ((1, True), (0, False)):
         case = problem(3, 24, 0.5, rank, bias, dtype)
-        forms = set()
-        for plan in candidates(rows, dtype, rank):
-            forms.add(plan.form)
-            if plan.form in UNPACKED:
-                assert_near(multiply_unpacked(x, bundle(case, 24), plan), case.expected(x), dtype)
-            else:
-                assert_near(decode(x[:MAX_ROWS], case, plan), case.expected(x[:MAX_ROWS]), dtype)
-        assert ("beside" in forms) == (rank > 0 and rows > MOST_PACKED_ROWS)
+        plans = candidates(rows, dtype, rank)
+        for plan in plans:
+            assert_near(_run(x, [bundle(case, 24)], plan)[0], case.expected(x), dtype)
+        assert {plan.form for plan in plans} == expected_forms(rows, dtype, rank)
+
+
+def expected_forms(rows: int, dtype: torch.dtype, rank: int) -> set[str]:
+    if rows > 16:
+        few = {"blocks"} if dtype == torch.bfloat16 and rows <= 256 else set()
+        return few | ({"folded", "beside"} if rank else {"folded"})
+    if dtype == torch.float32 or rows == 1:
+        return {"vector", "folded"}
+    return {"tiles", "folded"} | ({"blocks"} if rows > 8 else set())
 
 
 @needs_triton
 @pytest.mark.parametrize(("rows", "kernel", "form"), [
-    (1, "packed", None), (9, "packed", None), (3, "auto", "vector"), (20, "auto", "tiles"), (20, "auto", "beside"),
+    (1, "packed", None), (9, "packed", None), (3, "auto", "vector"), (20, "auto", "blocks"), (20, "auto", "beside"),
 ])  # fmt: skip
 def test_the_chosen_plan_is_followed(rows: int, kernel: str, form: str | None) -> None:
     from hf_sparselr.kernels.plan import Plan

@@ -84,11 +84,11 @@ def decode(inputs: torch.Tensor, layers: Sequence[Packed], plan: Plan) -> list[t
     us = _low_rank(inputs, layers, dependent) if low_rank else [inputs] * len(layers)
     ys = [inputs.new_empty((count, layer.index.shape[0])) for layer in layers]
     tile = plan.warps * (64 if plan.form == "tiles" else 256)  # columns of a program at a time
-    span = _ceil(_ceil(ins, tile), plan.split) * tile
-    split = _ceil(ins, span)
+    span = ceil_div(ceil_div(ins, tile), plan.split) * tile
+    split = ceil_div(ins, span)
     parts = ys if split == 1 else [y.new_empty((split, *y.shape), dtype=torch.float32) for y in ys]
     arguments = tuple(map(_arguments, layers, us, ys, parts))
-    ends = tuple(accumulate(_ceil(y.shape[1], plan.rows) for y in ys))
+    ends = tuple(accumulate(ceil_div(y.shape[1], plan.rows) for y in ys))
     sizes = inputs, arguments, ends, ins, one.index.shape[1]
     constants = {
         "ROWS": plan.rows, "PER_BLOCK": one.index.per_block, "PAIRS": can_pair(one.index, one.values),
@@ -105,7 +105,7 @@ def decode(inputs: torch.Tensor, layers: Sequence[Packed], plan: Plan) -> list[t
     multiply_tiles[ends[-1], split](*sizes, count, span, BATCH=8 if count <= 8 else 16, **constants)
     if split > 1:
         for y, part in zip(ys, parts, strict=True):
-            add_parts[(_ceil(y.numel(), 512),)](part, y, y.numel(), SPLIT=split, WIDTH=512)
+            add_parts[(ceil_div(y.numel(), 512),)](part, y, y.numel(), SPLIT=split, WIDTH=512)
     return ys
 
 
@@ -117,7 +117,7 @@ def _arguments(layer: Packed, u: torch.Tensor, y: torch.Tensor, part: torch.Tens
     return *support, *rest, y.shape[1], layer.rank
 
 
-def _ceil(number: int, size: int) -> int:
+def ceil_div(number: int, size: int) -> int:
     """Parts of a size that hold so many; `triton.cdiv` takes microseconds."""
     return -(-number // size)
 

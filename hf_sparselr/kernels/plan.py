@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-MAX_ROWS = 16  # of x that one packed product takes
-MOST_PACKED_ROWS = 4 * MAX_ROWS  # above, the dense product is bound by arithmetic
-
-UNPACKED = ("folded", "beside")
+DECODE = ("vector", "tiles")  # forms
+MAX_ROWS = 16  # of x that they take
+BLOCK_ROWS = range(
+    9, 257
+)  # for which "blocks" is worth trying: fewer leave its tiles empty, more unpack S too often
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,11 @@ class Plan:
 
     Attributes:
         form: reads the packed S: "vector" multiplies one row of x in FP32 registers, "tiles" gives up to 16 rows of 16
-            bits to the tensor cores. Unpacks S first: "folded" multiplies by S + B A, "beside" by S, B and A.
+            bits to the tensor cores, "blocks" more of them. Unpacks S first: "folded" multiplies by S + B A, "beside"
+            by S, B and A.
         rows: output rows of a program, a power of two ("tiles": at least 16).
         warps: of a program.
-        split: programs that share output rows, each with a part of the columns ("tiles" only).
+        split: programs that share output rows, each with a part of the columns (not for "vector").
         ahead: read the mask of the next columns, of 2:4 also the values, before multiplying these ("tiles" only).
     """
 
@@ -35,7 +37,7 @@ class Plan:
         return self.form, self.warps, self.split
 
     def __str__(self) -> str:
-        if self.form in UNPACKED:
+        if not self.rows:
             return self.form
         more = f" / {self.split}" * (self.split > 1) + " ahead" * self.ahead
         return f"{self.form} {self.rows} rows {self.warps} warps{more}"
@@ -51,6 +53,7 @@ TILES = (
     Plan("tiles", 16, 4, split=4, ahead=True),
     Plan("tiles", 16, 2, split=4, ahead=True),
 )
+BLOCKS = tuple(Plan("blocks", 64, 4, split=split) for split in (1, 2, 4, 8))
 
 
 def packed_plans(rows: int, dtype: torch.dtype) -> tuple[Plan, ...]:
@@ -62,9 +65,9 @@ def packed_plans(rows: int, dtype: torch.dtype) -> tuple[Plan, ...]:
 
 def candidates(rows: int, dtype: torch.dtype, rank: int) -> tuple[Plan, ...]:
     """What is worth trying for so many rows of x."""
-    unpacked = (Plan("folded"), Plan("beside")) if rank else (Plan("folded"),)
-    if rows > MOST_PACKED_ROWS:
-        return unpacked
-    if dtype.itemsize != 2 and rows > MAX_ROWS:
-        return unpacked[:1]
-    return (*packed_plans(rows, dtype), unpacked[0])
+    packed = packed_plans(rows, dtype) if rows <= MAX_ROWS else ()
+    if dtype.itemsize == 2 and rows in BLOCK_ROWS:
+        packed += BLOCKS
+    if rank and rows > MAX_ROWS:
+        return (*packed, Plan("folded"), Plan("beside"))
+    return (*packed, Plan("folded"))

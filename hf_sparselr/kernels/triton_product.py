@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
+from .blocks import multiply_blocks
 from .choice import choose, known
 from .decode import Packed, decode
-from .plan import MAX_ROWS, UNPACKED, Plan, candidates, packed_plans
+from .plan import DECODE, MAX_ROWS, Plan, candidates, packed_plans
 from .unpacked import multiply_unpacked
 
 
@@ -24,7 +25,7 @@ def triton_product(rows: torch.Tensor, layers: Sequence[Packed], kernel: str) ->
     plans = [_plan(rows, layer, kernel) for layer in layers]
     launches, outs = defaultdict(list), {}
     for number, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
-        shares = len(layers) > 1 and plan.form not in UNPACKED and rows.shape[0] <= MAX_ROWS
+        shares = len(layers) > 1 and plan.form in DECODE
         launches[(plan.order, layer.kind) if shares else number].append(number)
     for numbers in launches.values():
         largest = max(numbers, key=lambda number: layers[number].index.shape[0])
@@ -47,8 +48,7 @@ def _plan(rows: torch.Tensor, layer: Packed, kernel: str) -> Plan:
 
 
 def _run(rows: torch.Tensor, layers: list[Packed], plan: Plan) -> list[torch.Tensor]:
-    if plan.form in UNPACKED:
-        return [multiply_unpacked(rows, layer, plan) for layer in layers]
-    if rows.shape[0] <= MAX_ROWS:
+    if plan.form in DECODE:
         return decode(rows, layers, plan)
-    return [torch.cat([decode(x, layers, plan)[0] for x in rows.split(MAX_ROWS)])]
+    multiply = multiply_blocks if plan.form == "blocks" else multiply_unpacked
+    return [multiply(rows, layer, plan) for layer in layers]

@@ -1,0 +1,147 @@
+"""y = x S^T + (x A^T) B^T + bias for 9 to 256 rows of x, S unpacked tile by tile for the tensor cores (Triton).
+
+Between `decode`, for which a tile has too few products, and `unpacked`, for which writing S once and reading it again
+is next to nothing: a program unpacks a tile of S in registers and hands it to the tensor cores through shared memory.
+x A^T is a dense product of its own; B joins as more columns of S.
+
+Chosen on an H100 (14336 x 4096 and 4096 x 4096, 8 to 512 rows): 64 or 128 rows of S, 64 or 128 columns, 4 or 8 warps,
+1 to 3 stages, the mask (of 2:4 also the values) read ahead or not, one to eight splits. For all 256 rows of x at once
+2:4 would be a quarter faster with tiles of 128 x 64 on 8 warps; nothing else of 256 was worth its registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from .decode import Packed, can_pair, ceil_div
+from .plan import Plan
+from .support import (
+    column_bits,
+    expand,
+    expand_pairs,
+    multiply,
+    popcount,
+    read,
+    read_head,
+    read_pairs,
+    row_start,
+    stack,
+)
+from .tiles import add_parts
+
+_WIDTH = 128  # columns of S at a time
+_RANK = 64  # of B at a time
+_BATCH = 128  # rows of x that share an unpacked tile
+
+
+@triton.jit
+def _multiply(
+    x,
+    words,
+    values,
+    starts,
+    offsets,
+    B,
+    u,
+    bias,
+    y,
+    outs,
+    ins,
+    blocks,
+    rank,
+    count,
+    span,
+    ROWS: tl.constexpr,
+    BATCH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    first = tl.program_id(0) * ROWS
+    split = tl.program_id(1)
+    lane = tl.arange(0, ROWS * (WIDTH // 8))
+    chunk = lane % (WIDTH // 8)
+    row = tl.minimum(first + lane // (WIDTH // 8), outs - 1)
+    begin = row_start(starts, row, blocks, PER_BLOCK)
+    shift, below = column_bits(chunk)
+    sample = tl.program_id(2) * BATCH + tl.arange(0, BATCH)
+    right = tl.minimum(sample, count - 1)[None, :]
+    total = tl.zeros((ROWS, BATCH), tl.float32)
+    start, end = split * span, tl.minimum(split * span + span, ins)
+    last = start + (end - start - 1) // WIDTH * WIDTH
+    head = _head(words, values, offsets, row, start, chunk, blocks, PER_BLOCK, PAIRS, EVEN)
+    for k in range(start, end, WIDTH):
+        now = head
+        column = tl.minimum(k + WIDTH, last)
+        head = _head(words, values, offsets, row, column, chunk, blocks, PER_BLOCK, PAIRS, EVEN)
+        if PAIRS:
+            entries = expand_pairs(now[1], now[0], values.dtype.element_ty)
+        else:
+            place = begin + now[1] + popcount(now[0] & below)
+            entries = expand(values, (now[0] >> shift).to(tl.int32), place)
+        column = k + tl.arange(0, WIDTH)[:, None]
+        tile = stack(entries).reshape(ROWS, WIDTH)
+        total = multiply(tile, read(x + right * ins + column, column < ins, EVEN), total)
+    out = first + tl.arange(0, ROWS)
+    if LOW_RANK:
+        at = tl.minimum(out, outs - 1)[:, None] * rank
+        for q in range(0, tl.where(split == 0, rank, 0), RANK):
+            factor = q + tl.arange(0, RANK)
+            left = tl.load(B + at + factor[None, :], mask=factor[None, :] < rank, other=0)
+            entry = tl.load(u + right * rank + factor[:, None], mask=factor[:, None] < rank, other=0)
+            total = multiply(left, entry, total)
+    if BIAS:
+        once = tl.load(bias + out, mask=out < tl.where(split == 0, outs, 0), other=0)
+        total += once.to(tl.float32)[:, None]
+    at = y + (split * count + sample)[None, :].to(tl.int64) * outs + out[:, None]
+    tl.store(at, total, mask=(out < outs)[:, None] & (sample < count)[None, :])
+
+
+@triton.jit
+def _head(
+    words,
+    values,
+    offsets,
+    row,
+    k,
+    chunk,
+    blocks,
+    PER_BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """What a lane reads before it knows more: at 2:4 as `read_pairs`, else as `read_head`."""
+    if PAIRS:
+        at = row * (blocks * 8) + k // 8 + chunk
+        head = read_pairs(words, values, at, k // 64 + chunk // 8 < blocks, EVEN)
+    else:
+        head = read_head(words, offsets, row, k // 64 + chunk // 8, blocks, PER_BLOCK, EVEN)
+    return head
+
+
+def multiply_blocks(inputs: torch.Tensor, layer: Packed, plan: Plan) -> torch.Tensor:
+    """(rows, in) to (rows, out), of 16 bits, summed in FP32; x A^T is rounded once, as a product of torch's is."""
+    mask, index, values, A, B, bias = layer
+    inputs = inputs.contiguous()
+    count, ins = inputs.shape
+    outs, blocks = index.shape
+    y, u = inputs.new_empty((count, outs)), inputs if A is None else F.linear(inputs, A)
+    span = ceil_div(ceil_div(ins, _WIDTH), plan.split) * _WIDTH
+    split, pairs = ceil_div(ins, span), can_pair(index, values)
+    part = y if split == 1 else y.new_empty((split, count, outs), dtype=torch.float32)
+    batch = min(_BATCH, max(16, 1 << (count - 1).bit_length()))
+    _multiply[ceil_div(outs, plan.rows), split, ceil_div(count, batch)](
+        inputs, index.words(mask), values, index.starts, index.offsets, y if B is None else B, u,
+        y if bias is None else bias, part, outs, ins, blocks, layer.rank, count, span,
+        ROWS=plan.rows, BATCH=batch, WIDTH=_WIDTH, RANK=min(_RANK, max(16, 1 << (layer.rank - 1).bit_length())),
+        PER_BLOCK=index.per_block, PAIRS=pairs, EVEN=ins % _WIDTH == 0, LOW_RANK=A is not None,
+        BIAS=bias is not None, num_warps=plan.warps, num_stages=3 if pairs else 2,
+    )  # fmt: skip
+    if split > 1:
+        add_parts[(ceil_div(y.numel(), 512),)](part, y, y.numel(), SPLIT=split, WIDTH=512)
+    return y
