@@ -385,19 +385,27 @@ def test_precision_and_phases_are_reported() -> None:
 @pytest.mark.parametrize("kind", ["plain", "rank-deficient", "outlier channels", "ill-conditioned"])
 @pytest.mark.parametrize("damping", [(0.005, 0.005), (0.0, 1e-7)])
 def test_rounded_products_do_not_show(kind: str, damping: tuple[float, float]) -> None:
-    weight, gram = weight_of(64, 96), gram_of(kind, 96, damping)
+    weight, gram = (
+        weight_of(1024, 96),
+        gram_of(kind, 96, damping),
+    )  # in few rows any rounding tips some weights
     rounded, full = (
         solve(weight, gram, TWO_OF_FOUR, 4, Options(precision=precision)).stats["objective"]
         for precision in ("auto", "fp32")
     )
-    assert rounded <= 1.02 * full
+    assert rounded <= 1.01 * full
 
 
-def test_a_precision_whose_rounding_shows_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Admm([scaled(weight_of(16), gram_of())], gram_of(), [HALF], [2], 0.1, 0, "auto")
+def test_a_precision_whose_rounding_shows_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_sparselr.solvers.admm.ROUNDING", -1.0)
-    run.run(10)
+    run, full = (
+        Admm([scaled(weight_of(16), gram_of())], gram_of(), [HALF], [2], 0.1, 0, precision)
+        for precision in ("auto", "fp32")
+    )
+    for each in (run, full):
+        each.run(10)
     assert run.precision == "fp32"
+    assert all(map(torch.equal, (run.T, run.mask, run.L), (full.T, full.mask, full.L)))
 
 
 def test_the_best_iterate_of_the_refit_is_returned() -> None:

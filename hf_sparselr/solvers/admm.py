@@ -71,7 +71,7 @@ class Admm:
         self.W = weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
         self.gram = gram
         self._in_c = not self.W.is_cuda and cpu_steps.available()
-        self._steps, self._next_check = 0, 0.0 if precision == "auto" else math.inf
+        self._auto = precision == "auto"
         self.layers: list[_Layer] = []
         first = 0
         for weight, pattern, rank in zip(weights, patterns, ranks, strict=True):
@@ -86,13 +86,20 @@ class Admm:
         self.T, self.L = torch.empty_like(self.W), torch.empty_like(self.W)
         self.M = torch.empty_like(gram.matrix)
         self._rho = torch.empty((), device=self.W.device)
-        self._set_precision(_first_precision(precision, self.W))
+        self._coarsest = _first_precision(precision, self.W)
+        self._set_precision(self._coarsest)
         self._seed = seed
-        self._start(rho)
+        self._begin(rho)
 
     def retarget(self, weights: list[torch.Tensor], rho: float) -> None:
         """A new start, as of a new object, on weights of the same shapes; it overwrites the weights of now."""
         torch.cat(weights, out=self.W)  # graphs read it where it is
+        self._begin(rho)
+
+    def _begin(self, rho: float) -> None:
+        if self.precision != self._coarsest:
+            self._set_precision(self._coarsest)
+        self._steps, self._next_check = 0, 0 if self._auto else math.inf
         self._start(rho)
 
     def _start(self, rho: float) -> None:
@@ -140,6 +147,15 @@ class Admm:
 
     def run(self, steps: int) -> None:
         """Steps without a host synchronisation, on CUDA replayed as a graph once their kernels are compiled."""
+        first = self._steps == 0
+        self._advance(steps)
+        if self._steps >= self._next_check:
+            self._next_check = 2 * self._steps
+            if self._refine_precision() and first:
+                self._start(self.rho)  # as if it had never been coarser
+                self._advance(steps)
+
+    def _advance(self, steps: int) -> None:
         if self.W.is_cuda and self._warm:
             self._replay(steps)
         else:
@@ -147,9 +163,6 @@ class Admm:
                 self._step()
             self._warm = True
         self._steps += steps
-        if self._steps >= self._next_check:
-            self._next_check = 2 * self._steps
-            self._refine_precision()
 
     def _replay(self, steps: int) -> None:
         if steps not in self._graphs:
@@ -223,11 +236,17 @@ class Admm:
     def _products(self) -> AbstractContextManager:
         return matmuls(LEVELS[self.precision])
 
-    def _refine_precision(self) -> None:
-        """Takes a finer precision as long as rounding shows, as it does with ill-conditioned Gram matrices."""
+    def _refine_precision(self) -> bool:
+        """Takes a finer precision as long as rounding shows, as it does with ill-conditioned Gram matrices.
+
+        Returns:
+            whether it did.
+        """
+        before = self.precision
         while self.precision != "fp32" and self._rounding() > ROUNDING:
             self._set_precision(finer(self.precision, self.W.device))
             self._set_inverse(self.gram.inverse(self.rho))  # its shifts were rounded, too
+        return self.precision != before
 
     def _rounding(self) -> float:
         """What rounding the factors of the product adds, as a share of the objective, on some of the rows."""
