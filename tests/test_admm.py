@@ -385,10 +385,8 @@ def test_precision_and_phases_are_reported() -> None:
 @pytest.mark.parametrize("kind", ["plain", "rank-deficient", "outlier channels", "ill-conditioned"])
 @pytest.mark.parametrize("damping", [(0.005, 0.005), (0.0, 1e-7)])
 def test_rounded_products_do_not_show(kind: str, damping: tuple[float, float]) -> None:
-    weight, gram = (
-        weight_of(1024, 96),
-        gram_of(kind, 96, damping),
-    )  # in few rows any rounding tips some weights
+    # Of many rows: in few of them the weights that any rounding tips would show.
+    weight, gram = weight_of(1024, 96), gram_of(kind, 96, damping)
     rounded, full = (
         solve(weight, gram, TWO_OF_FOUR, 4, Options(precision=precision)).stats["objective"]
         for precision in ("auto", "fp32")

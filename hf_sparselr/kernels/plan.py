@@ -6,9 +6,8 @@ import torch
 
 DECODE = ("vector", "tiles")  # forms
 MAX_ROWS = 16  # of x that they take
-BLOCK_ROWS = range(
-    9, 257
-)  # for which "blocks" is worth trying: fewer leave its tiles empty, more unpack S too often
+# For which "blocks" is worth trying: fewer leave its tiles empty, more unpack S too often.
+BLOCK_ROWS = range(9, 257)
 
 
 @dataclass(frozen=True)
