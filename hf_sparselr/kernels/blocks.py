@@ -5,8 +5,10 @@ is next to nothing: a program unpacks a tile of S in registers and hands it to t
 x A^T is a dense product of its own; B joins as more columns of S.
 
 Chosen on an H100 (14336 x 4096 and 4096 x 4096, 8 to 512 rows): 64 or 128 rows of S, 64 or 128 columns, 4 or 8 warps,
-1 to 3 stages, the mask (of 2:4 also the values) read ahead or not, one to eight splits. For all 256 rows of x at once
-2:4 would be a quarter faster with tiles of 128 x 64 on 8 warps; nothing else of 256 was worth its registers.
+the mask (of 2:4 also the values) read ahead or not, one to eight splits. One stage, although three make 2:4 a tenth (32
+rows) to a quarter (128) faster: Triton 3.6 then leaves up to seven products waiting for the tensor cores, in registers
+that the next tile takes. Tiles of 128 x 128 with 256 rows of x gave wrong sums; the machine code of this one had the
+same gap, only a narrow one.
 """
 
 import torch
@@ -140,7 +142,7 @@ def multiply_blocks(inputs: torch.Tensor, layer: Packed, plan: Plan) -> torch.Te
         y if bias is None else bias, part, outs, ins, blocks, layer.rank, count, span,
         ROWS=plan.rows, BATCH=batch, WIDTH=_WIDTH, RANK=min(_RANK, max(16, 1 << (layer.rank - 1).bit_length())),
         PER_BLOCK=index.per_block, PAIRS=pairs, EVEN=ins % _WIDTH == 0, LOW_RANK=A is not None,
-        BIAS=bias is not None, num_warps=plan.warps, num_stages=3 if pairs else 2,
+        BIAS=bias is not None, num_warps=plan.warps, num_stages=1,
     )  # fmt: skip
     if split > 1:
         add_parts[(ceil_div(y.numel(), 512),)](part, y, y.numel(), SPLIT=split, WIDTH=512)
