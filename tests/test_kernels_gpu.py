@@ -133,7 +133,7 @@ def test_several_streams() -> None:
 
 @pytest.mark.parametrize(("out", "n"), [(14336, 4096), (4096, 14336), (1000, 1544)])
 @pytest.mark.parametrize("kind", ["2:4", "0.5", "0.7"])
-@pytest.mark.parametrize("rows", [1, 8, 40, 1100])
+@pytest.mark.parametrize("rows", [1, 8, 40, 200, 1100])
 def test_large_layers(out: int, n: int, kind: str, rows: int) -> None:
     pattern = parse(kind if ":" in kind else float(kind))
     layer = bench.random_layer((out, n), pattern, 64, torch.bfloat16, torch.device(DEVICE))
