@@ -1,8 +1,29 @@
 import os
 
+import pytest
 import torch
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for one another
 if not torch.cuda.is_available():
     # Read when triton is imported, which transformers does where it is installed.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The solver as on a device whose products of BF16 are fast and round: not every CPU's do."""
+    from hf_sparselr.solvers import admm
+
+    def rounded(precision: str, *matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(matrix.bfloat16().float() for matrix in matrices) if precision == "bf16" else matrices
+
+    product, subtract = admm.product, admm.subtract_product
+    monkeypatch.setattr(admm, "coarsest", lambda device: "bf16")
+    monkeypatch.setattr(
+        admm, "product", lambda x, y, precision: product(*rounded(precision, x, y), precision)
+    )
+    monkeypatch.setattr(
+        admm,
+        "subtract_product",
+        lambda to, x, y, precision: subtract(to, *rounded(precision, x, y), precision),
+    )

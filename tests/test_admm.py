@@ -384,7 +384,7 @@ def test_precision_and_phases_are_reported() -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "rank-deficient", "outlier channels", "ill-conditioned"])
 @pytest.mark.parametrize("damping", [(0.005, 0.005), (0.0, 1e-7)])
-def test_rounded_products_do_not_show(kind: str, damping: tuple[float, float]) -> None:
+def test_rounded_products_do_not_show(kind: str, damping: tuple[float, float], rounding: None) -> None:
     # Of many rows: in few of them the weights that any rounding tips would show.
     weight, gram = weight_of(1024, 96), gram_of(kind, 96, damping)
     rounded, full = (
@@ -394,12 +394,15 @@ def test_rounded_products_do_not_show(kind: str, damping: tuple[float, float]) -
     assert rounded <= 1.01 * full
 
 
-def test_a_precision_whose_rounding_shows_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_precision_whose_rounding_shows_leaves_no_trace(
+    rounding: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hf_sparselr.solvers.admm.ROUNDING", -1.0)
     run, full = (
         Admm([scaled(weight_of(16), gram_of())], gram_of(), [HALF], [2], 0.1, 0, precision)
         for precision in ("auto", "fp32")
     )
+    assert run.precision == "bf16"
     for each in (run, full):
         each.run(10)
     assert run.precision == "fp32"

@@ -268,7 +268,7 @@ def test_densify_in_16_bits(out: int, n: int, kind: str | float, rank: int) -> N
 
 
 @needs_triton
-@pytest.mark.parametrize("rows", [1, 9, 20, 300])
+@pytest.mark.parametrize("rows", [1, 16, 17, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_that_is_worth_trying_gives_the_product(rows: int, dtype: torch.dtype) -> None:
     from hf_sparselr.kernels.plan import candidates
@@ -289,23 +289,34 @@ def expected_forms(rows: int, dtype: torch.dtype, rank: int) -> set[str]:
         return few | ({"folded", "beside"} if rank else {"folded"})
     if dtype == torch.float32 or rows == 1:
         return {"vector", "folded"}
-    return {"tiles", "folded"} | ({"blocks"} if rows > 8 else set())
+    return {"tiles", "folded"}
 
 
 @needs_triton
 @pytest.mark.parametrize(("rows", "kernel", "form"), [
     (1, "packed", None), (9, "packed", None), (3, "auto", "vector"), (20, "auto", "blocks"), (20, "auto", "beside"),
 ])  # fmt: skip
-def test_the_chosen_plan_is_followed(rows: int, kernel: str, form: str | None) -> None:
+def test_the_chosen_plan_is_followed(
+    rows: int, kernel: str, form: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_sparselr.kernels import triton_product as ways
     from hf_sparselr.kernels.plan import Plan
-    from hf_sparselr.kernels.triton_product import triton_product
 
+    taken = []
+    for name in ("decode", "multiply_blocks", "multiply_unpacked"):
+        real = getattr(ways, name)
+        monkeypatch.setattr(
+            ways, name, lambda *given, n=name, f=real: taken.append((n, given[2])) or f(*given)
+        )
     case = problem(3, 24, 0.5, 1, dtype=torch.bfloat16)
     x, plans = draw(rows, 24, seed=6, dtype=torch.bfloat16), index_of(case.mask, 24).plans
     if form is not None:  # by the next power of two
         plans[1 << rows.bit_length(), 1, torch.bfloat16] = Plan(form, 16, 1)
-    (out,) = triton_product(x, [bundle(case, 24)], kernel)
+    (out,) = ways.triton_product(x, [bundle(case, 24)], kernel)
     assert_near(out, case.expected(x), torch.bfloat16)
+    ((way, plan),) = taken
+    assert way == {"blocks": "multiply_blocks", "beside": "multiply_unpacked"}.get(form, "decode")
+    assert form is None or plan == Plan(form, 16, 1)
     assert len(plans) == (form is not None)  # nothing was measured
 
 

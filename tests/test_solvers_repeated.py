@@ -38,7 +38,7 @@ def test_the_pruners_of_hassle_free_can_be_repeated() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_a_repeated_pruner_gives_what_a_new_one_does(name: str, pattern: Pattern) -> None:
+def test_a_repeated_pruner_gives_what_a_new_one_does(name: str, pattern: Pattern, rounding: None) -> None:
     options = PRUNERS[name].options()
     again = PRUNERS[name].repeated(new_gram(), pattern, options)
     given = weights(4)

@@ -1,4 +1,4 @@
-"""y = x S^T + (x A^T) B^T + bias for 9 to 256 rows of x, S unpacked tile by tile for the tensor cores (Triton).
+"""y = x S^T + (x A^T) B^T + bias for 17 to 256 rows of x, S unpacked tile by tile for the tensor cores (Triton).
 
 Between `decode`, for which a tile has too few products, and `unpacked`, for which writing S once and reading it again
 is next to nothing: a program unpacks a tile of S in registers and hands it to the tensor cores through shared memory.
@@ -7,8 +7,8 @@ x A^T is a dense product of its own; B joins as more columns of S.
 Chosen on an H100 (14336 x 4096 and 4096 x 4096, 8 to 512 rows): 64 or 128 rows of S, 64 or 128 columns, 4 or 8 warps,
 the mask (of 2:4 also the values) read ahead or not, one to eight splits. One stage, although three make 2:4 a tenth (32
 rows) to a quarter (128) faster: Triton 3.6 then leaves up to seven products waiting for the tensor cores, in registers
-that the next tile takes. Tiles of 128 x 128 with 256 rows of x gave wrong sums; the machine code of this one had the
-same gap, only a narrow one.
+that the next tile takes. Tiles of 128 x 128 with 256 rows of x gave wrong sums with two; with one, the machine code
+waits for all. Unstructured S takes as long with one.
 """
 
 import torch
@@ -75,7 +75,7 @@ def _multiply(
     right = tl.minimum(sample, count - 1)[None, :]
     total = tl.zeros((ROWS, BATCH), tl.float32)
     start, end = split * span, tl.minimum(split * span + span, ins)
-    last = start + (end - start - 1) // WIDTH * WIDTH
+    last = (end - 1) // WIDTH * WIDTH
     head = _head(words, values, offsets, row, start, chunk, blocks, PER_BLOCK, PAIRS, EVEN)
     for k in range(start, end, WIDTH):
         now = head

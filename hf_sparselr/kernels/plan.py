@@ -6,8 +6,7 @@ import torch
 
 DECODE = ("vector", "tiles")  # forms
 MAX_ROWS = 16  # of x that they take
-# For which "blocks" is worth trying: fewer leave its tiles empty, more unpack S too often.
-BLOCK_ROWS = range(9, 257)
+BLOCK_ROWS = range(MAX_ROWS + 1, 257)  # for which "blocks" is worth trying: for more it unpacks S too often
 
 
 @dataclass(frozen=True)

@@ -99,10 +99,11 @@ class Admm:
     def _begin(self, rho: float) -> None:
         if self.precision != self._coarsest:
             self._set_precision(self._coarsest)
-        self._steps, self._next_check = 0, 0 if self._auto else math.inf
+        self._next_check = 0 if self._auto else math.inf
         self._start(rho)
 
     def _start(self, rho: float) -> None:
+        self._steps = 0
         self.restart(rho)
         for layer in self.layers:
             if layer.rank:
@@ -151,9 +152,12 @@ class Admm:
         self._advance(steps)
         if self._steps >= self._next_check:
             self._next_check = 2 * self._steps
-            if self._refine_precision() and first:
-                self._start(self.rho)  # as if it had never been coarser
-                self._advance(steps)
+            if self._refine_precision():
+                if first:
+                    self._start(self.rho)  # as if it had never been coarser
+                    self._advance(steps)
+                else:
+                    self._set_inverse(self.gram.inverse(self.rho))  # its shifts were rounded, too
 
     def _advance(self, steps: int) -> None:
         if self.W.is_cuda and self._warm:
@@ -245,7 +249,6 @@ class Admm:
         before = self.precision
         while self.precision != "fp32" and self._rounding() > ROUNDING:
             self._set_precision(finer(self.precision, self.W.device))
-            self._set_inverse(self.gram.inverse(self.rho))  # its shifts were rounded, too
         return self.precision != before
 
     def _rounding(self) -> float:
