@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from .decode import Packed, can_pair, ceil_div
+from .decode import Packed, add_up, can_pair, ceil_div, spread
 from .plan import Plan
 from .support import (
     column_bits,
@@ -30,7 +30,6 @@ from .support import (
     row_start,
     stack,
 )
-from .tiles import add_parts
 
 _WIDTH = 128  # columns of S at a time
 _RANK = 64  # of B at a time
@@ -133,17 +132,16 @@ def multiply_blocks(inputs: torch.Tensor, layer: Packed, plan: Plan) -> torch.Te
     count, ins = inputs.shape
     outs, blocks = index.shape
     y, u = inputs.new_empty((count, outs)), inputs if A is None else F.linear(inputs, A)
-    span = ceil_div(ceil_div(ins, _WIDTH), plan.split) * _WIDTH
-    split, pairs = ceil_div(ins, span), can_pair(index, values)
+    span, split = spread(ins, _WIDTH, plan.split)
     part = y if split == 1 else y.new_empty((split, count, outs), dtype=torch.float32)
     batch = min(_BATCH, max(16, 1 << (count - 1).bit_length()))
     _multiply[ceil_div(outs, plan.rows), split, ceil_div(count, batch)](
         inputs, index.words(mask), values, index.starts, index.offsets, y if B is None else B, u,
         y if bias is None else bias, part, outs, ins, blocks, layer.rank, count, span,
         ROWS=plan.rows, BATCH=batch, WIDTH=_WIDTH, RANK=min(_RANK, max(16, 1 << (layer.rank - 1).bit_length())),
-        PER_BLOCK=index.per_block, PAIRS=pairs, EVEN=ins % _WIDTH == 0, LOW_RANK=A is not None,
+        PER_BLOCK=index.per_block, PAIRS=can_pair(index, values), EVEN=ins % _WIDTH == 0, LOW_RANK=A is not None,
         BIAS=bias is not None, num_warps=plan.warps, num_stages=1,
     )  # fmt: skip
     if split > 1:
-        add_parts[(ceil_div(y.numel(), 512),)](part, y, y.numel(), SPLIT=split, WIDTH=512)
+        add_up(part, y)
     return y

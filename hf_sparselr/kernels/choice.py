@@ -14,7 +14,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 
 from .decode import Packed
-from .plan import BLOCK_ROWS, BLOCKS, TILES, VECTOR, Plan
+from .plan import BLOCKS, MOST_BLOCK_ROWS, TILES, VECTOR, Plan
 from .timing import milliseconds
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def _name(rows: int, layer: Packed) -> str:
 @functools.cache
 def _file(device: torch.device) -> Path:
     """One per device model and set of candidates."""
-    version = zlib.crc32(repr((VECTOR, TILES, BLOCKS, BLOCK_ROWS, torch.__version__)).encode())
+    version = zlib.crc32(repr((VECTOR, TILES, BLOCKS, MOST_BLOCK_ROWS, torch.__version__)).encode())
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
     return Path(HF_HOME) / "hf_sparselr" / f"kernels-{name}-{version:08x}.json"
 

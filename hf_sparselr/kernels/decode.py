@@ -84,8 +84,7 @@ def decode(inputs: torch.Tensor, layers: Sequence[Packed], plan: Plan) -> list[t
     us = _low_rank(inputs, layers, dependent) if low_rank else [inputs] * len(layers)
     ys = [inputs.new_empty((count, layer.index.shape[0])) for layer in layers]
     tile = plan.warps * (64 if plan.form == "tiles" else 256)  # columns of a program at a time
-    span = ceil_div(ceil_div(ins, tile), plan.split) * tile
-    split = ceil_div(ins, span)
+    span, split = spread(ins, tile, plan.split)
     parts = ys if split == 1 else [y.new_empty((split, *y.shape), dtype=torch.float32) for y in ys]
     arguments = tuple(map(_arguments, layers, us, ys, parts))
     ends = tuple(accumulate(ceil_div(y.shape[1], plan.rows) for y in ys))
@@ -105,7 +104,7 @@ def decode(inputs: torch.Tensor, layers: Sequence[Packed], plan: Plan) -> list[t
     multiply_tiles[ends[-1], split](*sizes, count, span, BATCH=8 if count <= 8 else 16, **constants)
     if split > 1:
         for y, part in zip(ys, parts, strict=True):
-            add_parts[(ceil_div(y.numel(), 512),)](part, y, y.numel(), SPLIT=split, WIDTH=512)
+            add_up(part, y)
     return ys
 
 
@@ -120,6 +119,17 @@ def _arguments(layer: Packed, u: torch.Tensor, y: torch.Tensor, part: torch.Tens
 def ceil_div(number: int, size: int) -> int:
     """Parts of a size that hold so many; `triton.cdiv` takes microseconds."""
     return -(-number // size)
+
+
+def spread(ins: int, step: int, split: int) -> tuple[int, int]:
+    """(span, split): whole steps of columns for each program, and how many programs they are for, `split` at most."""
+    span = ceil_div(ceil_div(ins, step), split) * step
+    return span, ceil_div(ins, span)
+
+
+def add_up(parts: torch.Tensor, y: torch.Tensor) -> None:
+    """y = the sum of the parts (split, *y.shape), FP32."""
+    add_parts[(ceil_div(y.numel(), 512),)](parts, y, y.numel(), SPLIT=parts.shape[0], WIDTH=512)
 
 
 def can_pair(index: SupportIndex, values: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 
 DECODE = ("vector", "tiles")  # forms
 MAX_ROWS = 16  # of x that they take
-BLOCK_ROWS = range(MAX_ROWS + 1, 257)  # for which "blocks" is worth trying: for more it unpacks S too often
+MOST_BLOCK_ROWS = 256  # of x for which "blocks" is worth trying: for more it unpacks S too often
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,8 @@ def packed_plans(rows: int, dtype: torch.dtype) -> tuple[Plan, ...]:
 
 def candidates(rows: int, dtype: torch.dtype, rank: int) -> tuple[Plan, ...]:
     """What is worth trying for so many rows of x."""
-    packed = packed_plans(rows, dtype) if rows <= MAX_ROWS else ()
-    if dtype.itemsize == 2 and rows in BLOCK_ROWS:
-        packed += BLOCKS
-    if rank and rows > MAX_ROWS:
-        return (*packed, Plan("folded"), Plan("beside"))
-    return (*packed, Plan("folded"))
+    if rows <= MAX_ROWS:
+        return (*packed_plans(rows, dtype), Plan("folded"))
+    blocks = BLOCKS if dtype.itemsize == 2 and rows <= MOST_BLOCK_ROWS else ()
+    beside = (Plan("beside"),) if rank else ()
+    return (*blocks, Plan("folded"), *beside)
