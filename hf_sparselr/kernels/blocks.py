@@ -4,11 +4,14 @@ Between `decode`, for which a tile has too few products, and `unpacked`, for whi
 is next to nothing: a program unpacks a tile of S in registers and hands it to the tensor cores through shared memory.
 x A^T is a dense product of its own; B joins as more columns of S.
 
-Chosen on an H100 (14336 x 4096 and 4096 x 4096, 8 to 512 rows): 64 or 128 rows of S, 64 or 128 columns, 4 or 8 warps,
-the mask (of 2:4 also the values) read ahead or not, one to eight splits. One stage, although three make 2:4 a tenth (32
-rows) to a quarter (128) faster: Triton 3.6 then leaves up to seven products waiting for the tensor cores, in registers
-that the next tile takes. Tiles of 128 x 128 with 256 rows of x gave wrong sums with two; with one, the machine code
-waits for all. Unstructured S takes as long with one.
+More than 32 rows of x are the left factor of the tensor cores' product, which then reads both factors from shared
+memory, so that two stages of loads can be under way. Fewer are the right one, as the left must have 64 rows; then S is
+read from registers, and there is one stage: with more, Triton 3.6 leaves products waiting in registers that the next
+tile takes (128 x 128 with 256 rows of x gave wrong sums). On an H100, 14336 x 4096 at 2:4, left / right factor: 0.053
+/ 0.046 ms for 32 rows, 0.051 / 0.063 for 64, 0.064 / 0.075 for 128; unstructured alike for 64 and more.
+
+Tried there as well (three shapes, 16 to 256 rows): 128 rows of S (a tenth faster for 256 rows of x at 2:4 only), 64
+columns, 8 warps, three stages, the mask read ahead or not, one to eight splits.
 """
 
 import torch
@@ -34,6 +37,7 @@ from .support import (
 _WIDTH = 128  # columns of S at a time
 _RANK = 64  # of B at a time
 _BATCH = 128  # rows of x that share an unpacked tile
+_FEW = 32  # of x: the right factor of the product
 
 
 @triton.jit
@@ -62,6 +66,7 @@ def _multiply(
     EVEN: tl.constexpr,
     LOW_RANK: tl.constexpr,
     BIAS: tl.constexpr,
+    SWAPPED: tl.constexpr,
 ):
     first = tl.program_id(0) * ROWS
     split = tl.program_id(1)
@@ -71,8 +76,8 @@ def _multiply(
     begin = row_start(starts, row, blocks, PER_BLOCK)
     shift, below = column_bits(chunk)
     sample = tl.program_id(2) * BATCH + tl.arange(0, BATCH)
-    right = tl.minimum(sample, count - 1)[None, :]
-    total = tl.zeros((ROWS, BATCH), tl.float32)
+    taken = tl.minimum(sample, count - 1)[:, None]
+    total = tl.zeros((BATCH, ROWS) if SWAPPED else (ROWS, BATCH), tl.float32)
     start, end = split * span, tl.minimum(split * span + span, ins)
     last = (end - 1) // WIDTH * WIDTH
     head = _head(words, values, offsets, row, start, chunk, blocks, PER_BLOCK, PAIRS, EVEN)
@@ -85,22 +90,31 @@ def _multiply(
         else:
             place = begin + now[1] + popcount(now[0] & below)
             entries = expand(values, (now[0] >> shift).to(tl.int32), place)
-        column = k + tl.arange(0, WIDTH)[:, None]
+        column = k + tl.arange(0, WIDTH)[None, :]
         tile = stack(entries).reshape(ROWS, WIDTH)
-        total = multiply(tile, read(x + right * ins + column, column < ins, EVEN), total)
+        total = _add(tile, read(x + taken * ins + column, column < ins, EVEN), total, SWAPPED)
     out = first + tl.arange(0, ROWS)
     if LOW_RANK:
         at = tl.minimum(out, outs - 1)[:, None] * rank
         for q in range(0, tl.where(split == 0, rank, 0), RANK):
-            factor = q + tl.arange(0, RANK)
-            left = tl.load(B + at + factor[None, :], mask=factor[None, :] < rank, other=0)
-            entry = tl.load(u + right * rank + factor[:, None], mask=factor[:, None] < rank, other=0)
-            total = multiply(left, entry, total)
+            factor = q + tl.arange(0, RANK)[None, :]
+            tile = tl.load(B + at + factor, mask=factor < rank, other=0)
+            total = _add(
+                tile, tl.load(u + taken * rank + factor, mask=factor < rank, other=0), total, SWAPPED
+            )
+    if SWAPPED:
+        total = total.trans(1, 0)
     if BIAS:
         once = tl.load(bias + out, mask=out < tl.where(split == 0, outs, 0), other=0)
         total += once.to(tl.float32)[:, None]
     at = y + (split * count + sample)[None, :].to(tl.int64) * outs + out[:, None]
     tl.store(at, total, mask=(out < outs)[:, None] & (sample < count)[None, :])
+
+
+@triton.jit
+def _add(tile, x, total, SWAPPED: tl.constexpr):
+    """total + tile @ x^T, the transposes where SWAPPED: (rows of S, columns), (rows of x, columns)."""
+    return multiply(x, tile.trans(1, 0), total) if SWAPPED else multiply(tile, x.trans(1, 0), total)
 
 
 @triton.jit
@@ -134,13 +148,13 @@ def multiply_blocks(inputs: torch.Tensor, layer: Packed, plan: Plan) -> torch.Te
     y, u = inputs.new_empty((count, outs)), inputs if A is None else F.linear(inputs, A)
     span, split = spread(ins, _WIDTH, plan.split)
     part = y if split == 1 else y.new_empty((split, count, outs), dtype=torch.float32)
-    batch = min(_BATCH, max(16, 1 << (count - 1).bit_length()))
+    batch, few = min(_BATCH, max(16, 1 << (count - 1).bit_length())), count <= _FEW
     _multiply[ceil_div(outs, plan.rows), split, ceil_div(count, batch)](
         inputs, index.words(mask), values, index.starts, index.offsets, y if B is None else B, u,
         y if bias is None else bias, part, outs, ins, blocks, layer.rank, count, span,
         ROWS=plan.rows, BATCH=batch, WIDTH=_WIDTH, RANK=min(_RANK, max(16, 1 << (layer.rank - 1).bit_length())),
         PER_BLOCK=index.per_block, PAIRS=can_pair(index, values), EVEN=ins % _WIDTH == 0, LOW_RANK=A is not None,
-        BIAS=bias is not None, num_warps=plan.warps, num_stages=1,
+        BIAS=bias is not None, SWAPPED=not few, num_warps=plan.warps, num_stages=1 if few else 2,
     )  # fmt: skip
     if split > 1:
         add_up(part, y)
