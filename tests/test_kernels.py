@@ -238,6 +238,47 @@ def test_blocks_take_values_at_any_address(kind: str | float) -> None:
     assert_near(blocks(x, case, 1), case.expected(x), torch.bfloat16)
 
 
+# The layout of the sparse tensor cores
+
+
+def as_cusparselt_has_it(case: Problem, joined: bool) -> torch.Tensor:
+    """By the description in `sparse_cores`, entry by entry."""
+    parts = [case.S.to(case.values.dtype)]
+    if joined:  # columns 0, 1 of four, then 2, 3, where x A^T is repeated
+        keeps = torch.arange(case.B.shape[1], device=DEVICE) % 4 < 2
+        parts += [case.B * keeps, case.B * ~keeps]
+    S = torch.cat(parts, 1)
+    outs, ins = S.shape
+    values = S[S != 0]
+    assert len(values) == S.numel() // 2
+    at = (S != 0).view(outs, ins // 4, 4).nonzero()[:, 2].view(outs, ins // 4, 2).tolist()
+    places = []
+    for top in range(0, outs, 64):
+        for tile in range(0, ins // 4, 8):
+            for row in (top + first + r for first in (0, 16, 32, 48) for r in range(8)):
+                for group in (0, 4, 1, 5, 2, 6, 3, 7):
+                    low, high = at[row][tile + group], at[row + 8][tile + group]
+                    places.append(low[0] | low[1] << 2 | high[0] << 4 | high[1] << 6)
+    places = torch.tensor(places, dtype=torch.uint8, device=DEVICE)
+    return torch.cat([values, places.view(values.dtype)])
+
+
+@needs_triton
+@pytest.mark.parametrize(("out", "n", "rank", "joined"), [
+    (64, 64, 3, False), (128, 192, 0, False), (64, 1088, 3, False), (64, 128, 32, True), (128, 576, 96, True),
+])  # fmt: skip
+def test_the_layout_of_the_sparse_tensor_cores(out: int, n: int, rank: int, joined: bool) -> None:
+    from hf_sparselr.kernels.sparse_cores import arrange
+
+    for dtype in (torch.bfloat16, torch.float16):
+        case = problem(out, n, "2:4", rank, dtype=dtype)
+        actual = arrange(bundle(case, n), joined)
+        assert actual.shape == (out, (n + 2 * rank * joined) * 9 // 16)
+        assert torch.equal(
+            actual.flatten().view(torch.int16), as_cusparselt_has_it(case, joined).view(torch.int16)
+        )
+
+
 # Unpacking, and back
 
 

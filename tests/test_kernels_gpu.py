@@ -160,3 +160,96 @@ def test_large_blocks(out: int, n: int, kind: str, rows: int) -> None:
     expected = x.double() @ layer.to_dense().weight.double().T
     for plan in BLOCKS:
         assert_near(multiply_blocks(x, Packed.of(*layer.parts, n), plan), expected, torch.bfloat16)
+
+
+# The sparse tensor cores
+
+needs_sparse = pytest.mark.skipif(
+    not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="seen on compute capability 9.0 only"
+)
+
+
+@needs_sparse
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("out", "n", "rank"), [(64, 64, 0), (192, 1088, 64), (4096, 4096, 0), (576, 1536, 32)]
+)
+def test_what_the_sparse_tensor_cores_read_is_what_torch_makes(
+    out: int, n: int, rank: int, dtype: torch.dtype
+) -> None:
+    from hf_sparselr.kernels.decode import Packed
+    from hf_sparselr.kernels.sparse_cores import arrange, can_use
+
+    assert can_use(torch.device(DEVICE, torch.cuda.current_device()))
+    case = problem(out, n, "2:4", rank, dtype=dtype)
+    dense = case.S.to(dtype)
+    if rank:
+        keeps = torch.arange(rank, device=DEVICE) % 4 < 2
+        dense = torch.cat([dense, case.B * keeps, case.B * ~keeps], 1)
+    expected = torch._cslt_compress(dense)
+    actual = arrange(Packed.of(*case.packed, None, n), joined=rank > 0)
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.view(torch.int16), expected.view(torch.int16))
+
+
+@needs_sparse
+@pytest.mark.parametrize(("rank", "bias", "forms"), [
+    (0, True, ["sparse"]), (48, False, ["sparse"]), (64, True, ["sparse", "joined"]),
+])  # fmt: skip
+@pytest.mark.parametrize("rows", [1025, 2048])
+def test_products_on_the_sparse_tensor_cores(rows: int, rank: int, bias: bool, forms: list[str]) -> None:
+    from hf_sparselr.kernels.decode import Packed
+    from hf_sparselr.kernels.sparse_cores import multiply_sparse, sparse_plans
+
+    for dtype in (torch.bfloat16, torch.float16):
+        case = problem(1536, 576, "2:4", rank, bias, dtype)
+        layer, x = layer_of(case, 576), draw(rows, 576, seed=6, dtype=dtype)
+        packed = Packed.of(*layer.parts, 576)
+        plans = sparse_plans(x, packed)
+        assert [plan.form for plan in plans] == forms
+        for plan in plans:
+            packed.index.plans[2048, rank, dtype] = plan
+            with torch.no_grad():
+                out, graph = layer(x), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    again = layer(x)
+                graph.replay()
+                flat = torch.cat([x[0, :1], x.flatten()])[1:]  # at an odd address
+                odd = layer(flat.view(rows, 576))
+            assert_near(out, case.expected(x), dtype)
+            assert torch.equal(out, again) and torch.equal(out, odd)
+        values = torch.cat([case.values[:1], case.values])[1:]
+        assert values.data_ptr() % 8
+        out = multiply_sparse(x, packed._replace(values=values), plans[-1])
+        assert_near(out, case.expected(x), dtype)
+
+
+@needs_sparse
+def test_where_the_sparse_tensor_cores_are_not_tried() -> None:
+    from hf_sparselr.kernels.decode import Packed
+    from hf_sparselr.kernels.sparse_cores import sparse_plans
+
+    for out, n, kind, rows, dtype in [
+        (64, 64, "2:4", 1024, torch.bfloat16), (64, 64, "2:4", 1025, torch.float32),
+        (64, 64, 0.5, 1025, torch.bfloat16), (60, 64, "2:4", 1025, torch.bfloat16),
+        (64, 96, "2:4", 1025, torch.bfloat16),
+    ]:  # fmt: skip
+        case = problem(out, n, kind, dtype=dtype)
+        assert not sparse_plans(draw(rows, n, seed=6, dtype=dtype), Packed.of(*case.packed, None, n))
+
+
+@needs_sparse
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_sparse_tensor_cores_of_a_second_gpu() -> None:
+    from hf_sparselr.kernels.decode import Packed
+    from hf_sparselr.kernels.sparse_cores import multiply_sparse, sparse_plans
+
+    case = problem(1536, 576, "2:4", 64, dtype=torch.bfloat16)
+    layer, x = layer_of(case, 576), draw(2048, 576, seed=6, dtype=torch.bfloat16)
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        with torch.cuda.device(device):
+            there = layer.to(device)
+            packed = Packed.of(*there.parts, 576)
+            for plan in sparse_plans(x.to(device), packed):
+                out = multiply_sparse(x.to(device), packed, plan)
+                assert_near(out.to(x.device), case.expected(x), torch.bfloat16)

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-DECODE = ("vector", "tiles")  # forms
+DECODE, SPARSE = ("vector", "tiles"), ("sparse", "joined")  # forms
 MAX_ROWS = 16  # of x that they take
 MOST_BLOCK_ROWS = 256  # of x for which "blocks" is worth trying: for more it unpacks S too often
+LEAST_SPARSE_ROWS = (
+    1025  # of x for which the sparse tensor cores are: with fewer cuSPARSELt keeps the host busy longer
+)
 
 
 @dataclass(frozen=True)
@@ -16,11 +19,12 @@ class Plan:
     Attributes:
         form: reads the packed S: "vector" multiplies one row of x in FP32 registers, "tiles" gives up to 16 rows of 16
             bits to the tensor cores, "blocks" more of them. Unpacks S first: "folded" multiplies by S + B A, "beside"
-            by S, B and A.
+            by S, B and A. On the sparse tensor cores: "sparse" multiplies by S, B and A, "joined" by [S, B] and A.
         rows: output rows of a program, a power of two ("tiles": at least 16).
         warps: of a program.
         split: programs that share output rows, each with a part of the columns (not for "vector").
         ahead: read the mask of the next columns, of 2:4 also the values, before multiplying these ("tiles" only).
+        algorithm: cuSPARSELt's number for one ("sparse" and "joined" only).
     """
 
     form: str
@@ -28,6 +32,7 @@ class Plan:
     warps: int = 0
     split: int = 1
     ahead: bool = False
+    algorithm: int = 0
 
     @property
     def order(self) -> tuple:
@@ -36,7 +41,7 @@ class Plan:
 
     def __str__(self) -> str:
         if not self.rows:
-            return self.form
+            return self.form + f" {self.algorithm}" * (self.form in SPARSE)
         more = f" / {self.split}" * (self.split > 1) + " ahead" * self.ahead
         return f"{self.form} {self.rows} rows {self.warps} warps{more}"
 

@@ -8,7 +8,8 @@ import torch
 from .blocks import multiply_blocks
 from .choice import choose, known
 from .decode import Packed, decode
-from .plan import DECODE, MAX_ROWS, Plan, candidates, packed_plans
+from .plan import DECODE, MAX_ROWS, SPARSE, Plan, candidates, packed_plans
+from .sparse_cores import multiply_sparse, sparse_plans
 from .unpacked import multiply_unpacked
 
 
@@ -44,11 +45,15 @@ def _plan(rows: torch.Tensor, layer: Packed, kernel: str) -> Plan:
     options = candidates(count, rows.dtype, layer.rank)
     if torch.cuda.is_current_stream_capturing():  # nothing can be measured now
         return options[0]
+    options += sparse_plans(rows, layer)
     return choose(count, layer, options, lambda plan: _run(rows, [layer], plan))
 
 
 def _run(rows: torch.Tensor, layers: list[Packed], plan: Plan) -> list[torch.Tensor]:
     if plan.form in DECODE:
         return decode(rows, layers, plan)
-    multiply = multiply_blocks if plan.form == "blocks" else multiply_unpacked
+    if plan.form in SPARSE:
+        multiply = multiply_sparse
+    else:
+        multiply = multiply_blocks if plan.form == "blocks" else multiply_unpacked
     return [multiply(rows, layer, plan) for layer in layers]

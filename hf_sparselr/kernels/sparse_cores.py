@@ -1,0 +1,168 @@
+"""x S^T + (x A^T) B^T + bias by the sparse tensor cores, for 2:4 and many rows of x (cuSPARSELt, through torch).
+
+S is in their layout for the length of one call. cuSPARSELt has the values in the order of the packed form and behind
+them, for each, two bits that say which of four columns it is in; so the values are copied and the mask is translated
+(`torch._cslt_compress`, from a dense matrix, takes 1.85 ms for 14336 x 4096 on an H100).
+
+The order of those bits is not documented. It was found by compressing matrices whose groups keep other columns where a
+bit of the group's number is set, and is compared with what torch makes, bit for bit, before a device is used: tiles of
+64 rows x 32 columns, row by row of tiles, 32 words of 64 bits each. A word belongs to rows r and r + 8; its bytes to
+groups 0, 4, 1, 5, 2, 6, 3, 7 of four columns, row r in the low half of each. Words are in the order of r: 0 to 7, 16 to
+23, 32 to 39, 48 to 55.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from ..packing import pack_mask
+from .decode import Packed, can_pair, ceil_div
+from .index import index_of
+from .plan import LEAST_SPARSE_ROWS, Plan
+
+_ROWS, _COLUMNS = 64, 32  # of S in a tile of places
+_CHUNK = 512  # columns of a program
+
+
+@triton.jit
+def _arrange(
+    words, values, B, out, ins, width, rank, places, chunks, CHUNK: tl.constexpr, PAIRS: tl.constexpr
+):
+    top, chunk = tl.program_id(0) * 64, tl.program_id(1)
+    if chunk < chunks:
+        _take_over(words, values, out, ins, width, places, top, chunk, CHUNK)
+    else:
+        _join(B, out, ins, width, rank, places, top, PAIRS)
+
+
+@triton.jit
+def _take_over(words, values, out, ins, width, places, top, chunk, CHUNK: tl.constexpr):
+    """Values and places of S."""
+    row = top + tl.arange(0, 64)[:, None]
+    four = chunk * (CHUNK // 8) + tl.arange(0, CHUNK // 8)[None, :]  # values
+    inside = (four < ins // 8) & (row >= 0)
+    value = tl.load(values.to(tl.pointer_type(tl.int64)) + row * (ins // 8) + four, mask=inside)
+    tl.store(out.to(tl.pointer_type(tl.int64)) + row * (width // 4) + four, value, mask=inside)
+    lane = tl.arange(0, CHUNK)
+    tile, number = chunk * (CHUNK // 32) + lane // 32, lane % 32
+    row_of_word = top + number % 8 + number // 8 * 16
+    at = words.to(tl.pointer_type(tl.uint32)) + row_of_word * (ins // 32) + tile
+    upper = _places(tl.load(at, mask=tile < ins // 32, other=0))
+    lower = _places(tl.load(at + ins // 4, mask=tile < ins // 32, other=0))
+    to = places.to(tl.pointer_type(tl.uint64)) + top * (width // 32) + tile * 32 + number
+    tl.store(to, upper | (lower << 4), mask=tile < ins // 32)
+
+
+@triton.jit
+def _join(B, out, ins, width, rank, places, top, PAIRS: tl.constexpr):
+    """Those of B behind them: its even pairs of columns as groups that keep columns 0, 1, its odd ones 2, 3."""
+    row = top + tl.arange(0, 64)[:, None]
+    pair = tl.arange(0, PAIRS)[None, :]
+    inside = (pair < rank // 2) & (row >= 0)
+    value = tl.load(B.to(tl.pointer_type(tl.int32)) + row * (rank // 2) + pair, mask=inside)
+    at = row * (width // 2) + ins // 4 + pair % 2 * (rank // 4) + pair // 2
+    tl.store(out.to(tl.pointer_type(tl.int32)) + at, value, mask=inside)
+    word = tl.arange(0, 4 * PAIRS)  # 32 for each 32 columns
+    code = tl.where(word < rank, 0x4444444444444444, -0x1111111111111112)
+    to = places.to(tl.pointer_type(tl.int64)) + top * (width // 32) + ins + word
+    tl.store(to, code, mask=word < 2 * rank)
+
+
+@triton.jit
+def _places(mask):
+    """Of eight groups that keep two columns: four bits each, the first column and the second, spread for a word."""
+    b0, b1 = mask & 0x11111111, (mask >> 1) & 0x11111111
+    b2, b3 = (mask >> 2) & 0x11111111, (mask >> 3) & 0x11111111
+    first = (b1 & ~b0) | ((0x11111111 & ~(b0 | b1)) << 1)
+    second = (b3 | (0x11111111 & ~b2)) | ((b2 | b3) << 1)
+    codes = (first | (second << 2)).to(tl.uint64)
+    return _spread(codes & 0xFFFF) | (_spread(codes >> 16) << 8)
+
+
+@triton.jit
+def _spread(codes):
+    """Four bits to the start of each sixteen."""
+    codes = (codes | (codes << 24)) & 0x000000FF000000FF
+    return (codes | (codes << 12)) & 0x000F000F000F000F
+
+
+def arrange(layer: Packed, joined: bool) -> torch.Tensor:
+    """S, or S and B joined, (out, in + 2 rank), as cuSPARSELt keeps it: (out, 9 / 16 of the columns).
+
+    Args:
+        layer: 2:4 of 16 bits, `out` and `in` multiples of 64; if joined, a rank that is a multiple of 32.
+    """
+    mask, index, values, _, B, _ = layer
+    outs, ins = index.shape[0], index.in_features
+    rank = layer.rank if joined else 0
+    width = ins // 2 + rank  # values of a row
+    out = values.new_empty((outs, width + width // 8))
+    chunks = ceil_div(ins, _CHUNK)
+    _arrange[outs // _ROWS, chunks + joined](
+        index.words(mask), values, B if joined else values, out, ins, width, rank, out.view(-1)[outs * width :], chunks,
+        CHUNK=_CHUNK, PAIRS=max(16, 1 << (rank // 2 - 1).bit_length() if rank else 0), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def multiply_sparse(inputs: torch.Tensor, layer: Packed, plan: Plan) -> torch.Tensor:
+    """(rows, in) to (rows, out), by the plan's form and algorithm."""
+    S, x, u = _operands(inputs, layer, plan.form == "joined")
+    y = torch._cslt_sparse_mm(S, x.t(), layer.bias, transpose_result=True, alg_id=plan.algorithm)
+    if u is not None:
+        y.addmm_(u, layer.B.t())
+    return y[: len(inputs)]
+
+
+def _operands(
+    inputs: torch.Tensor, layer: Packed, joined: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(S, x, x A^T), or joined ([S, B], [x, x A^T twice], None), rows padded to a multiple of 16."""
+    inputs = inputs.contiguous()
+    if len(inputs) % 16 or inputs.data_ptr() % 16:
+        inputs = F.pad(inputs, (0, 0, 0, -len(inputs) % 16))
+    if not can_pair(layer.index, layer.values):
+        layer = layer._replace(values=layer.values.clone())
+    S, u = arrange(layer, joined), None if layer.A is None else F.linear(inputs, layer.A)
+    return (S, torch.cat([inputs, u, u], 1), None) if joined else (S, inputs, u)
+
+
+def sparse_plans(inputs: torch.Tensor, layer: Packed) -> tuple[Plan, ...]:
+    """What is worth trying on the sparse tensor cores: for each form what cuSPARSELt's own search finds the fastest."""
+    outs, ins = layer.index.shape[0], layer.index.in_features
+    fits = outs % _ROWS == 0 and ins % (2 * _COLUMNS) == 0 and layer.index.pairs
+    if (
+        not fits
+        or inputs.element_size() != 2
+        or len(inputs) < LEAST_SPARSE_ROWS
+        or not can_use(inputs.device)
+    ):
+        return ()
+    forms = ("sparse", "joined") if layer.rank and layer.rank % 32 == 0 else ("sparse",)
+    return tuple(Plan(form, algorithm=_fastest(inputs, layer, form == "joined")) for form in forms)
+
+
+def _fastest(inputs: torch.Tensor, layer: Packed, joined: bool) -> int:
+    S, x, _ = _operands(inputs, layer, joined)
+    return torch._C._cusparselt.mm_search(S, x.t(), layer.bias, None, None, True)[0]
+
+
+@functools.cache
+def can_use(device: torch.device) -> bool:
+    """Whether there is cuSPARSELt, with the layout that `arrange` makes."""
+    if not hasattr(getattr(torch._C, "_cusparselt", None), "mm_search"):
+        return False
+    outs, ins, generator = 128, 192, torch.Generator(device).manual_seed(0)
+    scores = torch.rand(outs, ins // 4, 4, device=device, generator=generator)
+    kept = (scores.argsort(-1).argsort(-1) < 2).view(outs, ins)
+    dense = (1 + torch.rand(outs, ins, device=device, generator=generator)).bfloat16() * kept
+    mask = pack_mask(kept)
+    layer = Packed(mask, index_of(mask, ins), dense[kept], None, None, None)
+    try:
+        expected = torch._cslt_compress(dense)
+    except RuntimeError:  # built without it, or not for such a device
+        return False
+    return torch.equal(expected.flatten(), arrange(layer, joined=False).flatten())
