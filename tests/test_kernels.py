@@ -187,9 +187,9 @@ def test_only_layers_that_are_alike_share_a_launch(monkeypatch: pytest.MonkeyPat
     ]
     layers = [bundle(case, 64) for case in cases]
     for layer in layers:
-        layer.index.plans[1, layer.rank, dtype] = Plan("vector", 2, 4)
-    layers[2].index.plans[1, 1, dtype] = Plan("vector", 8, 4)  # of the same order
-    layers[5].index.plans[1, 3, dtype] = Plan("vector", 2, 8)
+        layer.index.plans[1, layer.rank, dtype, False] = Plan("vector", 2, 4)
+    layers[2].index.plans[1, 1, dtype, False] = Plan("vector", 8, 4)  # of the same order
+    layers[5].index.plans[1, 3, dtype, False] = Plan("vector", 2, 8)
     x = draw(1, 64, seed=6, dtype=dtype)
     outs = triton_product.triton_product(x, layers, "auto")
     assert sorted(launches) == [1, 1, 1, 1, 2]
@@ -352,13 +352,38 @@ def test_the_chosen_plan_is_followed(
     case = problem(3, 24, 0.5, 1, dtype=torch.bfloat16)
     x, plans = draw(rows, 24, seed=6, dtype=torch.bfloat16), index_of(case.mask, 24).plans
     if form is not None:  # by the next power of two
-        plans[1 << rows.bit_length(), 1, torch.bfloat16] = Plan(form, 16, 1)
+        plans[1 << rows.bit_length(), 1, torch.bfloat16, False] = Plan(form, 16, 1)
     (out,) = ways.triton_product(x, [bundle(case, 24)], kernel)
     assert_near(out, case.expected(x), torch.bfloat16)
     ((way, plan),) = taken
     assert way == {"blocks": "multiply_blocks", "beside": "multiply_unpacked"}.get(form, "decode")
     assert form is None or plan == Plan(form, 16, 1)
     assert len(plans) == (form is not None)  # nothing was measured
+
+
+@needs_triton
+@pytest.mark.parametrize(("host", "eager"), [(0.4, "sparse"), (0.6, "folded")])
+def test_in_a_graph_the_host_does_not_matter(
+    host: float, eager: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_sparselr.kernels import choice
+    from hf_sparselr.kernels.plan import Plan
+
+    times = {Plan("folded"): 0.5, Plan("sparse"): 0.3}
+    monkeypatch.setattr(choice, "milliseconds", lambda run, device: times[run()])
+    monkeypatch.setattr(choice, "host_milliseconds", lambda run, device: host)
+    monkeypatch.setattr(choice, "_file", lambda device: tmp_path / "table.json")
+    choice._table.cache_clear()
+    try:
+        for rows, few in ((300, False), (20, True)):
+            layer = bundle(problem(64, 64, "2:4", dtype=torch.bfloat16), 64)
+            best = choice.choose(rows, layer, list(times), lambda plan: plan)
+            assert best.form == eager
+            choice._table.cache_clear(), layer.index.plans.clear()
+            assert choice.known(rows, layer, captured=False) == best
+            assert choice.known(rows, layer, captured=True) == (best if few else Plan("sparse"))
+    finally:
+        choice._table.cache_clear()
 
 
 @needs_triton
@@ -370,7 +395,7 @@ def test_a_damaged_table_is_as_none(text: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(choice, "_file", lambda device: tmp_path / "table.json")
     choice._table.cache_clear()
     try:
-        assert choice.known(1, bundle(problem(3, 24, 0.5), 24)) is None
+        assert choice.known(1, bundle(problem(3, 24, 0.5), 24), False) is None
     finally:
         choice._table.cache_clear()
 

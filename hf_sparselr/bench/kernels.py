@@ -161,22 +161,17 @@ def _compare(
     return result
 
 
-def _host_microseconds(layer: SparseLRLinear, x: torch.Tensor, calls: int = 20) -> float:
-    """Time in which the host issues an eager call, whatever the GPU is at."""
-    torch.cuda.synchronize(x.device)
-    started = time.perf_counter()
-    for _ in range(calls):
-        layer(x)
-    elapsed = time.perf_counter() - started
-    torch.cuda.synchronize(x.device)
-    return 1e6 * elapsed / calls
+def _host_microseconds(layer: SparseLRLinear, x: torch.Tensor) -> float:
+    from ..kernels.timing import host_milliseconds
+
+    return 1e3 * host_milliseconds(lambda: layer(x), x.device)
 
 
 def _chosen(layer: SparseLRLinear, rows: int) -> str:
     from ..kernels.choice import known
     from ..kernels.decode import Packed
 
-    return str(known(rows, Packed.of(*layer.parts, layer.in_features)))
+    return str(known(rows, Packed.of(*layer.parts, layer.in_features), captured=True))
 
 
 def _table(results: list[dict[str, Any]]) -> str:

@@ -1,4 +1,8 @@
-"""Which plan is the fastest here for a product: measured once per device, kept on disk."""
+"""Which plan is the fastest here for a product: measured once per device, kept on disk.
+
+By the time that the GPU takes, as the host is ahead of it. Not with cuSPARSELt, which takes the host longer than most
+layers take the GPU: it is judged by the longer of the two times, but for CUDA graphs.
+"""
 
 import functools
 import json
@@ -14,20 +18,20 @@ import torch
 from huggingface_hub.constants import HF_HOME
 
 from .decode import Packed
-from .plan import BLOCKS, MOST_BLOCK_ROWS, TILES, VECTOR, Plan
-from .timing import milliseconds
+from .plan import BLOCKS, MOST_BLOCK_ROWS, SPARSE, TILES, VECTOR, Plan
+from .timing import host_milliseconds, milliseconds
 
 logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 8192  # of x that make a difference to what is the fastest
 
 
-def known(rows: int, layer: Packed) -> Plan | None:
-    """What was chosen for such a product, or None if nothing was."""
-    key, plans = _key(rows, layer), layer.index.plans
+def known(rows: int, layer: Packed, captured: bool) -> Plan | None:
+    """What was chosen for such a product, in a CUDA graph or not, or None if nothing was."""
+    key, plans = _key(rows, layer, captured), layer.index.plans
     plan = plans.get(key)
     if plan is None:
-        plan = _table(layer.values.device).get(_name(rows, layer))
+        plan = _table(layer.values.device).get(_name(rows, layer, captured))
         if plan is not None:
             plans[key] = plan
     return plan
@@ -36,7 +40,7 @@ def known(rows: int, layer: Packed) -> Plan | None:
 def choose(
     rows: int, layer: Packed, options: Iterable[Plan], run: Callable[[Plan], list[torch.Tensor]]
 ) -> Plan:
-    """The fastest of the options.
+    """The fastest of the options outside of a CUDA graph. Keeps that and the fastest in one.
 
     Args:
         rows: of x, at least 1.
@@ -44,33 +48,42 @@ def choose(
     """
     device = layer.values.device
     times = {plan: milliseconds(functools.partial(run, plan), device) for plan in options}
-    best = min(times, key=times.get)
-    name = _name(rows, layer)
-    logger.info("%s: %s is the fastest (ms: %s)", name, best, {str(p): round(t, 4) for p, t in times.items()})
-    layer.index.plans[_key(rows, layer)] = _table(device)[name] = best
+    _keep(rows, layer, True, times)
+    for plan in times:
+        if plan.form in SPARSE:
+            times[plan] = max(times[plan], host_milliseconds(functools.partial(run, plan), device))
+    best = _keep(rows, layer, False, times)
     _save(device)
     return best
 
 
-def _key(rows: int, layer: Packed) -> tuple:
-    return _bucket(rows), layer.rank, layer.values.dtype
+def _keep(rows: int, layer: Packed, captured: bool, times: dict[Plan, float]) -> Plan:
+    best, name = min(times, key=times.get), _name(rows, layer, captured)
+    logger.info("%s: %s is the fastest (ms: %s)", name, best, {str(p): round(t, 4) for p, t in times.items()})
+    layer.index.plans[_key(rows, layer, captured)] = _table(layer.values.device)[name] = best
+    return best
+
+
+def _key(rows: int, layer: Packed, captured: bool) -> tuple:
+    return _bucket(rows), layer.rank, layer.values.dtype, captured and rows > MOST_BLOCK_ROWS
 
 
 def _bucket(rows: int) -> int:
     return min(1 << (rows - 1).bit_length(), _MOST_ROWS)
 
 
-def _name(rows: int, layer: Packed) -> str:
+def _name(rows: int, layer: Packed, captured: bool) -> str:
     index, dtype = layer.index, str(layer.values.dtype).removeprefix("torch.")
     outs, ins = index.shape[0], index.in_features
+    graph = " in a graph" if captured and rows > MOST_BLOCK_ROWS else ""
     kind = "2:4" if index.pairs else f"{index.nonzeros / (outs * ins):.1f}"
-    return f"{outs}x{ins} {kind} rank {layer.rank} {dtype} {_bucket(rows)}"
+    return f"{outs}x{ins} {kind} rank {layer.rank} {dtype} {_bucket(rows)}{graph}"
 
 
 @functools.cache
 def _file(device: torch.device) -> Path:
     """One per device model and set of candidates."""
-    version = zlib.crc32(repr((VECTOR, TILES, BLOCKS, MOST_BLOCK_ROWS, torch.__version__)).encode())
+    version = zlib.crc32(repr((VECTOR, TILES, BLOCKS, MOST_BLOCK_ROWS, SPARSE, torch.__version__)).encode())
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
     return Path(HF_HOME) / "hf_sparselr" / f"kernels-{name}-{version:08x}.json"
 

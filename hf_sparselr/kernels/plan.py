@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 
 DECODE, SPARSE = ("vector", "tiles"), ("sparse", "joined")  # forms
-MAX_ROWS = 16  # of x that they take
-MOST_BLOCK_ROWS = 256  # of x for which "blocks" is worth trying: for more it unpacks S too often
-LEAST_SPARSE_ROWS = (
-    1025  # of x for which the sparse tensor cores are: with fewer cuSPARSELt keeps the host busy longer
+MAX_ROWS = 16  # of x that the first two take
+MOST_BLOCK_ROWS = (
+    256  # of x for which "blocks" is worth trying, as it unpacks S for each 128; for more, SPARSE
 )
 
 

@@ -11,7 +11,9 @@ groups 0, 4, 1, 5, 2, 6, 3, 7 of four columns, row r in the low half of each. Wo
 23, 32 to 39, 48 to 55.
 """
 
+import contextlib
 import functools
+import itertools
 
 import torch
 import triton
@@ -21,7 +23,8 @@ from torch.nn import functional as F
 from ..packing import pack_mask
 from .decode import Packed, can_pair, ceil_div
 from .index import index_of
-from .plan import LEAST_SPARSE_ROWS, Plan
+from .plan import MOST_BLOCK_ROWS, Plan
+from .timing import milliseconds
 
 _ROWS, _COLUMNS = 64, 32  # of S in a tile of places
 _CHUNK = 512  # columns of a program
@@ -131,30 +134,38 @@ def _operands(
 
 
 def sparse_plans(inputs: torch.Tensor, layer: Packed) -> tuple[Plan, ...]:
-    """What is worth trying on the sparse tensor cores: for each form what cuSPARSELt's own search finds the fastest."""
+    """What is worth trying on the sparse tensor cores, with what is the fastest of cuSPARSELt's algorithms here.
+
+    Only BF16: in FP16 some algorithms of cuSPARSELt 0.8 fail with an illegal instruction in its own search.
+    """
     outs, ins = layer.index.shape[0], layer.index.in_features
     fits = outs % _ROWS == 0 and ins % (2 * _COLUMNS) == 0 and layer.index.pairs
     if (
         not fits
-        or inputs.element_size() != 2
-        or len(inputs) < LEAST_SPARSE_ROWS
+        or inputs.dtype != torch.bfloat16
+        or len(inputs) <= MOST_BLOCK_ROWS
         or not can_use(inputs.device)
     ):
         return ()
+    algorithm = _fastest(inputs, layer)
     forms = ("sparse", "joined") if layer.rank and layer.rank % 32 == 0 else ("sparse",)
-    return tuple(Plan(form, algorithm=_fastest(inputs, layer, form == "joined")) for form in forms)
+    return tuple(Plan(form, algorithm=algorithm) for form in forms)
 
 
-def _fastest(inputs: torch.Tensor, layer: Packed, joined: bool) -> int:
-    S, x, _ = _operands(inputs, layer, joined)
-    return torch._C._cusparselt.mm_search(S, x.t(), layer.bias, None, None, True)[0]
+def _fastest(inputs: torch.Tensor, layer: Packed) -> int:
+    """Of the algorithms, by number: each is tried, until one is refused."""
+    S, x, _ = _operands(inputs, layer, joined=False)
+    times = []
+    with contextlib.suppress(RuntimeError):
+        for algorithm in itertools.count():
+            run = functools.partial(torch._cslt_sparse_mm, S, x.t(), transpose_result=True, alg_id=algorithm)
+            times.append(milliseconds(run, x.device, 5))
+    return min(range(len(times)), key=times.__getitem__)
 
 
 @functools.cache
 def can_use(device: torch.device) -> bool:
     """Whether there is cuSPARSELt, with the layout that `arrange` makes."""
-    if not hasattr(getattr(torch._C, "_cusparselt", None), "mm_search"):
-        return False
     outs, ins, generator = 128, 192, torch.Generator(device).manual_seed(0)
     scores = torch.rand(outs, ins // 4, 4, device=device, generator=generator)
     kept = (scores.argsort(-1).argsort(-1) < 2).view(outs, ins)
@@ -163,6 +174,7 @@ def can_use(device: torch.device) -> bool:
     layer = Packed(mask, index_of(mask, ins), dense[kept], None, None, None)
     try:
         expected = torch._cslt_compress(dense)
-    except RuntimeError:  # built without it, or not for such a device
+        torch._cslt_sparse_mm(expected, dense[:64].t(), transpose_result=True)
+    except (AttributeError, RuntimeError):  # not there, or not for such a device
         return False
     return torch.equal(expected.flatten(), arrange(layer, joined=False).flatten())

@@ -1,8 +1,9 @@
-"""How long a call keeps the GPU busy."""
+"""How long a call keeps the GPU, and the host, busy."""
 
 import functools
 import statistics
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,19 @@ def milliseconds(run: Callable[[], Any], device: torch.device, repeats: int = 20
     """
     with _BUSY:
         return apart(lambda: _milliseconds(run, device, repeats), device, _stream(device))
+
+
+def host_milliseconds(run: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
+    """Median time in which the host issues an eager call, whatever the GPU is at."""
+    run()
+    torch.cuda.synchronize(device)
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - started))
+    torch.cuda.synchronize(device)
+    return statistics.median(times)
 
 
 @functools.cache

@@ -39,11 +39,12 @@ def _plan(rows: torch.Tensor, layer: Packed, kernel: str) -> Plan:
     count = rows.shape[0]
     if kernel == "packed" and count <= MAX_ROWS:
         return packed_plans(count, rows.dtype)[0]
-    plan = known(count, layer)
+    captured = torch.cuda.is_current_stream_capturing()
+    plan = known(count, layer, captured)
     if plan is not None:
         return plan
     options = candidates(count, rows.dtype, layer.rank)
-    if torch.cuda.is_current_stream_capturing():  # nothing can be measured now
+    if captured:  # nothing can be measured now
         return options[0]
     options += sparse_plans(rows, layer)
     return choose(count, layer, options, lambda plan: _run(rows, [layer], plan))
