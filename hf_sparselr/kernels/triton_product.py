@@ -39,7 +39,7 @@ def _plan(rows: torch.Tensor, layer: Packed, kernel: str) -> Plan:
     count = rows.shape[0]
     if kernel == "packed" and count <= MAX_ROWS:
         return packed_plans(count, rows.dtype)[0]
-    captured = torch.cuda.is_current_stream_capturing()
+    captured = rows.is_cuda and torch.cuda.is_current_stream_capturing()
     plan = known(count, layer, captured)
     if plan is not None:
         return plan
