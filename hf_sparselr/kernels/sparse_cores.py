@@ -147,20 +147,20 @@ def sparse_plans(inputs: torch.Tensor, layer: Packed) -> tuple[Plan, ...]:
         or not can_use(inputs.device)
     ):
         return ()
-    algorithm = _fastest(inputs, layer)
+    times = _times(inputs, layer)
     forms = ("sparse", "joined") if layer.rank and layer.rank % 32 == 0 else ("sparse",)
-    return tuple(Plan(form, algorithm=algorithm) for form in forms)
+    return tuple(Plan(form, algorithm=times.index(min(times))) for form in forms if times)
 
 
-def _fastest(inputs: torch.Tensor, layer: Packed) -> int:
-    """Of the algorithms, by number: each is tried, until one is refused."""
+def _times(inputs: torch.Tensor, layer: Packed) -> list[float]:
+    """Of the product by each of cuSPARSELt's algorithms, which are tried until one is refused."""
     S, x, _ = _operands(inputs, layer, joined=False)
     times = []
     with contextlib.suppress(RuntimeError):
         for algorithm in itertools.count():
             run = functools.partial(torch._cslt_sparse_mm, S, x.t(), transpose_result=True, alg_id=algorithm)
             times.append(milliseconds(run, x.device, 5))
-    return min(range(len(times)), key=times.__getitem__)
+    return times
 
 
 @functools.cache
