@@ -1,5 +1,7 @@
 """The packed product on a GPU: gradients, graphs, streams, timing, and sizes that the interpreter is too slow for."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from kernel_cases import CUDA, DEVICE, Problem, assert_near, draw, layer_of, problem
@@ -175,9 +177,9 @@ needs_sparse = pytest.mark.skipif(
 )
 def test_what_the_sparse_tensor_cores_read_is_what_torch_makes(out: int, n: int, rank: int) -> None:
     from hf_sparselr.kernels.decode import Packed
-    from hf_sparselr.kernels.sparse_cores import arrange, can_use
+    from hf_sparselr.kernels.sparse_cores import arrange, prepare
 
-    assert can_use(torch.device(DEVICE, torch.cuda.current_device()))
+    assert prepare(torch.device(DEVICE, torch.cuda.current_device()), capturing=False)
     case = problem(out, n, "2:4", rank, dtype=torch.bfloat16)
     dense = case.S.bfloat16()
     if rank:
@@ -221,17 +223,44 @@ def test_products_on_the_sparse_tensor_cores(rows: int, rank: int, bias: bool, f
 
 
 @needs_sparse
+@pytest.mark.parametrize(("warm", "form"), [(True, "sparse"), (False, "folded")])
+def test_sparse_in_a_graph_only(warm: bool, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuSPARSELt is made for a thread before a capture in it, though the eager call does without."""
+    from hf_sparselr.kernels import triton_product as ways
+    from hf_sparselr.kernels.plan import Plan
+
+    case = problem(192, 128, "2:4", dtype=torch.bfloat16)
+    layer, x = layer_of(case, 128), draw(300, 128, seed=6, dtype=torch.bfloat16)
+    plans, real, taken = index_of(layer.mask, 128).plans, ways._run, []
+    plans[512, 3, torch.bfloat16, True], plans[512, 3, torch.bfloat16, False] = Plan("sparse"), Plan("folded")
+    monkeypatch.setattr(
+        ways, "_run", lambda x, layers, plan: taken.append(plan.form) or real(x, layers, plan)
+    )
+
+    def capture() -> torch.Tensor:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.no_grad(), torch.cuda.stream(stream):
+            if warm:
+                layer(x)
+            with torch.cuda.graph(graph, stream=stream):
+                out = layer(x)
+            graph.replay()
+        stream.synchronize()
+        return out
+
+    with ThreadPoolExecutor(1) as pool:
+        assert_near(pool.submit(capture).result(), case.expected(x), torch.bfloat16)
+    assert taken == ["folded"] * warm + [form]
+
+
+@needs_sparse
 def test_where_the_sparse_tensor_cores_are_not_tried() -> None:
     from hf_sparselr.kernels.decode import Packed
     from hf_sparselr.kernels.sparse_cores import sparse_plans
 
-    for out, n, kind, rows, dtype in [
-        (64, 64, "2:4", 256, torch.bfloat16), (64, 64, "2:4", 257, torch.float16),
-        (64, 64, 0.5, 257, torch.bfloat16), (60, 64, "2:4", 257, torch.bfloat16),
-        (64, 96, "2:4", 257, torch.bfloat16),
-    ]:  # fmt: skip
-        case = problem(out, n, kind, dtype=dtype)
-        assert not sparse_plans(draw(rows, n, seed=6, dtype=dtype), Packed.of(*case.packed, None, n))
+    for out, n, dtype in [(64, 64, torch.float16), (60, 64, torch.bfloat16), (64, 96, torch.bfloat16)]:
+        case = problem(out, n, "2:4", dtype=dtype)
+        assert not sparse_plans(draw(257, n, seed=6, dtype=dtype), Packed.of(*case.packed, None, n))
 
 
 @needs_sparse

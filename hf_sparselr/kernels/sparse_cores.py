@@ -14,6 +14,7 @@ groups 0, 4, 1, 5, 2, 6, 3, 7 of four columns, row r in the low half of each. Wo
 import contextlib
 import functools
 import itertools
+import threading
 
 import torch
 import triton
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from ..packing import pack_mask
 from .decode import Packed, can_pair, ceil_div
 from .index import index_of
-from .plan import MOST_BLOCK_ROWS, Plan
+from .plan import Plan
 from .timing import milliseconds
 
 _ROWS, _COLUMNS = 64, 32  # of S in a tile of places
@@ -134,18 +135,12 @@ def _operands(
 
 
 def sparse_plans(inputs: torch.Tensor, layer: Packed) -> tuple[Plan, ...]:
-    """What is worth trying on the sparse tensor cores, with what is the fastest of cuSPARSELt's algorithms here.
+    """What is worth trying for a 2:4 layer, with what is the fastest of cuSPARSELt's algorithms here.
 
     Only BF16: in FP16 some algorithms of cuSPARSELt 0.8 fail with an illegal instruction in its own search.
     """
     outs, ins = layer.index.shape[0], layer.index.in_features
-    fits = outs % _ROWS == 0 and ins % (2 * _COLUMNS) == 0 and layer.index.pairs
-    if (
-        not fits
-        or inputs.dtype != torch.bfloat16
-        or len(inputs) <= MOST_BLOCK_ROWS
-        or not can_use(inputs.device)
-    ):
+    if outs % _ROWS or ins % (2 * _COLUMNS) or inputs.dtype != torch.bfloat16:
         return ()
     times = _times(inputs, layer)
     forms = ("sparse", "joined") if layer.rank and layer.rank % 32 == 0 else ("sparse",)
@@ -163,9 +158,21 @@ def _times(inputs: torch.Tensor, layer: Packed) -> list[float]:
     return times
 
 
+_PREPARED = threading.local()
+
+
+def prepare(device: torch.device, capturing: bool) -> bool:
+    """Whether this thread can use cuSPARSELt on a device: its first call cannot be part of a CUDA graph."""
+    devices = _PREPARED.__dict__.setdefault("devices", set())
+    if device not in devices and not capturing and _has_layout(device):
+        torch._cslt_compress(torch.zeros(_ROWS, _ROWS, device=device, dtype=torch.bfloat16))
+        devices.add(device)
+    return device in devices
+
+
 @functools.cache
-def can_use(device: torch.device) -> bool:
-    """Whether there is cuSPARSELt, with the layout that `arrange` makes."""
+def _has_layout(device: torch.device) -> bool:
+    """Whether there is cuSPARSELt, and it has the layout that `arrange` makes."""
     outs, ins, generator = 128, 192, torch.Generator(device).manual_seed(0)
     scores = torch.rand(outs, ins // 4, 4, device=device, generator=generator)
     kept = (scores.argsort(-1).argsort(-1) < 2).view(outs, ins)

@@ -8,8 +8,8 @@ import torch
 from .blocks import multiply_blocks
 from .choice import choose, known
 from .decode import Packed, decode
-from .plan import DECODE, MAX_ROWS, SPARSE, Plan, candidates, packed_plans
-from .sparse_cores import multiply_sparse, sparse_plans
+from .plan import DECODE, MAX_ROWS, MOST_BLOCK_ROWS, SPARSE, Plan, candidates, packed_plans
+from .sparse_cores import multiply_sparse, prepare, sparse_plans
 from .unpacked import multiply_unpacked
 
 
@@ -39,14 +39,16 @@ def _plan(rows: torch.Tensor, layer: Packed, kernel: str) -> Plan:
     count = rows.shape[0]
     if kernel == "packed" and count <= MAX_ROWS:
         return packed_plans(count, rows.dtype)[0]
-    captured = rows.is_cuda and torch.cuda.is_current_stream_capturing()
-    plan = known(count, layer, captured)
-    if plan is not None:
+    capturing = rows.is_cuda and torch.cuda.is_current_stream_capturing()
+    sparse = count > MOST_BLOCK_ROWS and layer.index.pairs and prepare(rows.device, capturing)
+    plan = known(count, layer, capturing)
+    if plan is not None and (sparse or plan.form not in SPARSE):
         return plan
     options = candidates(count, rows.dtype, layer.rank)
-    if captured:  # nothing can be measured now
+    if capturing:  # nothing can be measured now
         return options[0]
-    options += sparse_plans(rows, layer)
+    if sparse:
+        options += sparse_plans(rows, layer)
     return choose(count, layer, options, lambda plan: _run(rows, [layer], plan))
 
 
