@@ -11,7 +11,7 @@ _SLOW = {"rho": 0.03, "growth": (1.05, 1.025, 1.01), "tolerance": 1e-4, "max_ite
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {
-        "3basil": {},
+        "3basil": {"rho": 0.09},
         "tm": {**_TM, "passes": 4},
         "distill": {**_DISTILL, "passes": 4},
     },
