@@ -218,7 +218,9 @@ def test_products_on_the_sparse_tensor_cores(rows: int, rank: int, bias: bool, f
         assert torch.equal(out, again) and torch.equal(out, odd)
     values = torch.cat([case.values[:1], case.values])[1:]
     assert values.data_ptr() % 8
-    out = multiply_sparse(x, packed._replace(values=values), plans[-1])
+    B = packed.B if packed.B is None else torch.cat([packed.B.flatten()[:1], packed.B.flatten()])[1:]
+    moved = packed._replace(values=values, B=B if B is None else B.view_as(packed.B))
+    out = multiply_sparse(x, moved, plans[-1])
     assert_near(out, case.expected(x), torch.bfloat16)
 
 

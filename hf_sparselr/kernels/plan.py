@@ -6,9 +6,7 @@ import torch
 
 DECODE, SPARSE = ("vector", "tiles"), ("sparse", "joined")  # forms
 MAX_ROWS = 16  # of x that the first two take
-MOST_BLOCK_ROWS = (
-    256  # of x for which "blocks" is worth trying, as it unpacks S for each 128; for more, SPARSE
-)
+MOST_BLOCK_ROWS = 256  # of x for which "blocks" is worth trying, as it unpacks S for each 128; more: SPARSE
 
 
 @dataclass(frozen=True)

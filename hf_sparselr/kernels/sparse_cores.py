@@ -47,9 +47,8 @@ def _take_over(words, values, out, ins, width, places, top, chunk, CHUNK: tl.con
     """Values and places of S."""
     row = top + tl.arange(0, 64)[:, None]
     four = chunk * (CHUNK // 8) + tl.arange(0, CHUNK // 8)[None, :]  # values
-    inside = (four < ins // 8) & (row >= 0)
-    value = tl.load(values.to(tl.pointer_type(tl.int64)) + row * (ins // 8) + four, mask=inside)
-    tl.store(out.to(tl.pointer_type(tl.int64)) + row * (width // 4) + four, value, mask=inside)
+    value = tl.load(values.to(tl.pointer_type(tl.int64)) + row * (ins // 8) + four, mask=four < ins // 8)
+    tl.store(out.to(tl.pointer_type(tl.int64)) + row * (width // 4) + four, value, mask=four < ins // 8)
     lane = tl.arange(0, CHUNK)
     tile, number = chunk * (CHUNK // 32) + lane // 32, lane % 32
     row_of_word = top + number % 8 + number // 8 * 16
@@ -65,10 +64,9 @@ def _join(B, out, ins, width, rank, places, top, PAIRS: tl.constexpr):
     """Those of B behind them: its even pairs of columns as groups that keep columns 0, 1, its odd ones 2, 3."""
     row = top + tl.arange(0, 64)[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
-    inside = (pair < rank // 2) & (row >= 0)
-    value = tl.load(B.to(tl.pointer_type(tl.int32)) + row * (rank // 2) + pair, mask=inside)
+    value = tl.load(B.to(tl.pointer_type(tl.int32)) + row * (rank // 2) + pair, mask=pair < rank // 2)
     at = row * (width // 2) + ins // 4 + pair % 2 * (rank // 4) + pair // 2
-    tl.store(out.to(tl.pointer_type(tl.int32)) + at, value, mask=inside)
+    tl.store(out.to(tl.pointer_type(tl.int32)) + at, value, mask=pair < rank // 2)
     word = tl.arange(0, 4 * PAIRS)  # 32 for each 32 columns
     code = tl.where(word < rank, 0x4444444444444444, -0x1111111111111112)
     to = places.to(tl.pointer_type(tl.int64)) + top * (width // 32) + ins + word
@@ -130,6 +128,8 @@ def _operands(
         inputs = F.pad(inputs, (0, 0, 0, -len(inputs) % 16))
     if not can_pair(layer.index, layer.values):
         layer = layer._replace(values=layer.values.clone())
+    if joined and layer.B.data_ptr() % 4:
+        layer = layer._replace(B=layer.B.clone())
     S, u = arrange(layer, joined), None if layer.A is None else F.linear(inputs, layer.A)
     return (S, torch.cat([inputs, u, u], 1), None) if joined else (S, inputs, u)
 
@@ -137,7 +137,7 @@ def _operands(
 def sparse_plans(inputs: torch.Tensor, layer: Packed) -> tuple[Plan, ...]:
     """What is worth trying for a 2:4 layer, with what is the fastest of cuSPARSELt's algorithms here.
 
-    Only BF16: in FP16 some algorithms of cuSPARSELt 0.8 fail with an illegal instruction in its own search.
+    Not in FP16: there cuSPARSELt 0.8's own search for an algorithm ends with an illegal instruction on an H100.
     """
     outs, ins = layer.index.shape[0], layer.index.in_features
     if outs % _ROWS or ins % (2 * _COLUMNS) or inputs.dtype != torch.bfloat16:
