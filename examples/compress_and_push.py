@@ -11,7 +11,7 @@ import logging
 from transformers import AutoTokenizer
 
 import hf_sparselr
-from hf_sparselr.evaluate import perplexity
+from hf_sparselr.entrypoints.perplexity import perplexity
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 

@@ -33,8 +33,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparselr
-from hf_sparselr.calibration import load_split, read_files
-from hf_sparselr.evaluate import perplexity
+from hf_sparselr.data.sources import load_split, read_files
+from hf_sparselr.entrypoints.perplexity import perplexity
 
 CHATS = Path(__file__).with_name("chat.jsonl")
 CHAT_TEMPLATE = (

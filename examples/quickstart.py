@@ -18,8 +18,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import hf_sparselr
-from hf_sparselr.evaluate import perplexity
-from hf_sparselr.report import plot, table
+from hf_sparselr.compression.report import plot, table
+from hf_sparselr.entrypoints.perplexity import perplexity
 
 MODEL = Path(__file__).parent / "pylm-4m"
 LIBRARY = Path(sysconfig.get_path("stdlib"))

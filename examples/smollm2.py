@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparselr
-from hf_sparselr.evaluate import perplexity
-from hf_sparselr.report import table
+from hf_sparselr.compression.report import table
+from hf_sparselr.entrypoints.perplexity import perplexity
 
 PROMPT = "Explain in three sentences why the sky is blue."
 

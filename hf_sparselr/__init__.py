@@ -10,16 +10,16 @@ from .integrations import autoload as _autoload
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "SparseLRConfig": "config",
-    "SparseLRLinear": "modules",
-    "compress": "offline",
-    "refine": "outside",
-    "lora_config": "integrations.peft",
-    "as_peft_model": "integrations.peft",
-    "merge_and_unload": "integrations.merging",
-    "export_portable": "export",
-    "perplexity": "evaluate",
-    "train_mode": "training",
+    "SparseLRConfig": "config.sparselr_config",
+    "SparseLRLinear": "nn.linear",
+    "compress": "entrypoints.compress",
+    "refine": "entrypoints.refine",
+    "lora_config": "integrations.peft.lora_config",
+    "as_peft_model": "integrations.peft.lora_config",
+    "merge_and_unload": "integrations.peft.merging",
+    "export_portable": "entrypoints.export",
+    "perplexity": "entrypoints.perplexity",
+    "train_mode": "entrypoints.train_mode",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

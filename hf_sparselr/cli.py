@@ -16,19 +16,19 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from . import bench
-from .allocation import ALLOCATIONS
-from .config import SparseLRConfig
-from .effort import PRESETS
-from .evaluate import perplexity
-from .inspect_checkpoint import inspect_checkpoint
-from .offline import compress
-from .patterns import from_text
-from .solvers import GIVEN, METHODS
+from .config.options import ALLOCATION_OPTIONS
+from .config.presets import PRESETS
+from .config.sparselr_config import SparseLRConfig
+from .entrypoints.compress import compress
+from .entrypoints.inspect import inspect_checkpoint
+from .entrypoints.perplexity import perplexity
+from .format.patterns import from_text
+from .solvers.registry import METHODS, PRECOMPUTED
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_JSON_FIELDS = ("overrides", "allocation_options", "solver", "tm", "distill")
+_JSON_FIELDS = ("overrides", "allocation_options", "method_options", "tm", "distill")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,14 +94,14 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
             "help": "share of the parameters to remove, in the place of sparsity and rank",
         },
         "rank_ratio": {"type": float, "metavar": "K", "help": "share of what it keeps for the low-rank part"},
-        "allocation": {"choices": tuple(ALLOCATIONS), "help": "of sparsity and rank to the layers"},
+        "allocation": {"choices": tuple(ALLOCATION_OPTIONS), "help": "of sparsity and rank to the layers"},
         "allocation_options": {"metavar": "JSON", "help": "options of the allocation"},
-        "method": {"choices": tuple(name for name in METHODS if name != GIVEN), "help": "layer solver"},
+        "method": {"choices": tuple(name for name in METHODS if name != PRECOMPUTED), "help": "layer solver"},
         "refine": {
             "choices": ("tm", "distill", "tm+distill", "none"),
             "help": "what follows the layer solves",
         },
-        "effort": {"choices": tuple(PRESETS), "help": "sets what solver, tm and distill leave open"},
+        "effort": {"choices": tuple(PRESETS), "help": "sets what method_options, tm and distill leave open"},
         "calibration": {"metavar": "SRC", "help": '"self", "file:GLOB" or a Hub data set "id[:config]"'},
         "num_samples": {**integer, "help": "calibration windows"},
         "seq_len": {**integer, "help": "tokens a window"},
@@ -110,7 +110,7 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
         "targets": {**regexes, "help": "layers to compress; all linear layers of the blocks if not given"},
         "ignore": {**regexes, "help": "layers to leave alone"},
         "overrides": {"metavar": "JSON", "help": '{"RE": {"sparsity": ..., "rank": ..., "skip": ...}}'},
-        "solver": {"metavar": "JSON", "help": "options of the method"},
+        "method_options": {"metavar": "JSON", "help": "options of the method"},
         "tm": {"metavar": "JSON", "help": "options of transformer matching"},
         "distill": {"metavar": "JSON", "help": "options of distillation"},
         "on_incompatible": {"choices": ("error", "skip"), "help": "for layers that do not fit the pattern"},

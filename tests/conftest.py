@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 @pytest.fixture
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """The solver as on a device whose products of BF16 are fast and round: not every CPU's do."""
-    from hf_sparselr.solvers import admm
+    from hf_sparselr.solvers.threebasil import admm
 
     def rounded(precision: str, *matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(matrix.bfloat16().float() for matrix in matrices) if precision == "bf16" else matrices

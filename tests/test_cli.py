@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer, run_client
+from helpers.hub_server import HubServer, run_client
+from helpers.paths import PYLM
+from helpers.tiny import build
 from safetensors import safe_open
-from tiny import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparselr import cli
-from hf_sparselr.config import SparseLRConfig
-from hf_sparselr.evaluate import perplexity
-from hf_sparselr.inspect_checkpoint import inspect_checkpoint
-from hf_sparselr.offline import compress
+from hf_sparselr.config.sparselr_config import SparseLRConfig
+from hf_sparselr.entrypoints.compress import compress
+from hf_sparselr.entrypoints.inspect import inspect_checkpoint
+from hf_sparselr.entrypoints.perplexity import perplexity
 
-PYLM = Path(__file__).parents[1] / "examples" / "pylm-4m"
 SOLVER = '{"min_iterations": 5, "max_iterations": 10}'
-SMALL = ["--num-samples", "4", "--seq-len", "32", "--rank", "4", "--solver", SOLVER]
+SMALL = ["--num-samples", "4", "--seq-len", "32", "--rank", "4", "--method-options", SOLVER]
 LAYERS = 14
 
 
@@ -93,7 +93,7 @@ def test_compress_with_an_effort_and_distillation(home, capsys):
     expected = SparseLRConfig(effort="fast", refine="tm+distill").to_dict()
     assert (found["effort"], found["refine"]) == ("fast", "tm+distill")
     assert found["distill"] == {**expected["distill"], **json.loads(distill)}
-    assert found["solver"] == {**expected["solver"], **json.loads(SOLVER)}
+    assert found["method_options"] == {**expected["method_options"], **json.loads(SOLVER)}
     assert found["tm"] == {**expected["tm"], "passes": 1}
     assert AutoModelForCausalLM.from_pretrained(home / "distilled").sparselr_report.distill["passes"] <= 1
 
@@ -158,7 +158,7 @@ def test_inspect_reads_shards_and_finds_shapes_without_factors(home, tmp_path):
         calibration=torch.arange(64).view(4, 16),
         num_samples=4,
         seq_len=16,
-        solver=json.loads(SOLVER),
+        method_options=json.loads(SOLVER),
     )
     compress(dense, config).save_pretrained(tmp_path, max_shard_size="100KB")
     files = list(tmp_path.glob("*.safetensors"))

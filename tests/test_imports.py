@@ -1,44 +1,20 @@
 """What importing the package, torch and transformers does to one another; every test is a process of its own."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import tiny
+from helpers import tiny
+from helpers.paths import ROOT
+from helpers.subprocesses import check
 
 from hf_sparselr import compress
 
-ROOT = Path(__file__).parents[1]
 AUTOLOAD = "from hf_sparselr.integrations.autoload import autoload; autoload()\n"
 REGISTERED = """
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from hf_sparselr.config import SparseLRConfig
-from hf_sparselr.integrations.transformers import SparseLRQuantizer
+from hf_sparselr.config.sparselr_config import SparseLRConfig
+from hf_sparselr.integrations.transformers.quantizer import SparseLRQuantizer
 assert AUTO_QUANTIZER_MAPPING["sparselr"] is SparseLRQuantizer
 assert AUTO_QUANTIZATION_CONFIG_MAPPING["sparselr"] is SparseLRConfig
 """
-
-
-def run(code, *paths, cwd):
-    """Runs code in a new interpreter without the installed entry point; `paths` lead its import path."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # the tests call what the entry point calls
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=cwd, capture_output=True, text=True, timeout=100
-    )
-
-
-def check(code, *paths, cwd):
-    result = run(code, *paths, cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    return result
 
 
 def test_the_package_imports_only_the_standard_library(tmp_path):
@@ -64,7 +40,7 @@ import sys
 {AUTOLOAD}
 import torch
 torch.zeros(1)
-assert not {{"transformers", "peft", "hf_sparselr.config", "hf_sparselr.modules"}} & set(sys.modules)
+assert not {{"transformers", "peft", "hf_sparselr.config.sparselr_config", "hf_sparselr.nn.linear"}} & set(sys.modules)
 """
     check(code, ROOT, cwd=tmp_path)
 
@@ -110,8 +86,8 @@ assert not any(name.startswith("hf_sparselr") for name in sys.modules)
 @pytest.mark.parametrize(
     "first",
     [
-        "from hf_sparselr.config import SparseLRConfig",
-        "import hf_sparselr.blocks",
+        "from hf_sparselr.config.sparselr_config import SparseLRConfig",
+        "import hf_sparselr.compression.plan",
         "import transformers, hf_sparselr",
         "from hf_sparselr import SparseLRLinear, compress, lora_config",
     ],
@@ -123,7 +99,7 @@ def test_every_import_order_registers(first, tmp_path):
 
 @pytest.mark.parametrize("first", ["import peft, hf_sparselr", AUTOLOAD + "import peft"])
 def test_peft_is_extended_in_either_order(first, tmp_path):
-    code = f"{first}\nimport sys\nassert 'hf_sparselr.integrations.peft' in sys.modules\n{REGISTERED}"
+    code = f"{first}\nimport sys\nassert 'hf_sparselr.integrations.peft.guards' in sys.modules\n{REGISTERED}"
     assert "could not register" not in check(code, ROOT, cwd=tmp_path).stderr
 
 
@@ -152,7 +128,7 @@ def test_broken_glue_leaves_transformers_usable(tmp_path):
     code = f"""
 {AUTOLOAD}
 import sys
-sys.modules["hf_sparselr.modules"] = None  # importing it raises ImportError
+sys.modules["hf_sparselr.nn.linear"] = None  # importing it raises ImportError
 import transformers.quantizers
 from transformers import LlamaConfig
 """

@@ -14,10 +14,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from ..config import SparseLRConfig
-from ..offline import compress
-from ..patterns import from_text
-from ..report import table
+from ..compression.report import table
+from ..config.sparselr_config import SparseLRConfig
+from ..entrypoints.compress import compress
+from ..format.patterns import from_text
 from .presets import PRESETS
 
 VOCABULARY = 4096
@@ -161,12 +161,12 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
 
 def _rate(device: str, precision: str, size: int = 8192, repeats: int = 5) -> float:
     """FLOP/s of one large product."""
-    from ..precision import arithmetic
-    from ..timing import Phases
+    from ..utils.phase_timer import PhaseTimer
+    from ..utils.precision import arithmetic
 
     size = size if device.startswith("cuda") else 1024
     left, right = (torch.randn(size, size, device=device) for _ in range(2))
-    phases = Phases(torch.device(device), memory=False)
+    phases = PhaseTimer(torch.device(device), memory=False)
     with arithmetic(left.device, precision):
         left @ right
         with phases("product"):

@@ -17,12 +17,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.utils import logging as transformers_logging
 
-from ..blocks import linear_layers, weight_shape
-from ..modules import SparseLRLinear
-from ..patterns import from_text, parse
-from ..report import table
-from ..siblings import link_siblings
-from ..solvers import Decomposition
+from ..compression.model_structure import linear_layers, weight_shape
+from ..compression.report import table
+from ..format.decomposition import Decomposition
+from ..format.patterns import from_text, parse
+from ..nn.linear import SparseLRLinear
+from ..nn.shared_input import link_shared_inputs
 from .presets import PRESETS
 
 
@@ -99,7 +99,7 @@ def _packed(args: argparse.Namespace, sparsity: str) -> nn.Module:
         factors = tuple(None if f is None else f.to(args.device) * 0.01 for f in factors)
         parts = Decomposition(layer.weight.detach() * mask, mask, *factors)
         model.set_submodule(name, SparseLRLinear.from_decomposition(parts, dtype=layer.weight.dtype))
-    link_siblings(model)
+    link_shared_inputs(model)
     return model
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..modules import SparseLRLinear
-from ..packing import pack_mask
-from ..patterns import NM, Pattern, from_text, parse
-from ..report import table
+from ..compression.report import table
+from ..format.bitmask import pack_mask
+from ..format.patterns import NM, Pattern, from_text, parse
+from ..nn.linear import SparseLRLinear
 from .presets import PRESETS
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -168,8 +168,8 @@ def _host_microseconds(layer: SparseLRLinear, x: torch.Tensor) -> float:
 
 
 def _chosen(layer: SparseLRLinear, rows: int) -> str:
-    from ..kernels.choice import known
-    from ..kernels.decode import Packed
+    from ..kernels.autotune import known
+    from ..kernels.triton.decode import Packed
 
     return str(known(rows, Packed.of(*layer.parts, layer.in_features), captured=True))
 

@@ -21,12 +21,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..blocks import plan_layers, weight_shape
-from ..config import SparseLRConfig
-from ..evaluate import perplexity
-from ..offline import compress
-from ..patterns import from_text, parse
-from ..solvers import GIVEN, METHODS
+from ..compression.model_structure import weight_shape
+from ..compression.plan import plan_layers
+from ..config.sparselr_config import SparseLRConfig
+from ..entrypoints.compress import compress
+from ..entrypoints.perplexity import perplexity
+from ..format.patterns import from_text, parse
+from ..solvers.registry import METHODS, PRECOMPUTED
 
 _MARKERS = {"none": "o", "tm": "^", "distill": "s", "tm+distill": "D"}
 REFINEMENTS = tuple(_MARKERS)
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="+",
         default=["3basil"],
-        choices=[name for name in METHODS if name != GIVEN],
+        choices=[name for name in METHODS if name != PRECOMPUTED],
         metavar="METHOD",
     )
     parser.add_argument("--refine", nargs="+", default=["none", "tm"], choices=REFINEMENTS)

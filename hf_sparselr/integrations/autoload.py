@@ -14,8 +14,8 @@ import warnings
 
 # host module -> our module that is imported once the host has been executed
 _GLUE = {
-    "transformers.quantizers": "hf_sparselr.integrations.transformers",
-    "peft": "hf_sparselr.integrations.peft",
+    "transformers.quantizers": "hf_sparselr.integrations.transformers.quantizer",
+    "peft": "hf_sparselr.integrations.peft.guards",
 }
 
 

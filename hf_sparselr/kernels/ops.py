@@ -5,7 +5,6 @@ Which kernel runs is decided when they run, so a compiled model does not depend 
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -13,18 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from ..checks import check_choice
-from ..packing import unpack
-from . import native
-from .index import index_of, row_starts
+from ..format.bitmask import unpack
+from ..utils.availability import TRITON
+from ..utils.validation import check_choice
+from . import cpu as native
 from .reference import reference_linear
-from .resident import keep
+from .support_index import index_of, row_starts
+from .tensor_cache import keep
 
 logger = logging.getLogger(__name__)
 
 KERNELS = ("auto", "packed", "dense")
 VARIABLE = "HF_SPARSELR_KERNEL"
-TRITON = importlib.util.find_spec("triton") is not None  # not a function: torch.compile would trace into it
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _Optional = torch.Tensor | None
@@ -100,8 +99,8 @@ def products(inputs, layers, in_features, kernel) -> list[torch.Tensor]:
         if empty or kernel == "dense" or not _uses_triton(rows):
             outs = [_product(rows, *layer, in_features, kernel) for layer in layers]
         else:
-            from .decode import Packed
-            from .triton_product import triton_product
+            from .triton.decode import Packed
+            from .triton.product import triton_product
 
             outs = triton_product(rows, [Packed.of(*layer, in_features) for layer in layers], kernel)
     return [out.view(*inputs.shape[:-1], out.shape[1]) for out in outs]
@@ -133,7 +132,7 @@ def _say_dense_once() -> None:
 def _dense(mask, values, A, B, in_features) -> torch.Tensor:
     """S + B A as a new tensor."""
     if _uses_triton(values):
-        from .densify import densify
+        from .triton.unpack import densify
 
         return densify(mask, index_of(mask, in_features), values, A, B)
     dense = unpack(mask, values, in_features)
@@ -166,7 +165,7 @@ def value_gradient(
     grad: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor, nonzeros: int
 ) -> torch.Tensor:
     """grad^T x on the support: (rows, out), (rows, in) to (nonzeros,)."""
-    from .densify import collect
+    from .triton.unpack import collect
 
     with _on_its_device(grad):
         return collect(mask, index_of(mask, inputs.shape[1]), grad.T @ inputs)

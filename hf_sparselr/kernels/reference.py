@@ -2,9 +2,9 @@
 
 import torch
 
-from ..packing import unpack, unpack_mask
-from . import native
-from .index import row_starts
+from ..format.bitmask import unpack, unpack_mask
+from . import cpu as native
+from .support_index import row_starts
 
 
 class _SparseLinear(torch.autograd.Function):

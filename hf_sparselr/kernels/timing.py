@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .resident import apart
+from .tensor_cache import apart
 
 _BUSY = threading.Lock()  # one measurement at a time: on one stream, as cuBLAS keeps a workspace for each
 

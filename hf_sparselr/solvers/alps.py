@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import check_integer, check_number, check_numbers
-from ..gram import ScaledGram
-from ..patterns import Pattern
+from ..format.patterns import Pattern
+from ..utils.validation import check_integer, check_number, check_numbers
 from . import threebasil
-from .admm import Admm
-from .base import Repeated
+from .base import Repeated, solve_by_pruning
+from .gram import ScaledGram
+from .threebasil.admm import Admm
 
 MIN_ITERATIONS = 30
 
@@ -42,11 +42,11 @@ class Options:
     cg_steps: int = 10
 
     def __post_init__(self) -> None:
-        check_number("solver.rho", self.rho, 0, exclusive=True)
+        check_number("method_options.rho", self.rho, 0, exclusive=True)
         for name in ("check_every", "max_iterations", "cg_steps"):
-            check_integer(f"solver.{name}", getattr(self, name), 1)
+            check_integer(f"method_options.{name}", getattr(self, name), 1)
         # JSON gives lists
-        object.__setattr__(self, "growth", check_numbers("solver.growth", self.growth, 3, 1.0))
+        object.__setattr__(self, "growth", check_numbers("method_options.growth", self.growth, 3, 1.0))
 
 
 def prune(
@@ -81,3 +81,6 @@ def _schedule(options: Options) -> threebasil.Options:
         refit_rounds=1,
         cg_steps=options.cg_steps,
     )
+
+
+solve = solve_by_pruning("alps", prune)

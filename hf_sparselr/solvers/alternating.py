@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..gram import ScaledGram, squared_error
+from .gram import ScaledGram, squared_error
 
 SETTLED = 1e-3
 

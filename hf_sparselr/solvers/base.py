@@ -1,40 +1,19 @@
 """What every solver takes and returns."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from ..gram import ScaledGram, squared_error
+from ..format.decomposition import Decomposition
+from ..format.patterns import Pattern
+from .gram import ScaledGram, squared_error
 
 # One weight Wt after another of the same shape -> (S, mask); see `pruners.Pruner`.
 Repeated = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass
-class Decomposition:
-    """W ~ S + B A for one layer.
-
-    Attributes:
-        S: (out, in) FP32, zero outside `mask`.
-        mask: (out, in) bool, the support.
-        A: (rank, in) FP32, or None at rank 0.
-        B: (out, rank) FP32, or None at rank 0.
-        stats: what the solver did, JSON values only (`iterations`, `seconds` and so on).
-    """
-
-    S: torch.Tensor
-    mask: torch.Tensor
-    A: torch.Tensor | None = None
-    B: torch.Tensor | None = None
-    stats: dict = field(default_factory=dict)
-
-    def dense(self) -> torch.Tensor:
-        """S + B A, (out, in)."""
-        return self.S if self.A is None else self.S + self.B @ self.A
-
-
-def range_step(error: torch.Tensor, gram: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+def subspace_iteration_step(error: torch.Tensor, gram: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """One step of subspace iteration on E G E^T.
 
     Its leading eigenvectors are the left singular vectors of E G^(1/2), so the exact G-weighted rank-r fit of E
@@ -51,7 +30,7 @@ def range_step(error: torch.Tensor, gram: torch.Tensor, basis: torch.Tensor) -> 
     return torch.linalg.qr(error @ (gram @ (error.T @ basis))).Q
 
 
-def orthonormalise(spans: list[torch.Tensor]) -> list[torch.Tensor]:
+def cholesky_qr(spans: list[torch.Tensor]) -> list[torch.Tensor]:
     """Cholesky QR of normalised columns: for every Y (out_i, r) an (out_i, r) that spans what Y spans.
 
     A few kernels for all of them where a QR factorisation takes many for one, for columns that are far from dependent,
@@ -66,7 +45,7 @@ def orthonormalise(spans: list[torch.Tensor]) -> list[torch.Tensor]:
     return [Y @ inverse.T for Y, inverse in zip(spans, inverses.unbind(), strict=True)]
 
 
-def start_basis(
+def randomized_range_finder(
     error: torch.Tensor, gram: torch.Tensor, rank: int, seed: int, steps: int = 5
 ) -> torch.Tensor:
     """An (out, rank) orthonormal basis near the leading eigenvectors of E G E^T.
@@ -77,7 +56,7 @@ def start_basis(
     sketch = torch.randn(error.shape[1], rank, generator=generator).to(error.device)
     basis = torch.linalg.qr(error @ (gram @ sketch)).Q
     for _ in range(steps):
-        basis = range_step(error, gram, basis)
+        basis = subspace_iteration_step(error, gram, basis)
     return basis
 
 
@@ -150,3 +129,23 @@ def one_shot(
     """What a pruner without iterations returns: (S, mask, stats)."""
     objective = squared_error(Wt - S, gram.matrix)
     return S, mask, {"iterations": 1, "converged": True, "objective": objective, **own}
+
+
+def solve_by_pruning(name: str, prune: Callable[..., tuple[torch.Tensor, torch.Tensor, dict]]) -> Callable:
+    """The `registry.Solve` of a pruner alone; its ValueError at a rank > 0 names the method that takes one."""
+
+    def solve(
+        weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, options: Any, seed: int = 0
+    ) -> Decomposition:
+        if rank:
+            raise ValueError(
+                f"rank={rank!r}: method={name!r} has no low-rank part, so rank must be 0; "
+                f'method="eora", method_options={{"pruner": "{name}"}} fits one after it'
+            )
+        Wt = scaled(weight, gram)
+        S, mask, stats = prune(Wt, gram, pattern, options)
+        result = unscale(S, mask, None, Wt - S, gram)
+        result.stats = stats
+        return result
+
+    return solve

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from ..checks import build_options, check_choice
-from ..gram import ScaledGram, squared_error
-from ..patterns import Pattern
-from .base import Decomposition, exact_basis, scaled, unscale
+from ..format.decomposition import Decomposition
+from ..format.patterns import Pattern
+from ..utils.validation import build_options, check_choice
+from .base import exact_basis, scaled, unscale
+from .gram import ScaledGram, squared_error
 from .pruners import PRUNERS
 
 
@@ -30,8 +31,10 @@ class Options:
     pruner_options: Any = None
 
     def __post_init__(self) -> None:
-        check_choice("solver.pruner", self.pruner, tuple(PRUNERS))
-        options = build_options("solver.pruner_options", self.pruner_options, PRUNERS[self.pruner].options)
+        check_choice("method_options.pruner", self.pruner, tuple(PRUNERS))
+        options = build_options(
+            "method_options.pruner_options", self.pruner_options, PRUNERS[self.pruner].options
+        )
         object.__setattr__(self, "pruner_options", options)
 
 

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..checks import build_options, check_integer
-from ..gram import ScaledGram
-from ..patterns import Pattern
+from ..format.decomposition import Decomposition
+from ..format.patterns import Pattern
+from ..utils.validation import build_options, check_integer
 from .alternating import alternate
-from .base import Decomposition, exact_basis, scaled, unscale
+from .base import exact_basis, scaled, unscale
+from .gram import ScaledGram
 from .pruners import PRUNERS
 
 
@@ -34,8 +35,10 @@ class Options:
     pruner_options: Any = None
 
     def __post_init__(self) -> None:
-        check_integer("solver.iterations", self.iterations, 1)
-        options = build_options("solver.pruner_options", self.pruner_options, PRUNERS[self.pruner].options)
+        check_integer("method_options.iterations", self.iterations, 1)
+        options = build_options(
+            "method_options.pruner_options", self.pruner_options, PRUNERS[self.pruner].options
+        )
         object.__setattr__(self, "pruner_options", options)
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..gram import ScaledGram
-from ..patterns import Pattern
-from .base import one_shot
+from ..format.patterns import Pattern
+from .base import one_shot, solve_by_pruning
+from .gram import ScaledGram
 
 
 @dataclass(frozen=True)
@@ -20,3 +20,6 @@ def prune(
     """See `pruners.Pruner.prune`. Scores are the magnitudes of the layer's own weights, Wt / gram.scale."""
     mask = pattern.mask((Wt / gram.scale).abs())
     return one_shot(Wt * mask, mask, Wt, gram)
+
+
+solve = solve_by_pruning("magnitude", prune)

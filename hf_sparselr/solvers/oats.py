@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import check_choice, check_integer
-from ..gram import ScaledGram, squared_error
-from ..patterns import COMPARE, Pattern, compared_mask
+from ..format.decomposition import Decomposition
+from ..format.patterns import COMPARE, Pattern, compared_mask
+from ..utils.validation import check_choice, check_integer
 from .alternating import settled
-from .base import Decomposition, left_singular_vectors, scaled, unscale
+from .base import left_singular_vectors, scaled, unscale
+from .gram import ScaledGram, squared_error
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Options:
     svd: str = "subspace"
 
     def __post_init__(self) -> None:
-        check_integer("solver.iterations", self.iterations, 1)
-        check_choice("solver.compare", self.compare, COMPARE)
-        check_choice("solver.svd", self.svd, ("subspace", "exact"))
+        check_integer("method_options.iterations", self.iterations, 1)
+        check_choice("method_options.compare", self.compare, COMPARE)
+        check_choice("method_options.svd", self.svd, ("subspace", "exact"))
 
 
 def solve(

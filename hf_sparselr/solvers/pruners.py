@@ -2,14 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ..gram import ScaledGram
-from ..patterns import Pattern
 from . import alps, magnitude, sparsegpt, wanda
-from .base import Decomposition, Repeated, scaled, unscale
+from .base import Repeated
 
 
 @dataclass(frozen=True)
@@ -36,24 +33,3 @@ PRUNERS: dict[str, Pruner] = {
     "wanda": Pruner(wanda.prune, wanda.Options),
     "magnitude": Pruner(magnitude.prune, magnitude.Options),
 }
-
-
-def pruning(name: str) -> Callable[..., Decomposition]:
-    """The `Solve` of a pruner alone; its ValueError at a rank > 0 names the method that takes one."""
-    pruner = PRUNERS[name]
-
-    def solve(
-        weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, options: Any, seed: int = 0
-    ) -> Decomposition:
-        if rank:
-            raise ValueError(
-                f"rank={rank!r}: method={name!r} has no low-rank part, so rank must be 0; "
-                f'method="eora", solver={{"pruner": "{name}"}} fits one after it'
-            )
-        Wt = scaled(weight, gram)
-        S, mask, stats = pruner.prune(Wt, gram, pattern, options)
-        result = unscale(S, mask, None, Wt - S, gram)
-        result.stats = stats
-        return result
-
-    return solve

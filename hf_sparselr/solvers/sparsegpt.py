@@ -16,11 +16,11 @@ from functools import partial
 
 import torch
 
-from ..checks import check_integer
-from ..gram import ScaledGram
-from ..graphed import Graphed
-from ..patterns import NM, Pattern, top_mask
-from .base import Repeated, one_shot
+from ..format.patterns import NM, Pattern, top_mask
+from ..utils.cuda_graphs import GraphedCallable
+from ..utils.validation import check_integer
+from .base import Repeated, one_shot, solve_by_pruning
+from .gram import ScaledGram
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Options:
     block: int = 128
 
     def __post_init__(self) -> None:
-        check_integer("solver.block", self.block, 1)
+        check_integer("method_options.block", self.block, 1)
 
 
 def prune(
@@ -53,7 +53,7 @@ def repeated(gram: ScaledGram, pattern: Pattern, options: Options) -> Repeated:
     pivots = U.diagonal()[:, None]
     # entry (k, j): what column k makes up for a unit that is removed from column j
     shares = (U / pivots).T.contiguous()
-    return Graphed(lambda Wt: _prune(Wt, shares, pivots, pattern, options.block), U.device)
+    return GraphedCallable(lambda Wt: _prune(Wt, shares, pivots, pattern, options.block), U.device)
 
 
 def _prune(
@@ -107,3 +107,6 @@ def _fix(W: torch.Tensor, shares: torch.Tensor, pivots: torch.Tensor, span: int,
                 W[j].addmv_(removed[fixed].T, shares[j, fixed], alpha=-1)
             removed[j].mul_(W[j])
     return mask, removed
+
+
+solve = solve_by_pruning("sparsegpt", prune)

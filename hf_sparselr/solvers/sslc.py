@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import check_choice, check_integer, check_number
-from ..gram import ScaledGram
-from ..patterns import COMPARE, Pattern, compared_mask, top_mask
+from ..format.decomposition import Decomposition
+from ..format.patterns import COMPARE, Pattern, compared_mask, top_mask
+from ..utils.validation import check_choice, check_integer, check_number
 from .alternating import alternate
-from .base import Decomposition, range_step, scaled, start_basis, unscale
+from .base import randomized_range_finder, scaled, subspace_iteration_step, unscale
+from .gram import ScaledGram
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Options:
     compare: str = "layer"
 
     def __post_init__(self) -> None:
-        check_integer("solver.iterations", self.iterations, 1)
-        check_number("solver.important", self.important, 0)
+        check_integer("method_options.iterations", self.iterations, 1)
+        check_number("method_options.important", self.important, 0)
         if self.important > 1:
-            raise ValueError(f"solver.important={self.important!r}: expected a number in [0, 1]")
-        check_choice("solver.compare", self.compare, COMPARE)
+            raise ValueError(f"method_options.important={self.important!r}: expected a number in [0, 1]")
+        check_choice("method_options.compare", self.compare, COMPARE)
 
 
 def solve(
@@ -66,8 +67,8 @@ def solve(
 
     def fit(error: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
         if basis is None:
-            return start_basis(error, gram.matrix, rank, seed)
-        return range_step(error, gram.matrix, basis)
+            return randomized_range_finder(error, gram.matrix, rank, seed)
+        return subspace_iteration_step(error, gram.matrix, basis)
 
     S, mask, basis, stats = alternate(Wt, gram, rank, options.iterations, prune, fit)
     result = unscale(S, mask, basis, Wt - S, gram)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..gram import ScaledGram, squared_error
-from ..patterns import Pattern
-from .base import Decomposition, exact_basis, scaled, unscale
+from ..format.decomposition import Decomposition
+from ..format.patterns import Pattern
+from .base import exact_basis, scaled, unscale
+from .gram import ScaledGram, squared_error
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import check_choice
-from ..gram import ScaledGram
-from ..patterns import COMPARE, Pattern, compared_mask
-from .base import one_shot
+from ..format.patterns import COMPARE, Pattern, compared_mask
+from ..utils.validation import check_choice
+from .base import one_shot, solve_by_pruning
+from .gram import ScaledGram
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Options:
     compare: str = "row"
 
     def __post_init__(self) -> None:
-        check_choice("solver.compare", self.compare, COMPARE)
+        check_choice("method_options.compare", self.compare, COMPARE)
 
 
 def prune(
@@ -35,3 +35,6 @@ def prune(
     """See `pruners.Pruner.prune`."""
     mask = compared_mask(Wt.abs(), pattern, options.compare)
     return one_shot(Wt * mask, mask, Wt, gram)
+
+
+solve = solve_by_pruning("wanda", prune)

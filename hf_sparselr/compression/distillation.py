@@ -1,0 +1,279 @@
+"""Distillation: a compressed model is trained against its dense self's logits, as a whole.
+
+Minimises the Kullback-Leibler divergence KL(dense || compressed) of next-token distributions over the nonzeros of S,
+the factors, the norms and the biases. Zeros stay zero. The dense model's logits are computed batch by batch beside
+the compressed model's and never stored.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..config.options import DistillOptions
+from ..format.bitmask import unpack, unpack_mask
+from ..format.decomposition import Decomposition
+from ..nn.linear import SparseLRLinear
+from ..utils.cuda_graphs import GraphedCallable
+from ..utils.modules import eval_mode, named_tensors
+from ..utils.precision import arithmetic
+from .capture import instance_forwards
+from .model_structure import find_stacks
+from .training_loop import group_batches, large, make_optimizer, only_trained, restore, snapshot
+from .working_linear import WorkingLinear, trainable
+
+PROBE_WINDOWS = 8  # on which the loss before and after is measured
+
+
+BETAS = (0.9, 0.95)
+
+
+def copy_sharing_blocks(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> nn.Module:
+    """A copy of a dense model to distill from: its blocks share their tensors with the model's, which the pipeline
+    replaces and never edits; the rest is its own."""
+    blocks = [tensor for stack in stacks.values() for tensor in (*stack.parameters(), *stack.buffers())]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in blocks})
+
+
+def distill(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: list[torch.Tensor],
+    options: DistillOptions,
+    seed: int,
+    device: torch.device,
+    on_pass: Callable[[float], None] = lambda loss: None,
+) -> dict:
+    """Trains a packed model in place; its tensors keep their dtypes, devices and support.
+
+    Args:
+        model: with `SparseLRLinear` layers.
+        teacher: the dense model, `on_device`.
+        batches: token ids (batch, length).
+        seed: of the order of the steps.
+        on_pass: called after every pass with its mean loss.
+
+    Returns:
+        losses (nats a token, one a pass), loss_before, loss_after (on the first batches), passes, seconds.
+    """
+    started = time.perf_counter()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLRLinear)}
+    stored = {name: tensor.dtype for name, tensor in named_tensors(model)}
+    probe, losses = batches[: max(1, PROBE_WINDOWS // len(batches[0]))], []
+    with _places(model), eval_mode(model), _checkpointing(model, options.checkpointing):
+        try:
+            groups = _unpack(model, layers, device, options)
+            before = _mean_loss(model, teacher, probe, options, device)
+            with _undone_unless(groups) as keep:
+                with closing(_train(model, teacher, groups, batches, options, seed, device)) as passes:
+                    for loss in passes:
+                        losses.append(loss)
+                        on_pass(loss)
+                _round(model, stored)
+                after = _mean_loss(model, teacher, probe, options, device)
+                keep(after < before)
+        finally:
+            _pack(model, layers)
+    return {
+        "losses": losses,
+        "loss_before": before,
+        "loss_after": after if after < before else before,  # NaN included
+        "passes": len(losses),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _train(model, teacher, groups, batches, options, seed, device) -> Iterator[float]:
+    """Yields the mean loss after every pass; ends early on NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = _steps(batches, options.batch_size)
+    optimizer, schedule = make_optimizer(
+        groups, options.lr, options.factor_lr, options.final_lr, options.passes * len(steps), BETAS
+    )
+    total = torch.zeros((), device=device)
+
+    def step(batches: list[torch.Tensor]) -> None:
+        tokens = sum(batch.numel() for batch in batches)
+        optimizer.zero_grad()
+        for batch in batches:
+            total.add_(_backward(model, teacher, batch, tokens, options))
+        optimizer.step()
+
+    run = step if large(chain.from_iterable(groups.values())) else GraphedCallable(step, device)
+    with only_trained(model, groups), torch.enable_grad():
+        for _ in range(options.passes):
+            total.zero_()
+            for index in torch.randperm(len(steps), generator=generator).tolist():
+                run([batch.to(device) for batch in steps[index]])
+                schedule.step()
+            mean = float(total) / len(steps)
+            if not math.isfinite(mean):
+                return
+            yield mean
+
+
+def _backward(model, teacher, ids: torch.Tensor, tokens: int, options: DistillOptions) -> torch.Tensor:
+    """Adds the gradient of one batch's divergence / `tokens`; returns the divergence / `tokens`."""
+    with arithmetic(ids.device, options.precision):
+        student = _logits(model, ids)
+        with torch.no_grad():
+            target = _logits(teacher, ids)
+            gradient = torch.empty_like(student)
+            loss = torch.zeros((), device=ids.device)
+            for row in range(len(ids)):  # FP32 copies of all logits could be larger than the model
+                mine = F.log_softmax(student[row].float(), -1)
+                theirs = F.log_softmax(target[row].float(), -1)
+                loss += (theirs.exp() * (theirs - mine)).sum() / tokens
+                gradient[row] = (mine.exp() - theirs.exp()) / tokens
+        student.backward(gradient)
+    return loss
+
+
+@torch.no_grad()
+def _mean_loss(model, teacher, batches, options: DistillOptions, device) -> float:
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    for batch in batches:
+        with arithmetic(device, options.precision):
+            student, target = (_logits(each, batch.to(device)) for each in (model, teacher))
+        for mine, theirs in zip(student, target, strict=True):
+            total += F.kl_div(
+                F.log_softmax(mine.float(), -1),
+                F.log_softmax(theirs.float(), -1),
+                log_target=True,
+                reduction="sum",
+            )
+    return float(total) / sum(batch.numel() for batch in batches)
+
+
+def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    inputs = {"input_ids": ids, "use_cache": False}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return model(**inputs).logits
+
+
+def _steps(batches: list[torch.Tensor], windows: int) -> list[list[torch.Tensor]]:
+    """Batches grouped into steps of at least the tokens of `windows` long windows (the last may have fewer)."""
+    tokens = windows * max(batch.shape[1] for batch in batches)
+    groups = group_batches([batch.numel() for batch in batches], tokens)
+    return [[batches[index] for index in group] for group in groups]
+
+
+def _unpack(
+    model: nn.Module, layers: dict[str, SparseLRLinear], device: torch.device, options: DistillOptions
+) -> dict[str, list[nn.Parameter]]:
+    """Puts the model on the device with FP32 masters of what is trained, and returns these in groups."""
+    if options.train == "all":
+        for name, layer in layers.items():
+            layer.to(device)
+            mask = unpack_mask(layer.mask, layer.in_features)
+            S = unpack(layer.mask, layer.values, layer.in_features)
+            factors = (None, None) if layer.A is None else (layer.A.data, layer.B.data)
+            model.set_submodule(name, WorkingLinear(Decomposition(S, mask, *factors), layer.bias))
+    groups = trainable(model) if options.train == "all" else _without_sparse(model, layers)
+    trained = {id(parameter) for group in groups.values() for parameter in group}
+    for _, tensor in named_tensors(model):
+        dtype = torch.float32 if id(tensor) in trained else _frozen_dtype(tensor, options)
+        tensor.data = tensor.data.to(device, dtype)
+    return groups
+
+
+def _frozen_dtype(tensor: torch.Tensor, options: DistillOptions) -> torch.dtype:
+    """FP32, except where memory is short and autocast takes BF16 as it is."""
+    if options.train == "factors" and options.precision == "bf16" and tensor.dtype == torch.bfloat16:
+        return tensor.dtype
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
+
+
+@torch.no_grad()
+def _round(model: nn.Module, stored: dict[str, torch.dtype]) -> None:
+    """Rounds to the stored dtypes but stays FP32: the last loss is that of what will be stored."""
+    for name, tensor in named_tensors(model):
+        if tensor.is_floating_point():
+            packed = f"{name.removesuffix('S')}values"
+            tensor.copy_(tensor.to(stored[name if name in stored else packed]))
+
+
+def _pack(model: nn.Module, layers: dict[str, SparseLRLinear]) -> None:
+    for name, layer in layers.items():
+        working = model.get_submodule(name)
+        if working is layer:
+            continue
+        layer.values.data = working.S.detach()[working.mask]
+        if layer.rank:
+            layer.A.data, layer.B.data = working.A.detach(), working.B.detach()
+        if layer.bias is not None:
+            layer.bias.data = working.bias.detach()
+        model.set_submodule(name, layer)
+
+
+def _without_sparse(model: nn.Module, layers: dict[str, SparseLRLinear]) -> dict[str, list[nn.Parameter]]:
+    values = {id(layer.values) for layer in layers.values()}
+    return {
+        "factors": [f for layer in layers.values() if layer.rank for f in (layer.A, layer.B)],
+        "vectors": [
+            p for p in model.parameters() if p.ndim == 1 and p.is_floating_point() and id(p) not in values
+        ],
+    }
+
+
+@contextmanager
+def on_device(teacher: nn.Module, device: torch.device, options: DistillOptions) -> Iterator[None]:
+    """The dense model on the device inside, frozen, in the precision that distillation needs; then as it was."""
+    own = [(tensor, tensor.data, tensor.requires_grad) for _, tensor in named_tensors(teacher)]
+    with eval_mode(teacher):
+        try:
+            for tensor, data, _ in own:
+                tensor.requires_grad_(False)
+                tensor.data = data.to(device, _frozen_dtype(data, options))
+            yield
+        finally:
+            for tensor, data, flag in own:
+                tensor.data = data
+                tensor.requires_grad_(flag)
+
+
+@contextmanager
+def _places(model: nn.Module) -> Iterator[None]:
+    """Every tensor is afterwards where it was, in the dtype it had."""
+    places = [(tensor, tensor.device, tensor.dtype) for _, tensor in named_tensors(model)]
+    try:
+        yield
+    finally:
+        for tensor, device, dtype in places:
+            tensor.data = tensor.data.to(device, dtype)
+
+
+@contextmanager
+def _undone_unless(groups: dict[str, list[nn.Parameter]]) -> Iterator[Callable[[bool], None]]:
+    """Brings the parameters back unless the function it gives is called with True."""
+    parameters = [parameter for group in groups.values() for parameter in group]
+    values = snapshot(parameters)
+    kept = False
+
+    def keep(wanted: bool) -> None:
+        nonlocal kept
+        kept = wanted
+
+    try:
+        yield keep
+    finally:
+        if not kept:
+            restore(parameters, values)
+
+
+@contextmanager
+def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Blocks recompute their activations. transformers' own switch does nothing in eval mode."""
+    blocks = [block for stack in find_stacks(model).values() for block in stack] if wanted else []
+    recomputing = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    with instance_forwards(blocks, lambda _, forward: partial(recomputing, forward)):
+        yield

@@ -1,0 +1,133 @@
+"""The plan: which linear layers of a model are compressed, each with its pattern and rank."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers.utils import logging
+
+from ..data.self_generation import can_generate_text
+from ..format.patterns import Pattern
+from ..solvers.registry import PRECOMPUTED
+from ..utils.validation import matches
+from .model_structure import find_stacks, linear_layers, weight_shape
+
+if TYPE_CHECKING:
+    from ..config.sparselr_config import SparseLRConfig
+
+
+logger = logging.get_logger("hf_sparselr")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer to compress: its dotted name, the pattern of S and the rank of B A."""
+
+    name: str
+    pattern: Pattern
+    rank: int
+
+
+def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
+    """What the config asks for, layer by layer. Needs shapes only: works on the meta device.
+
+    Raises:
+        ValueError: a pattern that matches nothing, a layer that fits neither pattern nor rank, experts that would
+            stay dense, no layer left, distillation of a model that cannot have it.
+    """
+    if config.method == PRECOMPUTED:
+        raise ValueError(
+            f"method={PRECOMPUTED!r} marks decompositions that were made elsewhere: choose a method that solves, or "
+            "refine what is there with hf_sparselr.refine"
+        )
+    _check_distillable(model, config)
+    layers = linear_layers(model)
+    for field in ("targets", "overrides"):
+        for pattern in getattr(config, field) or ():
+            if not any(matches(pattern, name) for name in layers):
+                raise ValueError(f"{field}: {pattern!r} matches no layer; layers are {_shorten(layers)}")
+    modules = [name for name, _ in model.named_modules()]
+    for pattern in config.ignore or ():
+        if not any(matches(pattern, name) for name in modules):
+            raise ValueError(f"ignore: {pattern!r} matches no module; layers are {_shorten(layers)}")
+    _reject_experts(model, config)
+    plan, misfits = {}, []
+    for name, layer in layers.items():
+        if any(matches(pattern, name) for pattern in config.ignore or ()):
+            continue
+        if config.targets and not any(matches(pattern, name) for pattern in config.targets):
+            continue
+        settings = config.layer_settings(name, weight_shape(layer))
+        if settings is None:
+            continue
+        problem = _misfit(name, weight_shape(layer), *settings)
+        if problem:
+            misfits.append(problem)
+        else:
+            plan[name] = Layer(name, *settings)
+    if misfits and config.on_incompatible == "error":
+        raise ValueError(
+            f"{misfits[0]}{f' (and {len(misfits) - 1} more layers)' if len(misfits) > 1 else ''}; "
+            'use overrides or ignore, or on_incompatible="skip" to leave such layers dense'
+        )
+    if misfits:
+        logger.warning(f"{len(misfits)} layers stay dense: {'; '.join(misfits[:8])}")
+    if not plan:
+        raise ValueError(
+            f"targets, ignore and overrides leave no layer to compress; layers are {_shorten(layers)}"
+        )
+    return plan
+
+
+def _check_distillable(model: nn.Module, config: "SparseLRConfig") -> None:
+    """Distillation compares logits, on one device, and may need text that the model writes."""
+    if "distill" not in config.refine_steps:
+        return
+    kind, places = type(model).__name__, set(getattr(model, "hf_device_map", {}).values())
+    if model.get_output_embeddings() is None and model.base_model is model:
+        raise ValueError(
+            f"refine={config.refine!r}: {kind} has no logits to distill; load it with its head (AutoModelForCausalLM "
+            "or another), or leave distillation out"
+        )
+    if len(places) > 1:
+        raise ValueError(
+            f"refine={config.refine!r}: distillation trains {kind} on one device, but its device_map spreads it over "
+            f"{', '.join(sorted(map(str, places)))}; load it on one"
+        )
+    if config.distill.self_samples and not can_generate_text(model):
+        raise ValueError(
+            f"distill.self_samples={config.distill.self_samples!r}: {kind} is no decoder that generates text; use 0"
+        )
+
+
+def _misfit(name: str, shape: tuple[int, int], pattern: Pattern, rank: int) -> str | None:
+    if not pattern.fits(shape):
+        return f"{name}: its {shape[1]} inputs do not divide into the groups of sparsity={str(pattern)!r}"
+    if rank and rank >= min(shape):
+        return f"{name}: rank={rank} must be smaller than both sides of its weight {shape[0]} x {shape[1]}"
+    if not rank and not pattern.kept(shape):
+        return f"{name}: a budget this small gives its weight {shape[0]} x {shape[1]} neither S nor a rank"
+    return None
+
+
+def _reject_experts(model: nn.Module, config: "SparseLRConfig") -> None:
+    experts = {
+        f"{stack}.{name}".removesuffix(".")
+        for stack, blocks in find_stacks(model).items()
+        for name, module in blocks.named_modules()
+        if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+        and not isinstance(module, nn.Conv1d)
+    }
+    left = [name for name in experts if not any(matches(pattern, name) for pattern in config.ignore or ())]
+    if left:
+        raise ValueError(
+            f"experts stored as 3-D parameters are not supported yet: {_shorten(sorted(left))}; "
+            "pass ignore=[...] with a pattern that covers them to leave them dense"
+        )
+
+
+def _shorten(names: Iterable[str], limit: int = 12) -> str:
+    names = list(names)
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,178 @@
+"""Options as data: transformer matching, distillation, allocation and its budgets."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..format.patterns import EMPTY, NM, Pattern, Unstructured
+from ..utils.precision import PRECISIONS
+from ..utils.validation import check_choice, check_integer, check_number
+
+
+@dataclass(frozen=True)
+class TMOptions:
+    """Options of transformer matching.
+
+    Attributes:
+        passes: over the calibration windows.
+        lr: Adam's first step size.
+        factor_lr: the same for A and B, as a multiple of `lr`.
+        final_lr: the last step size, as a share of the first; a cosine leads there.
+        batch_size: windows a step.
+        target: what the block's output is to match: "block", the dense block's output on the same inputs (the
+            published target); "stream", the dense model's own activations there, which also makes up for the blocks
+            before; "mean", the mean of both.
+        precision: of the products on a GPU: "fp32", "tf32", "bf16" (autocast with FP32 masters; hidden states between
+            blocks are then kept in BF16), or "auto": "bf16" where a layer of the block has more than 2^22 weights, else
+            "tf32". The forward passes of the layer solves follow it too.
+    """
+
+    passes: int = 20
+    lr: float = 2e-5
+    factor_lr: float = 1.0
+    final_lr: float = 0.2
+    batch_size: int = 8
+    target: str = "block"
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        check_schedule("tm", self)
+        check_choice("tm.target", self.target, ("block", "stream", "mean"))
+        check_choice("tm.precision", self.precision, ("auto", *PRECISIONS))
+
+
+def check_schedule(field: str, options: Any) -> None:
+    """What training one block and training the whole model have in common: steps and step sizes."""
+    check_integer(f"{field}.passes", options.passes, 1)
+    check_integer(f"{field}.batch_size", options.batch_size, 1)
+    check_number(f"{field}.lr", options.lr, 0, exclusive=True)
+    check_number(f"{field}.factor_lr", options.factor_lr, 0)
+    check_number(f"{field}.final_lr", options.final_lr, 0)
+
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class UniformOptions:
+    """`allocation="uniform"`, the same settings for every layer, has no options."""
+
+    def check(self, pattern: Pattern, rank: int | None) -> None:
+        """Uniform settings always exist."""
+
+
+@dataclass(frozen=True)
+class OwlOptions:
+    """Options of `allocation="owl"`; the defaults are the paper's.
+
+    Attributes:
+        outlier_threshold: a score above so many times the mean of its layer's scores is an outlier.
+        spread: no block's sparsity is farther than this from the mean.
+    """
+
+    outlier_threshold: float = 5.0
+    spread: float = 0.08
+
+    def __post_init__(self) -> None:
+        for name in ("outlier_threshold", "spread"):
+            check_number(f"allocation_options.{name}", getattr(self, name), 0, exclusive=True)
+
+    def check(self, pattern: Pattern, rank: int | None) -> None:
+        """Raises ValueError where the uniform settings leave nothing to choose."""
+        if not isinstance(pattern, Unstructured) or pattern == EMPTY:
+            sparsity = None if pattern == EMPTY else str(pattern)
+            raise ValueError(
+                f"allocation='owl' chooses each block's sparsity, which sparsity={sparsity!r} fixes: pass a "
+                "fraction, or allocation='global', which then chooses ranks"
+            )
+        if not 0 <= pattern.sparsity - self.spread <= pattern.sparsity + self.spread < 1:
+            raise ValueError(
+                f"allocation_options.spread={self.spread!r}: at a sparsity of {pattern}, block sparsities would leave "
+                "[0, 1)"
+            )
+
+
+@dataclass(frozen=True)
+class GlobalOptions:
+    """Options of `allocation="global"`.
+
+    Attributes:
+        spread: no layer's sparsity is farther than this from the uniform one.
+        rank_floor, rank_ceiling: bounds of a layer's rank, as multiples of the uniform one.
+        iterations: of 3BASiL in each of the trial solves that measure a layer's errors.
+    """
+
+    spread: float = 0.15
+    rank_floor: float = 0.25
+    rank_ceiling: float = 3.0
+    iterations: int = 20
+
+    def __post_init__(self) -> None:
+        check_number("allocation_options.spread", self.spread, 0)
+        check_number("allocation_options.rank_floor", self.rank_floor, 0)
+        check_number("allocation_options.rank_ceiling", self.rank_ceiling, 1)
+        check_integer("allocation_options.iterations", self.iterations, 1)
+        if self.rank_floor > 1:
+            raise ValueError(
+                f"allocation_options.rank_floor={self.rank_floor!r}: expected a number in [0, 1]"
+            )
+
+    def check(self, pattern: Pattern, rank: int | None) -> None:
+        """Raises ValueError where the uniform settings leave nothing to choose."""
+        if isinstance(pattern, NM) and rank == 0:
+            raise ValueError(
+                f"allocation='global' has nothing to choose with sparsity={str(pattern)!r} and rank=0: pass a rank, "
+                "or a fraction"
+            )
+
+
+def budget_pattern(compression: float, rank_ratio: float) -> Unstructured:
+    """S of a layer that keeps a share 1 - c of its parameters, a share k of them in B and A: sparsity c + k - c k."""
+    return Unstructured(compression + rank_ratio - compression * rank_ratio)
+
+
+def budget_rank(compression: float, rank_ratio: float, shape: Shape) -> int:
+    """Rank of such a layer (out, in): floor(k (1 - c) out in / (out + in)), as in OATS (arXiv 2409.13652)."""
+    return math.floor(rank_ratio * (1 - compression) * math.prod(shape) / sum(shape))
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Options of distillation.
+
+    Attributes:
+        passes: over the calibration windows and those of `self_samples`.
+        lr: Adam's first step size.
+        factor_lr: the same for A and B, as a multiple of `lr`.
+        final_lr: the last step size, as a share of the first; a cosine leads there.
+        batch_size: calibration windows a step, or as many tokens of shorter ones.
+        train: "all" (S's nonzeros, factors, norms and biases; 24 bytes a weight on the device, the dense model
+            included), or "factors" (without S, which stays packed), for models that would not fit so.
+        self_samples: windows of text that the dense model writes itself, beside the calibration windows: with few
+            calibration tokens they keep the model from learning these by heart.
+        self_len: tokens in such a window, bounded by the model's context.
+        checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        precision: of the products on a GPU: "fp32", "tf32", or "bf16" (autocast with FP32 masters).
+    """
+
+    passes: int = 8
+    lr: float = 2e-4
+    factor_lr: float = 1.0
+    final_lr: float = 0.05
+    batch_size: int = 8
+    train: str = "all"
+    self_samples: int = 0
+    self_len: int = 256
+    checkpointing: bool = False
+    precision: str = "bf16"
+
+    def __post_init__(self) -> None:
+        check_schedule("distill", self)
+        check_integer("distill.self_samples", self.self_samples, 0)
+        check_integer("distill.self_len", self.self_len, 2)
+        check_choice("distill.train", self.train, ("all", "factors"))
+        check_choice("distill.checkpointing", self.checkpointing, (True, False))
+        check_choice("distill.precision", self.precision, PRECISIONS)
+
+
+ALLOCATION_OPTIONS = {"uniform": UniformOptions, "owl": OwlOptions, "global": GlobalOptions}

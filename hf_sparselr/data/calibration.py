@@ -1,0 +1,257 @@
+"""Calibration data: from what a user names or passes to a list of token windows.
+
+A window is a 1-D int64 CPU tensor of token ids. Windows are never padded: the statistics that compression
+collects would count padding as input.
+"""
+
+import itertools
+import math
+import random
+import re
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .sources import _COLUMNS, _INSTEAD, _column, is_dataset, load_split, read_files
+
+DEFAULT = "allenai/c4"
+
+_C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
+_MAX_DRAWS = 1000  # per window: documents longer than 2k tokens are a few in a hundred of C4
+_POOL = 16  # windows tokenised per window drawn from a data set, which can be too large to tokenise whole
+_STRING = re.compile(r"self|file:.*\S.*|\w[\w.-]*(/\w[\w.-]*)?(:[^\s:]+)?")
+_INT_DTYPES = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_ALLOWED = (
+    'pass "self", "file:GLOB", a Hub data set "id" or "id:config", a list of texts, a list of chats (each a '
+    "list of message dicts), a datasets.Dataset, or integer token tensors: (samples, tokens) or an iterable"
+)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What to draw, and how error messages name its source."""
+
+    source: str
+    tokenizer: Any
+    num_samples: int
+    seq_len: int
+    seed: int
+
+
+def describe(calibration: Any) -> str:
+    """The name that config.json records for a source: a string is itself, anything else is "custom"."""
+    return calibration if isinstance(calibration, str) else "custom"
+
+
+def check_source(calibration: Any) -> None:
+    """Check a source's type and shape without reading, consuming or copying its data.
+
+    Raises:
+        TypeError: not a kind of source, or a list of mixed or unsupported items.
+        ValueError: an empty source, a malformed string, a missing column, tensors of wrong dtype or shape.
+    """
+    source = _show(calibration)
+    if isinstance(calibration, torch.Tensor):
+        return _check_ids(calibration, source, ndims=(2,))
+    if isinstance(calibration, list | tuple):
+        return _check_list(calibration, source)
+    if isinstance(calibration, str):
+        if not _STRING.fullmatch(calibration):
+            raise ValueError(f"{source} names no source: {_ALLOWED}")
+    elif is_dataset(calibration):
+        _column(calibration.column_names or _COLUMNS, source)
+        if getattr(calibration, "num_rows", 1) == 0:
+            raise ValueError(f"{source} has no rows: {_ALLOWED}")
+    elif isinstance(calibration, Mapping | bytes | bytearray) or not isinstance(calibration, Iterable):
+        raise TypeError(f"{source} is not calibration data: {_ALLOWED}")
+
+
+def load_windows(
+    calibration: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int, vocab_size: int
+) -> list[torch.LongTensor]:
+    """Token windows from any source except "self".
+
+    Texts, files and chats form one stream, cut into windows of `seq_len`, of which `num_samples` are drawn
+    without replacement. A text ends with the tokenizer's EOS (a blank line if it has none), a chat as its
+    template says. A data set's rows are read in an order drawn from `seed` (a streamed one's as they come)
+    and only until there are 16 windows per sample. Token ids are taken in order, the first `num_samples`,
+    cut to `seq_len`; positions whose attention_mask is 0 are dropped.
+
+    Args:
+        tokenizer: a transformers tokenizer; may be None for token ids.
+
+    Returns:
+        `num_samples` int64 CPU tensors of shape (seq_len,), or (2 to seq_len,) from token ids.
+
+    Raises:
+        TypeError: as `check_source`, or an iterable that yields something else than token ids.
+        ValueError: too little or empty data, no tokenizer or chat template, a missing column, bad ids.
+        OSError: the Hub data set cannot be loaded.
+    """
+    check_source(calibration)
+    source = _show(calibration)
+    if isinstance(calibration, str) and calibration == "self":
+        raise ValueError(f"{source} holds no data: call sample_from_model with the dense model")
+    windows = _load(calibration, _Draw(source, tokenizer, num_samples, seq_len, seed))
+    for index, window in enumerate(windows):
+        bad = window[(window < 0) | (window >= vocab_size)].tolist()
+        if bad:
+            where = f"{source} has id {bad[0]} in sample {index}, outside [0, vocab_size={vocab_size})"
+            raise ValueError(f"{where}: pass ids, or a tokenizer, that belong to the model")
+    return windows
+
+
+def _show(calibration: Any) -> str:
+    if isinstance(calibration, str):
+        return f"calibration={calibration[:80]!r}"
+    size = f" of shape {tuple(calibration.shape)}" if hasattr(calibration, "shape") else ""
+    return f"calibration=<{type(calibration).__name__}{size}>"
+
+
+def _check_ids(ids: torch.Tensor, where: str, ndims: tuple[int, ...] = (1, 2)) -> None:
+    if ids.dtype not in _INT_DTYPES:
+        raise ValueError(f"{where} holds {ids.dtype}, not integer token ids: pass an int64 tensor")
+    if ids.ndim not in ndims or ids.numel() == 0 or ids.shape[-1] < 2:
+        raise ValueError(f"{where} has shape {tuple(ids.shape)}: pass (samples, tokens), at least 2 tokens")
+
+
+def _check_list(items: Sequence[Any], source: str) -> None:
+    if not items:
+        raise ValueError(f"{source} is empty: {_ALLOWED}")
+    for index, item in enumerate(items):
+        if _kind(item) is None or _kind(item) != _kind(items[0]):
+            where = f"{source} has {reprlib.repr(item)} at index {index}, and a list holds one kind of item"
+            raise TypeError(f"{where}: {_ALLOWED}")
+        if isinstance(item, torch.Tensor):
+            _check_ids(item, f"{source} item {index}")
+
+
+def _kind(item: Any) -> str | None:
+    if isinstance(item, str):
+        return "texts"
+    if hasattr(item, "__array__") or (isinstance(item, Mapping) and "input_ids" in item):
+        return "token ids"
+    if not isinstance(item, list | tuple) or not item:
+        return None
+    if all(isinstance(message, Mapping) for message in item):
+        return "chats"
+    return "token ids" if isinstance(item[0], int) else None
+
+
+def _load(data: Any, draw: _Draw) -> list[torch.Tensor]:
+    if isinstance(data, str) and data.startswith("file:"):
+        return _from_text("texts", read_files(data, draw.source), draw)
+    if isinstance(data, str):
+        _need_tokenizer(draw)  # before a download that may take long
+        if data == DEFAULT:
+            return _draw_windows(_load_hub(data, data_files={"train": _C4_SHARD})["text"], draw)
+        data = _load_hub(data)
+    if is_dataset(data):
+        return _from_dataset(data, draw)
+    kind = _kind(data[0]) if isinstance(data, list | tuple) else "token ids"
+    return _from_ids(data, draw) if kind == "token ids" else _from_text(kind, data, draw)
+
+
+def _load_hub(calibration: str, **options: Any) -> Any:
+    return load_split(calibration, "train", _show(calibration), f'calibration="self", {_INSTEAD}', **options)
+
+
+def _from_dataset(dataset: Any, draw: _Draw) -> list[torch.Tensor]:
+    # A stream may know its columns only from a row.
+    column = _column(dataset.column_names or next(iter(dataset), {}), draw.source)
+    rows = dataset.select_columns(column)
+    if column == "input_ids":
+        return _from_ids((row[column] for row in rows), draw)
+    if hasattr(dataset, "num_rows"):
+        rows = rows.shuffle(seed=draw.seed, keep_in_memory=True)
+    limit = _POOL * draw.num_samples * draw.seq_len
+    return _from_text(_COLUMNS[column], (row[column] for row in rows), draw, limit)
+
+
+def _need_tokenizer(draw: _Draw) -> None:
+    if draw.tokenizer is None:
+        raise ValueError(f"{draw.source} is text, and tokenizer=None: pass the model's, or token ids")
+
+
+def _from_text(kind: str, items: Iterable[Any], draw: _Draw, limit: float = math.inf) -> list[torch.Tensor]:
+    _need_tokenizer(draw)
+    tokenizer = draw.tokenizer
+    if kind == "texts":
+        eos = tokenizer.eos_token_id
+        end = [eos] if eos is not None else tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+        return _cut(_stream(items, end, draw, limit), draw)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"{draw.source} holds chats: set tokenizer.chat_template, or pass a list of texts")
+    texts = (tokenizer.apply_chat_template(chat, tokenize=False) for chat in items)
+    return _cut(_stream(texts, [], draw, limit), draw)
+
+
+def _stream(texts: Iterable[str], end: list[int], draw: _Draw, limit: float) -> torch.Tensor:
+    """All texts' tokens, each text followed by `end`; stops soon after `limit` tokens."""
+    chunks, total = [], 0
+    written = (text for text in texts if text is not None and text.strip())
+    while total < limit and (batch := list(itertools.islice(written, 64))):
+        encoded = draw.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        chunks.append(torch.tensor([token for ids in encoded for token in (*ids, *end)]))
+        total += len(chunks[-1])
+    return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64)
+
+
+def _cut(stream: torch.Tensor, draw: _Draw) -> list[torch.Tensor]:
+    windows = stream[: len(stream) // draw.seq_len * draw.seq_len].view(-1, draw.seq_len)
+    if len(windows) < draw.num_samples:
+        size = draw.num_samples * draw.seq_len
+        needed = f"num_samples={draw.num_samples} of seq_len={draw.seq_len} need {size}"
+        fits = f"num_samples={len(windows)}" if len(windows) else "a smaller seq_len"
+        raise ValueError(f"{draw.source} has {len(stream)} tokens, {needed}: pass more text, or {fits}")
+    order = random.Random(draw.seed).sample(range(len(windows)), draw.num_samples)
+    return [windows[i].clone() for i in order]
+
+
+def _from_ids(items: Iterable[Any], draw: _Draw) -> list[torch.Tensor]:
+    rows = (row for i, item in enumerate(items) for row in token_rows(item, f"{draw.source} item {i}"))
+    windows = [row[: draw.seq_len].long() for row in itertools.islice(rows, draw.num_samples)]
+    if len(windows) < draw.num_samples:
+        has = f"{draw.source} has {len(windows)} samples, {sum(map(len, windows))} tokens"
+        needed = f"num_samples={draw.num_samples} of up to seq_len={draw.seq_len} are needed"
+        raise ValueError(f"{has}; {needed}: pass more, or num_samples={len(windows)}")
+    return windows
+
+
+def token_rows(item: Any, where: str) -> Iterator[torch.Tensor]:
+    """The unpadded rows of a tensor, array or list of ids, or of a mapping's input_ids.
+
+    Yields:
+        1-D integer CPU tensors of at least 2 ids.
+
+    Raises:
+        TypeError, ValueError: starting with `where`; no ids, no integers, or fewer than 2 ids in a row.
+    """
+    batch = item if isinstance(item, Mapping) else {"input_ids": item}
+    try:
+        ids = torch.atleast_2d(torch.as_tensor(batch.get("input_ids")).cpu())
+        mask = torch.as_tensor(batch.get("attention_mask", True)).cpu().bool().expand(ids.shape)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = f"{where} is {reprlib.repr(item)}, not a tensor of token ids"
+        raise TypeError(f"{what}: pass integers of shape (tokens,) or (rows, tokens)") from error
+    _check_ids(ids, where, ndims=(2,))
+    for row, kept in zip(ids, mask, strict=True):
+        _check_ids(row[kept], where)
+        yield row[kept]
+
+
+def _draw_windows(documents: Sequence[str], draw: _Draw) -> list[torch.Tensor]:
+    """Random windows of random documents longer than `seq_len`, the way pruning papers use C4."""
+    rng, size, windows = random.Random(draw.seed), draw.seq_len, []
+    for _ in range(_MAX_DRAWS * draw.num_samples):
+        ids = draw.tokenizer(documents[rng.randrange(len(documents))], verbose=False)["input_ids"]
+        if len(ids) > size:
+            start = rng.randrange(len(ids) - size)
+            windows.append(torch.tensor(ids[start : start + size]))
+        if len(windows) == draw.num_samples:
+            return windows
+    found = f"{draw.source} gave {len(windows)} of {draw.num_samples} documents of over seq_len={size} tokens"
+    raise ValueError(f'{found}: pass a smaller seq_len, or calibration="self", {_INSTEAD}')

@@ -1,0 +1,65 @@
+"""Where calibration and evaluation text comes from: files, the Hub, data sets."""
+
+import glob
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_COLUMNS = {"messages": "chats", "input_ids": "token ids", "text": "texts"}
+
+
+_INSTEAD = '"file:GLOB", a list of texts, or token tensors'
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether data are a `datasets.Dataset` or `IterableDataset`."""
+    datasets = sys.modules.get("datasets")  # nobody holds a Dataset without having imported the library
+    return datasets is not None and isinstance(data, datasets.Dataset | datasets.IterableDataset)
+
+
+def _column(columns: Iterable[str], source: str) -> str:
+    for column in _COLUMNS:
+        if column in columns:
+            return column
+    raise ValueError(f"{source} has columns {list(columns)}: rename one to {' or '.join(_COLUMNS)}")
+
+
+def load_split(name: str, split: str, where: str, instead: str, **options: Any) -> Any:
+    """One split of a Hub data set "id" or "id:config".
+
+    Args:
+        where: the field and value that an error names.
+        instead: what an error says to pass.
+        options: for `datasets.load_dataset`.
+
+    Raises:
+        OSError: it cannot be loaded, whatever the reason.
+    """
+    from datasets import load_dataset
+
+    path, _, config = name.partition(":")
+    try:
+        return load_dataset(path, config or None, split=split, **options)
+    except Exception as error:  # the library raises many unrelated types for "not there" and "no network"
+        what = f"{where}: the {split} split of this Hub data set cannot be loaded ({error})"
+        raise OSError(f"{what}: pass {instead}") from error
+
+
+def read_files(name: str, where: str) -> list[str]:
+    """The texts of the UTF-8 files that "file:GLOB" matches, in the order of their paths.
+
+    Raises:
+        ValueError: starting with `where`; no file matches, or one is not UTF-8.
+    """
+    paths = sorted(filter(os.path.isfile, glob.glob(name.removeprefix("file:"), recursive=True)))
+    if not paths:
+        raise ValueError(f"{where} matches no file: pass a glob of UTF-8 text files")
+    texts = []
+    for path in paths:
+        try:
+            texts.append(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: {path} is not UTF-8: pass only text files") from error
+    return texts

@@ -1,0 +1,98 @@
+"""A compressed model as two ordinary parts, for software without this package: a dense checkpoint and a LoRA."""
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..format.bitmask import unpack
+from ..format.checkpoint import PAYLOAD
+from ..nn.linear import SparseLRLinear, packed_layers
+
+BASE, ADAPTER = "base", "adapter"
+
+
+def export_portable(
+    model: PreTrainedModel, directory: str | os.PathLike, base_name: str | None = None
+) -> tuple[Path, Path]:
+    """Writes a compressed model as a plain transformers checkpoint, S with its zeros, and a plain LoRA, B A.
+
+    Together they give the model's outputs in transformers and PEFT, and in software that serves LoRA adapters: every
+    scale is 1 (lora_alpha and alpha_pattern repeat r and rank_pattern), without DoRA and modules_to_save. On the disk
+    and, while this runs, in memory, S takes the space of dense weights.
+
+    Args:
+        model: a compressed model without adapters; merge them first (`merge_and_unload`).
+        directory: gets the folders "base" and "adapter".
+        base_name: what the adapter calls its base, such as the Hub id under which the base will be published. None:
+            the path of the base's folder.
+
+    Returns:
+        The two folders.
+
+    Raises:
+        TypeError, ValueError: not a compressed model, adapters around its layers, weights that are not in memory, or
+            no low-rank factors.
+    """
+    layers = _check(model)
+    base, adapter = Path(directory) / BASE, Path(directory) / ADAPTER
+    _dense_base(model, layers).save_pretrained(base)
+    _save_lora(model, layers, adapter, base_name or str(base))
+    return base, adapter
+
+
+def _check(model: PreTrainedModel) -> dict[str, SparseLRLinear]:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}: expected a compressed transformers model (of a PEFT model, "
+            "hf_sparselr.merge_and_unload gives one)"
+        )
+    layers = packed_layers(model)
+    if not any(layer.rank for layer in layers.values()):
+        raise ValueError(
+            "the model holds no compressed layer with low-rank factors: dequantize() and save it"
+        )
+    if any(name.endswith(".base_layer") for name in layers):
+        raise ValueError(
+            "the model has adapters: merge them (hf_sparselr.merge_and_unload) or unload them first"
+        )
+    if offloaded := [name for name, layer in layers.items() if layer.values.is_meta]:
+        raise ValueError(f"{offloaded[0]} is not in memory: load the model without offloading")
+    return layers
+
+
+def _dense_base(model: PreTrainedModel, layers: dict[str, SparseLRLinear]) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        dense = type(model)(config)
+    packed = {f"{name}.{part}" for name in layers for part in PAYLOAD if part != "bias"}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in packed}
+    for name, layer in layers.items():
+        S = unpack(layer.mask, layer.values.detach(), layer.in_features)
+        state[f"{name}.weight"] = S.T.contiguous() if layer.transposed else S
+    dense.load_state_dict(state, assign=True)
+    dense.tie_weights()
+    dense.generation_config = model.generation_config
+    return dense
+
+
+def _save_lora(model: nn.Module, layers: dict[str, SparseLRLinear], directory: Path, base_name: str) -> None:
+    from ..integrations.peft.lora_config import lora_config
+
+    config = lora_config(model)  # exact targets, ranks and scales
+    config.init_lora_weights = True
+    config.fan_in_fan_out = any(layer.transposed for layer in layers.values())
+    config.inference_mode = True
+    config.base_model_name_or_path = base_name
+    config.save_pretrained(directory)
+    tensors = {}
+    for name, layer in layers.items():
+        if layer.rank:
+            tensors[f"base_model.model.{name}.lora_A.weight"] = layer.A.detach().contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = layer.B.detach().contiguous()
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})

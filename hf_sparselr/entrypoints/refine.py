@@ -1,0 +1,236 @@
+"""`hf_sparselr.refine`: refine a decomposition that was made elsewhere, and pack it."""
+
+import copy
+import math
+import os
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..compression.distillation import copy_sharing_blocks
+from ..compression.model_structure import dense_weight, find_stacks, linear_layers, weight_shape
+from ..compression.plan import Layer, plan_layers
+from ..compression.precomputed import Factors, Precomputed
+from ..compression.run import compress_in_memory, load_calibration, sample_windows
+from ..config.sparselr_config import SparseLRConfig
+from ..format.patterns import Unstructured
+from ..integrations.transformers.quantizer import attach
+from ..solvers.registry import METHODS, PRECOMPUTED
+from .compress import dense_skeleton, load_dense, save
+
+Model = str | os.PathLike | PreTrainedModel
+
+
+def refine(
+    model: Model | PeftModel,
+    config: SparseLRConfig,
+    output_dir: str | os.PathLike | None = None,
+    *,
+    reference: Model | None = None,
+    adapter: str | os.PathLike | None = None,
+    **load_kwargs: Any,
+) -> PreTrainedModel:
+    """Refines and packs a model that is already pruned, without solving its layers again.
+
+    S of a layer is its weight, zeros included, and the support of S are the nonzeros. B and A are the LoRA adapter,
+    where there is one; all other layers have rank 0. What `config.refine` asks for is done against `reference`, and no
+    entry outside the support changes.
+
+    Args:
+        model: a dense model with zeros in its linear layers, or such a base with additive LoRA (a `peft.PeftModel`): an
+            object, a Hub name or a directory. An object is left as it is; the result shares its tensors that were not
+            compressed.
+        config: as for `compress`. Sparsity and rank, if given here or in `overrides`, are checked against every layer;
+            otherwise they are recorded as found (a fraction). Method and its options are not used: config.json says
+            `method="precomputed"`.
+        output_dir: where to write the packed checkpoint, as in `compress`.
+        reference: the dense model that was pruned, an object, a Hub name or a directory. It is not changed.
+        adapter: a Hub name or a directory of a LoRA adapter for `model`.
+        load_kwargs: for `from_pretrained`, of models given by name.
+
+    Returns:
+        The packed model, as from `compress`.
+
+    Raises:
+        TypeError, ValueError: naming the field or layer, and what is allowed.
+    """
+    _check_arguments(model, config, reference, adapter)
+    planned = _planning_config(config)
+    windows, dense = _dense_and_windows(reference, planned, load_kwargs)
+    pruned, factors = _base_and_factors(model, adapter, planned, load_kwargs)
+    plan = _found(pruned, factors, config, plan_layers(pruned, planned))
+    _check_reference(dense, pruned, plan)
+    if windows is None:
+        windows = sample_windows(dense, config)
+    given = Precomputed(dense, plan, factors)
+    found = _found_config(config, pruned, plan)
+    attach(pruned, found.stored(), compress_in_memory(pruned, found, windows, keep_dense=False, given=given))
+    if output_dir is not None:
+        save(pruned, output_dir, dense.config.name_or_path, config.tokenizer)
+    return pruned
+
+
+def _check_arguments(model: Any, config: SparseLRConfig, reference: Any, adapter: Any) -> None:
+    if not isinstance(config, SparseLRConfig):
+        raise TypeError(f"config={config!r}: expected a hf_sparselr.SparseLRConfig")
+    if reference is None:
+        raise ValueError(
+            "reference=None: refinement matches the dense model that was pruned; pass it, or its name"
+        )
+    if config.refine is None:
+        raise ValueError("refine=None leaves nothing to do: expected 'tm', 'distill' or 'tm+distill'")
+    if config.compression is not None or config.allocation != "uniform":
+        field = "allocation" if config.compression is None else "compression"
+        raise ValueError(
+            f"{field}={getattr(config, field)!r} chooses sparsity and rank, but those of a pruned model are given: "
+            "leave it out"
+        )
+    if adapter is not None and isinstance(model, nn.Module):
+        raise ValueError(
+            f"adapter={adapter!r} goes with a model given by name: pass peft.PeftModel.from_pretrained(model, adapter)"
+        )
+    for field, given in (("model", model), ("reference", reference)):
+        _check_dense(field, given)
+
+
+def _check_dense(field: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is not None:
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"{field}={base.config.name_or_path!r} is already quantised ({method}): expected dense weights"
+        )
+    if getattr(base, "_hf_peft_config_loaded", False) or (field == "reference" and base is not model):
+        raise ValueError(
+            f"{field}={base.config.name_or_path!r} has adapters loaded into it: pass "
+            + ("the dense model" if field == "reference" else "a peft.PeftModel")
+        )
+
+
+def _planning_config(config: SparseLRConfig) -> SparseLRConfig:
+    """Chooses the layers that the config chooses; asks for a sparsity only where the config was given one."""
+    planned = copy.deepcopy(config)
+    planned.method, planned.rank = "3basil", 0
+    if not _asked(config, {}, "sparsity"):
+        planned.sparsity = 0.0
+    return planned
+
+
+def _asked(config: SparseLRConfig, own: dict, field: str) -> bool:
+    """Whether a user set sparsity or rank, in an override or for all layers."""
+    return field in own or (field in config._given and getattr(config, field) is not None)
+
+
+def _dense_and_windows(
+    reference: Model, planned: SparseLRConfig, load_kwargs: dict
+) -> tuple[PreTrainedModel, list[torch.Tensor] | None]:
+    if not isinstance(reference, nn.Module):
+        return load_dense(os.fspath(reference), planned, load_kwargs)
+    plan_layers(reference, planned)
+    return load_calibration(reference, planned, reference.config.name_or_path), reference
+
+
+def _base_and_factors(
+    model: Model | PeftModel, adapter: Any, planned: SparseLRConfig, load_kwargs: dict
+) -> tuple[PreTrainedModel, dict[str, Factors]]:
+    """The pruned model, whose blocks share their tensors with the one given, and the adapter's factors."""
+    if not isinstance(model, nn.Module):
+        name = os.fspath(model)
+        cls, skeleton = dense_skeleton(name, load_kwargs)
+        plan_layers(skeleton, planned)
+        model = cls.from_pretrained(name, **load_kwargs)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, os.fspath(adapter))
+    if not isinstance(model, PeftModel):
+        return copy_sharing_blocks(model, find_stacks(model)), {}
+    if not isinstance(model.base_model, LoraModel):
+        raise ValueError(f"model has adapters of type {model.peft_type}: expected LoRA, which gives B and A")
+    layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    factors = {name: _layer_factors(name, layer) for name, layer in layers.items()}
+    own = copy_sharing_blocks(model, find_stacks(model.get_base_model())).unload()
+    return own, {name: pair for name, pair in factors.items() if pair is not None}
+
+
+def _layer_factors(name: str, layer: LoraLayer) -> Factors | None:
+    """(A, B) of the active adapters of a layer, with their scaling; None if it has none."""
+    if layer.merged:
+        raise ValueError(f"{name}: its adapter is merged into the weight, whose support is lost: unmerge it")
+    active = [] if layer.disable_adapters else [key for key in layer.active_adapters if key in layer.scaling]
+    for key in active:
+        if key not in layer.lora_A or key in layer.lora_variant or layer.lora_bias.get(key):
+            raise ValueError(
+                f"{name}: adapter {key!r} cannot become B and A: only plain additive LoRA of a linear layer can, "
+                "not DoRA, other variants, lora_bias or embeddings"
+            )
+    if not active:
+        return None
+    A = torch.cat([layer.lora_A[key].weight.detach() for key in active])
+    B = torch.cat([layer.scaling[key] * layer.lora_B[key].weight.detach() for key in active], dim=1)
+    return A, B
+
+
+def _found(
+    model: PreTrainedModel, factors: dict[str, Factors], config: SparseLRConfig, plan: dict[str, Layer]
+) -> dict[str, Layer]:
+    """The plan with every layer's pattern and rank as they are.
+
+    Raises:
+        ValueError: an adapter on a layer that stays dense; a sparsity or rank that is not the one asked for.
+    """
+    if dense := sorted(factors.keys() - plan.keys()):
+        raise ValueError(
+            f"{dense[0]} has an adapter, but is no layer that is compressed (see targets, ignore and overrides): it "
+            "cannot keep it"
+        )
+    return {name: _found_layer(model, factors, config, layer) for name, layer in plan.items()}
+
+
+def _found_layer(
+    model: PreTrainedModel, factors: dict[str, Factors], config: SparseLRConfig, layer: Layer
+) -> Layer:
+    name, own = layer.name, config.override_of(layer.name)
+    rank = len(factors[name][0]) if name in factors else 0
+    asked = own.get("rank", config.rank)
+    if _asked(config, own, "rank") and rank != asked:
+        raise ValueError(f"{name}: rank={asked} was asked for, but its adapter has rank {rank}")
+    mask = dense_weight(model.get_submodule(name)) != 0
+    kept = int(mask.sum())
+    if not _asked(config, own, "sparsity"):
+        return Layer(name, Unstructured.keeping(kept, mask.numel()), rank)
+    if not layer.pattern.allows(mask):
+        raise ValueError(
+            f"{name}: its {kept} nonzeros of {mask.numel()} do not obey sparsity={str(layer.pattern)!r}; leave "
+            "sparsity out to refine what is there"
+        )
+    return Layer(name, layer.pattern, rank)
+
+
+def _found_config(config: SparseLRConfig, model: PreTrainedModel, plan: dict[str, Layer]) -> SparseLRConfig:
+    """What config.json says: method "given", and sparsity and rank as found where they were not asked for."""
+    found = copy.deepcopy(config)
+    found.method, found.method_options = PRECOMPUTED, METHODS[PRECOMPUTED].options()
+    if not _asked(config, {}, "sparsity"):
+        shapes = {name: weight_shape(model.get_submodule(name)) for name in plan}
+        kept = sum(layer.pattern.kept(shapes[name]) for name, layer in plan.items())
+        found.sparsity = 1 - kept / sum(map(math.prod, shapes.values()))
+    if not _asked(config, {}, "rank"):
+        found.rank = max(layer.rank for layer in plan.values())
+    return found
+
+
+def _check_reference(reference: PreTrainedModel, model: PreTrainedModel, plan: dict[str, Layer]) -> None:
+    theirs = {name: weight_shape(layer) for name, layer in linear_layers(reference).items()}
+    for name in plan:
+        shape = weight_shape(model.get_submodule(name))
+        if theirs.get(name) != shape:
+            raise ValueError(
+                f"reference={reference.config.name_or_path!r} is not the dense model: {name} is {shape} in the model, "
+                f"{theirs.get(name)} in the reference"
+            )

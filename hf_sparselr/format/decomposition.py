@@ -1,0 +1,28 @@
+"""S + B A of one layer, as tensors."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Decomposition:
+    """W ~ S + B A for one layer.
+
+    Attributes:
+        S: (out, in) FP32, zero outside `mask`.
+        mask: (out, in) bool, the support.
+        A: (rank, in) FP32, or None at rank 0.
+        B: (out, rank) FP32, or None at rank 0.
+        stats: what the solver did, JSON values only (`iterations`, `seconds` and so on).
+    """
+
+    S: torch.Tensor
+    mask: torch.Tensor
+    A: torch.Tensor | None = None
+    B: torch.Tensor | None = None
+    stats: dict = field(default_factory=dict)
+
+    def dense(self) -> torch.Tensor:
+        """S + B A, (out, in)."""
+        return self.S if self.A is None else self.S + self.B @ self.A

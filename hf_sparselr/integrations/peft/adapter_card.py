@@ -1,0 +1,62 @@
+"""The card that PEFT writes beside an adapter: which compressed model it belongs to, and what opens that."""
+
+import functools
+import os
+
+from huggingface_hub import ModelCard
+from peft import PeftModel
+
+from ...nn.linear import SparseLRLinear
+from ..hub.model_card import README, hub_id
+
+_TAG = "sparselr"
+
+
+def hook_adapter_cards() -> None:
+    """Makes `PeftModel` complete the cards of adapters over compressed models; others are not touched.
+
+    transformers' `push_to_hub` puts its default card over PEFT's between saving and uploading. So the upload is
+    wrapped, too.
+    """
+    write, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
+    if getattr(write, "_sparselr", False):
+        return
+
+    @functools.wraps(write)
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        write(self, output_dir)
+        if _is_ours(self):
+            _complete(self, os.path.join(output_dir, README))
+
+    @functools.wraps(upload)
+    def upload_modified_files(self, working_dir, *args, **kwargs):
+        if _is_ours(self):
+            self.create_or_update_model_card(working_dir)
+        return upload(self, working_dir, *args, **kwargs)
+
+    create_or_update_model_card._sparselr = True
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftModel._upload_modified_files = upload_modified_files
+
+
+def _is_ours(model: PeftModel) -> bool:
+    return any(isinstance(module, SparseLRLinear) for module in model.modules())
+
+
+def _complete(model: PeftModel, path: str) -> None:
+    # As in the adapter's config; PEFT's card has the name in the model's config, which may be the dense model's.
+    base = model.active_peft_config.base_model_name_or_path or model.get_base_model().name_or_path
+    card = ModelCard.load(path)
+    card.data.base_model = base
+    card.data.tags = sorted({*(card.data.tags or []), _TAG} - {"base_model:adapter:None"})
+    if "hf_sparselr" not in card.text:
+        card.text = f"\n{_note(base)}\n\n{card.text.lstrip()}"
+    card.save(path)
+
+
+def _note(base: str | None) -> str:
+    name = f"[{base}](https://huggingface.co/{base})" if hub_id(base) else "a compressed model"
+    return (
+        f"An adapter for {name}, whose weight matrices are S + B A with a packed sparse S and low-rank factors B, A. "
+        "The base only opens with the `hf_sparselr` package: `pip install hf_sparselr`."
+    )

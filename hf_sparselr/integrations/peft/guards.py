@@ -1,0 +1,228 @@
+"""PEFT on compressed models: our LoRA layer for every LoraConfig, and the existing factors as an adapter.
+
+Importing this module puts checks before the PEFT calls that would go wrong on a compressed layer; `autoload` does
+that as soon as PEFT is imported.
+"""
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Iterable
+from types import ModuleType
+
+from peft import LoraConfig, PeftConfig, PeftType
+from peft.tuners.lora import LoraModel, intruders
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.xlora import XLoraModel
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, hotswap
+from torch import Tensor, nn
+from transformers.integrations.peft import PeftAdapterMixin
+
+from ...nn.linear import SparseLRLinear
+from .adapter_card import hook_adapter_cards
+from .lora_layer import REPLACING, SparseLRLoraLayer, check_config, is_replacing
+
+# Methods that run beside a layer and never ask for the values of its weight. tests/test_peft_tuners.py proves it
+# for each; all others are refused, so that a new one cannot densify, or change, a layer unnoticed.
+BESIDE = tuple(
+    (
+        "IA3 VERA PVERA LOHA LOKR OFT BOFT ROAD BEFT FOURIERFT WAVEFT C3A VBLORA UNILORA RANDLORA GRALORA MISS LILY "
+        "POLY"
+    ).split()
+)
+
+
+def _compressed_layers(model: nn.Module) -> dict[str, SparseLRLinear]:
+    """By the name under which PEFT targets them, with or without adapters around."""
+    modules = model.named_modules()
+    return {re.sub(r"(\.base_layer)+$", "", name): m for name, m in modules if isinstance(m, SparseLRLinear)}
+
+
+def _lora_layers(model: nn.Module) -> dict[str, SparseLRLoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLRLoraLayer)}
+
+
+# --- checks before PEFT's own calls; each has the arguments of the call
+
+
+def _check_injection(
+    tuner: BaseTuner,
+    model: nn.Module,
+    adapter_name: str,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Every adapter of every method passes here with the model still unchanged."""
+    config, layers = tuner.peft_config[adapter_name], _compressed_layers(model)
+    targeted = _targeted(tuner, config, model, state_dict) if layers or is_replacing(config) else set()
+    if is_replacing(config) and (others := sorted(targeted - layers.keys())):
+        raise ValueError(
+            f"init_lora_weights={REPLACING!r} stands for the low-rank factors of a compressed model, and the model "
+            f"holds no compressed layers {', '.join(others[:4])}: load the adapter on the model it was made for"
+        )
+    _check_modules_to_save(getattr(config, "modules_to_save", None), model)
+    if targeted & layers.keys():
+        _check_method(config)
+    if config.peft_type == PeftType.LORA:
+        config._custom_modules = {SparseLRLinear: SparseLRLoraLayer, **(config._custom_modules or {})}
+
+
+def _targeted(
+    tuner: BaseTuner, config: PeftConfig, model: nn.Module, state_dict: dict[str, Tensor] | None
+) -> set[str]:
+    """Names of the modules that would get the adapter, an adapter's own ones left out."""
+    modules = dict(model.named_modules())
+    adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    names = [name for name in modules if name and not name.startswith(adapted)]
+    if state_dict is not None:
+        return {name for name in names if any(key.startswith(f"{name}.") for key in state_dict)}
+    config = tuner._prepare_adapter_config(copy.copy(config), tuner.get_model_config(model))
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        config.target_modules = list(_compressed_layers(model))
+    return {name for name in names if tuner._check_target_module_exists(config, name)}
+
+
+def _check_method(config: PeftConfig) -> None:
+    if config.peft_type == PeftType.LORA:
+        check_config(config)
+    elif config.peft_type.value not in BESIDE:
+        raise ValueError(
+            f"peft_type={config.peft_type.value!r} reads or edits a dense base weight, which a compressed layer does "
+            "not have: use LoraConfig, which also merges (into the low-rank factors), or a method that runs beside "
+            f"the layer: {', '.join(BESIDE)}"
+        )
+
+
+def _check_modules_to_save(modules_to_save: Iterable[str] | None, model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if not name.endswith(tuple(modules_to_save or ())):  # as PEFT matches them
+            continue
+        if any(isinstance(inner, SparseLRLinear) for inner in module.modules()):
+            raise ValueError(
+                f"modules_to_save selects {name}, which is or holds a compressed layer: train its factors "
+                "(hf_sparselr.lora_config), or the whole model without PEFT (hf_sparselr.train_mode)"
+            )
+
+
+def _check_weighting(
+    tuner: LoraModel,
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    **_,
+) -> None:
+    kinds = {is_replacing(tuner.peft_config.get(name)) for name in adapters}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"add_weighted_adapter cannot mix {', '.join(adapters)}: some have init_lora_weights={REPLACING!r} "
+            "and replace the layers' factors, the others add to them"
+        )
+    if not any(kinds):
+        return
+    if len(adapters) > 1 and combination_type not in ("svd", "cat"):
+        raise ValueError(
+            f"combination_type={combination_type!r} averages or prunes single entries, which would distort the "
+            "model's own factors that replacing adapters hold: use 'svd' or 'cat'"
+        )
+    if abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(
+            f"weights={weights}: those of replacing adapters must sum to 1, as each adapter holds the model's own "
+            "factors once"
+        )
+    for name, layer in _lora_layers(tuner).items():
+        lacking = [adapter for adapter in adapters if adapter not in layer.replacing]
+        if 0 < len(lacking) < len(adapters):
+            raise ValueError(
+                f"add_weighted_adapter: {', '.join(lacking)} has no factors for {name}, and zeros would take the place "
+                "of the model's own: weight replacing adapters of the same layers"
+            )
+
+
+def _check_same_kind(adapter_name: str, replacing: bool, config: PeftConfig) -> None:
+    if replacing != is_replacing(config):
+        raise ValueError(
+            f"cannot hot-swap {adapter_name}: of the adapters in place and to come, one replaces the model's "
+            "factors and the other adds to them. Load the new one under another name."
+        )
+
+
+def _check_hotswap(
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    adapter_name: str,
+    config: LoraConfig,
+    parameter_prefix: str = "lora_",
+) -> None:
+    for name, layer in _lora_layers(model).items():
+        name = name.removeprefix("_orig_mod.")
+        if adapter_name not in layer.lora_A:
+            continue
+        replacing = adapter_name in layer.replacing
+        _check_same_kind(adapter_name, replacing, config)
+        if replacing and f"{name}.lora_A.{adapter_name}.weight" not in state_dict:
+            raise ValueError(
+                f"cannot hot-swap {adapter_name}: the new adapter has no factors for {name}, and zeros would take the "
+                "place of the model's own"
+            )
+
+
+def _check_reload(
+    model: PeftAdapterMixin,
+    peft_model_id: str | None = None,
+    adapter_name: str | None = None,
+    peft_config: PeftConfig | None = None,
+    *_,
+    adapter_kwargs: dict | None = None,
+    **__,
+) -> None:
+    """transformers' hot swap is a load_adapter under a name in use, without any look at the configs."""
+    name = adapter_name or "default"
+    present = getattr(model, "peft_config", {}).get(name)
+    if present is not None:
+        config = peft_config or PeftConfig.from_pretrained(peft_model_id, **(adapter_kwargs or {}))
+        _check_same_kind(name, is_replacing(present), config)
+
+
+def _check_intruders(model: nn.Module, old_adapter_name: str = "default", *_, **__) -> None:
+    if any(old_adapter_name in layer.replacing for layer in _lora_layers(model).values()):
+        raise ValueError(
+            f"reduce_intruder_dimension compares an adapter with the weight it adds to, but {old_adapter_name} "
+            "replaces the model's factors: use an additive adapter"
+        )
+
+
+def _check_experts(model: XLoraModel) -> None:
+    if any(layer.replacing for layer in _lora_layers(model.lora_model).values()):
+        raise ValueError(
+            "X-LoRA adds its experts to each layer, but some of these replace the model's low-rank factors: use "
+            "additive adapters as experts"
+        )
+
+
+def _run_before(owner: type | ModuleType, name: str, check: Callable) -> None:
+    call = getattr(owner, name)
+    if getattr(call, "_sparselr", False):
+        return
+
+    @functools.wraps(call)
+    def checked(*args, **kwargs):
+        check(*args, **kwargs)
+        return call(*args, **kwargs)
+
+    checked._sparselr = True
+    setattr(owner, name, checked)
+
+
+hook_adapter_cards()
+_run_before(BaseTuner, "inject_adapter", _check_injection)
+_run_before(LoraModel, "add_weighted_adapter", _check_weighting)
+_run_before(XLoraModel, "_maybe_freeze_all_adapters", _check_experts)
+_run_before(hotswap, "hotswap_adapter_from_state_dict", _check_hotswap)
+_run_before(PeftAdapterMixin, "load_adapter", _check_reload)
+_run_before(intruders, "reduce_intruder_dimension", _check_intruders)
+
+
+# --- the factors as an adapter

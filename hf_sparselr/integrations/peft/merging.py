@@ -1,0 +1,139 @@
+"""Merging adapters into the low-rank factors, and cutting the result back to a rank. S stays as it is."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional as F
+
+from ...data.calibration import token_rows
+from ...nn.linear import SparseLRLinear
+from ...solvers.gram import GramAccumulator
+from ...utils.modules import eval_mode
+from ...utils.validation import check_integer
+from .lora_layer import SparseLRLoraLayer
+
+OWN = "own"
+
+
+def merge_and_unload(
+    model: PeftModel,
+    rank: int | str | None = None,
+    calibration: Any = None,
+    adapter_names: list[str] | None = None,
+    safe_merge: bool = False,
+) -> nn.Module:
+    """PEFT's `merge_and_unload`, after which no layer's rank exceeds a budget.
+
+    Merging is exact: a replacing adapter takes the place of a layer's factors, additive ones are concatenated to
+    them. Where that exceeds the budget, B A is replaced by the best product of that rank: nearest in the Frobenius
+    norm, or, with calibration data, with the least change of the layer's outputs on them. Nothing dense is built.
+
+    Args:
+        model: a PEFT model over a compressed one; it is taken apart.
+        rank: the largest rank that a layer may have; "own" for the rank that each layer had without adapters; None
+            for no limit.
+        calibration: token ids: a tensor (samples, tokens) or an iterable of tensors, lists or batches.
+        adapter_names: the adapters to merge; None for the active ones.
+        safe_merge: refuse factors that are not finite.
+
+    Returns:
+        The compressed model without adapters; it saves and reloads packed.
+
+    Raises:
+        TypeError, ValueError: no PEFT model over a compressed one, a negative rank, calibration data without a rank
+            or that are no token ids, or what `SparseLRLoraLayer.merge` refuses.
+    """
+    own = _own_ranks(model)
+    if rank is not None and rank != OWN:
+        check_integer("rank", rank, 0)
+    if rank is None and calibration is not None:
+        raise ValueError("calibration is for cutting back to a rank: pass rank, or no calibration")
+    rows = None if calibration is None else _rows(calibration)
+    merged = model.merge_and_unload(safe_merge=safe_merge, adapter_names=adapter_names)
+    if rank is None:
+        return merged
+    budget = own if rank == OWN else dict.fromkeys(own, rank)
+    wide = [layer for layer in own if layer.rank > budget[layer]]
+    grams = _factor_grams(merged, wide, rows) if rows and wide else {}
+    for layer in wide:
+        A, B = truncate(layer.A, layer.B, budget[layer], grams.get(layer))
+        layer.A, layer.B = (_frozen(factor, layer.A) for factor in (A, B))
+    return merged
+
+
+def truncate(
+    A: torch.Tensor, B: torch.Tensor, rank: int, gram: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rank-`rank` factors nearest to B A: min |(B A - B' A') X^T|_F over the inputs X, or |B A - B' A'|_F.
+
+    With B = Q R, the best B' A' is the projection of B A on the leading eigenvectors of R (A H A^T) R^T in the
+    basis Q, for H = X^T X (Eckart-Young in that norm), so that only A H A^T is needed of the inputs.
+
+    Args:
+        A: (r, in), B: (out, r).
+        rank: at most r; 0 allowed.
+        gram: (r, r), A H A^T: the Gram matrix of A's outputs. None for H = I.
+
+    Returns:
+        A' (rank, in) and B' (out, rank), of equal norms direction by direction, in FP64.
+    """
+    A, B = A.double(), B.double()
+    Q, R = torch.linalg.qr(B)
+    inner = A @ A.T if gram is None else gram.double()
+    leading = torch.linalg.eigh(R @ inner @ R.T).eigenvectors.flip(1)[:, :rank]
+    A, B = leading.T @ R @ A, Q @ leading
+    scale = A.norm(dim=1).sqrt()
+    return A / scale.clamp_min(torch.finfo(A.dtype).tiny)[:, None], B * scale
+
+
+def _own_ranks(model: PeftModel) -> dict[SparseLRLinear, int]:
+    """The compressed layers and their ranks without adapters, some of which may be merged already."""
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"model is a {type(model).__name__}: expected a PeftModel")
+    adapted = [module for module in model.modules() if isinstance(module, SparseLRLoraLayer)]
+    if not adapted:
+        raise ValueError("no compressed layer of the model has a LoRA adapter, so there is nothing to merge")
+    ranks = {module: module.rank for module in model.modules() if isinstance(module, SparseLRLinear)}
+    return {**ranks, **{layer.base_layer: layer.own_rank for layer in adapted}}
+
+
+def _rows(calibration: Any) -> list[torch.Tensor]:
+    items = [calibration] if isinstance(calibration, torch.Tensor | Mapping) else calibration
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        raise TypeError(
+            f"calibration={calibration!r}: expected token ids, a tensor (samples, tokens) or several"
+        )
+    rows = [row for i, item in enumerate(items) for row in token_rows(item, f"calibration item {i}")]
+    if not rows:
+        raise ValueError("calibration is empty: pass at least one row of token ids")
+    return rows
+
+
+@torch.no_grad()
+def _factor_grams(
+    model: nn.Module, layers: list[SparseLRLinear], rows: list[torch.Tensor]
+) -> dict[SparseLRLinear, torch.Tensor]:
+    """A H A^T of layers (rank, rank), from the inputs that they see in the model."""
+    sums = {layer: GramAccumulator(layer.rank, layer.A.device) for layer in layers}
+
+    def record(layer: SparseLRLinear, inputs: tuple) -> None:
+        sums[layer].add(F.linear(inputs[0].float(), layer.A.float()))
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    try:
+        with eval_mode(model):
+            for row in rows:
+                ids = row.long()[None].to(model.device)
+                inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+                model(input_ids=ids, use_cache=False, **inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer: total.gram for layer, total in sums.items()}
+
+
+def _frozen(factor: torch.Tensor, like: torch.Tensor) -> nn.Parameter | None:
+    return nn.Parameter(factor.to(like), requires_grad=False) if factor.numel() else None

@@ -1,0 +1,246 @@
+"""The transformers quantizer: compress while loading, load packed, save packed.
+
+Importing this module registers `quant_method="sparselr"`; `autoload` does that as soon as transformers is imported.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from ...compression.model_structure import linear_layers, weight_shape
+from ...compression.plan import plan_layers
+from ...compression.report import Report
+from ...config.sparselr_config import QUANT_METHOD, SparseLRConfig
+from ...format.checkpoint import SENTINEL, Entry, FormatError, check_layer, group_layers, read_headers
+from ...nn.linear import SparseLRLinear, packed_layers
+from ...nn.shared_input import link_shared_inputs
+from ..hub.saving import hook_saving
+
+
+class SparseLRQuantizer(HfQuantizer):
+    """transformers' hooks for sparse plus low-rank weights.
+
+    `pre_quantized` False: the checkpoint is dense and is compressed once it is in memory. True: it is packed; its
+    linear layers are replaced by `SparseLRLinear` of the shapes in the files' headers before anything is read.
+    """
+
+    requires_calibration = False  # True would make transformers refuse dense checkpoints
+    given_state: dict | None = None  # the `state_dict` of the running save_pretrained (see `hub`)
+    is_qat_trainable = False  # `train_mode` sets it: until then Trainer refuses a model without adapters
+    quantization_config: SparseLRConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        hook_saving()  # not on import: transformers.modeling_utils, which it changes, imports the quantizers
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        config = self.quantization_config
+        requested = vars(config).pop("_requested", None)
+        if self.pre_quantized:
+            self._reject_other_settings(requested)
+            if requested:
+                config.kernel = requested.kernel  # how to run, not what is stored
+            return
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if places & {"disk"} or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                f"device_map={device_map!r} offloads weights, which cannot be compressed while loading: load without "
+                "offloading, or use hf_sparselr.compress(name, config, output_dir=...), which keeps the model on the "
+                "CPU and works on one block at a time on the GPU"
+            )
+
+    def _reject_other_settings(self, requested: SparseLRConfig | None) -> None:
+        differences = requested.differences(self.quantization_config) if requested else {}
+        if differences:
+            shown = ", ".join(
+                f"{k}={mine!r} (stored: {stored!r})" for k, (mine, stored) in differences.items()
+            )
+            raise ValueError(
+                f"the checkpoint is already compressed with other settings: {shown}; load it without "
+                "quantization_config, or compress the original dense model"
+            )
+
+    # -- before the weights are read
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "tp_plan / distributed_config: tensor parallelism is not supported for sparselr models; "
+                'use device_map="auto"'
+            )
+        with torch.device("cpu"):  # transformers builds the skeleton in a meta context; this reads real data
+            if self.pre_quantized:
+                self._build_packed(model, checkpoint_files)
+            else:
+                from ...compression.run import load_calibration
+
+                plan_layers(model, self.quantization_config)
+                self._windows = load_calibration(model, self.quantization_config, model.config.name_or_path)
+        return model
+
+    def _build_packed(self, model: nn.Module, files: list[str] | None) -> None:
+        """Replaces the linear layers that the checkpoint holds packed by empty modules of the right shapes."""
+        if not files:
+            raise FormatError("a compressed checkpoint is read from .safetensors files, but none were given")
+        entries = read_headers(files)
+        names = _names_in_model(model, entries)
+        stored_layers, layers, packed = group_layers(entries), linear_layers(model), {}
+        for stored, parts in stored_layers.items():
+            name = names[stored]
+            if name not in layers:
+                where = next(iter(parts.values())).file
+                raise FormatError(
+                    f"{where}: tensor {stored}.mask is unexpected: the model has no such linear layer"
+                )
+            packed[name] = parts
+            check_layer(stored, parts, *weight_shape(layers[name]), bias=layers[name].bias is not None)
+        _check_complete(model, layers, packed, entries, names)
+        for name, parts in packed.items():
+            model.set_submodule(name, _empty_layer(model, name, layers[name], parts))
+        # The zero-element `weight` entries are for readers without this package.
+        model._keys_to_ignore_on_load_unexpected |= {
+            rf"{re.escape(name)}\.{SENTINEL}$" for name in (*packed, *stored_layers)
+        }
+        self._dtypes = {name: _stored_dtype(model, name, p.dtype) for name, p in model.named_parameters()}
+        self._directory = Path(files[0]).parent
+
+    # -- after the weights are read
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not self.pre_quantized:
+            from ...compression.run import compress_in_memory
+
+            config = self.quantization_config
+            report = compress_in_memory(model, config, self._windows, keep_dense=False)
+            return attach(model, config.stored(), report)
+        for name, parameter in model.named_parameters():
+            # 5.17 gives tensors whose key was renamed the file's dtype.
+            if (
+                parameter.is_floating_point()
+                and not parameter.is_meta
+                and parameter.dtype != self._dtypes[name]
+            ):
+                parameter.data = parameter.data.to(self._dtypes[name])
+        for module in packed_layers(model).values():
+            module.requires_grad_(False)
+            module.kernel = self.quantization_config.kernel
+        link_shared_inputs(model)
+        model.sparselr_report = Report.load(self._directory)
+        return model
+
+    # -- saving and the rest of the interface
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict, dict]:
+        """The state dict with a zero-element `weight` per packed layer: stock transformers refuses such a file.
+
+        transformers saves what this returns instead of the state dict given to `save_pretrained`, which is the only
+        whole one of a sharded model.
+        """
+        state = dict(model.state_dict() if self.given_state is None else self.given_state)
+        for name, module in packed_layers(model).items():
+            # A slice of one element: empty tensors of their own would all look tied to one another.
+            state[f"{name}.{SENTINEL}"] = torch.zeros(1, dtype=module.dtype)[:0]
+        return state, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, module in packed_layers(model).items():
+            model.set_submodule(name, module.to_dense().to(dtype))
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        from .sharding import check_sharding
+
+        check_sharding()  # Trainer asks for this property once its accelerator is set up
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach(model: nn.Module, config: SparseLRConfig, report: Report) -> nn.Module:
+    """Makes an in-memory compressed model save, push and report like a loaded one."""
+    quantizer = SparseLRQuantizer(config, pre_quantized=True)
+    for layer in packed_layers(model).values():
+        layer.kernel = config.kernel
+    link_shared_inputs(model)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config
+    model.config._is_quantized = True
+    model.sparselr_report = report
+    model.name_or_path = None  # PEFT names the base of an adapter after it: not the dense model (see `hub`)
+    model.add_model_tags(["sparselr", "compressed"])
+    return model
+
+
+def _names_in_model(model: nn.Module, entries: dict[str, Entry]) -> dict[str, str]:
+    """Names of the modules in the file -> in the model: prefixes and renamings differ between classes."""
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    state = model.state_dict()
+
+    def rename(module: str) -> str:
+        key, _ = rename_source_key(f"{module}.weight", renamings, [], model.base_model_prefix, state)
+        return key.removesuffix(".weight")
+
+    return {module: rename(module) for module in {name.rpartition(".")[0] for name in entries}}
+
+
+def _check_complete(
+    model, layers: dict, packed: dict, entries: dict[str, Entry], names: dict[str, str]
+) -> None:
+    """A linear layer that is neither packed nor dense in the files would silently start from random weights."""
+    if any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(model)):
+        return  # dense names in such files are not the model's; transformers reports what it misses
+    sizes = {module: entries[f"{module}.weight"].shape for module in names if f"{module}.weight" in entries}
+    present = {names[module] for module, size in sizes.items() if size != (0,)}
+    for name in layers:
+        if name not in packed and name not in present:
+            where = Path(next(iter(entries.values())).file).parent
+            raise FormatError(f"{where}: tensor {name}.mask is missing")
+
+
+def _empty_layer(model: nn.Module, name: str, dense: nn.Module, parts: dict[str, Entry]) -> SparseLRLinear:
+    return SparseLRLinear(
+        *reversed(weight_shape(dense)),
+        nonzeros=parts["values"].shape[0],
+        rank=parts["A"].shape[0] if "A" in parts else 0,
+        bias=dense.bias is not None,
+        transposed=isinstance(dense, Conv1D),
+        device="meta",
+        dtype=_stored_dtype(model, name, dense.weight.dtype),
+    )
+
+
+def _stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which transformers loads a parameter: the skeleton's, unless the model keeps it in FP32."""
+    kept = model._get_dtype_plan(torch.get_default_dtype())  # keys are globs, which match anywhere in a name
+    keep = any(re.search(glob.replace("*", ".*"), name) for glob in kept)
+    return torch.float32 if keep and dtype.is_floating_point else dtype
+
+
+def _register() -> None:
+    if QUANT_METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    auto.register_quantization_config(QUANT_METHOD)(SparseLRConfig)
+    auto.register_quantizer(QUANT_METHOD)(SparseLRQuantizer)
+    # Lets a config passed for a packed checkpoint reach `validate_environment` (see get_loading_attributes).
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, SparseLRConfig)
+
+
+_register()

@@ -1,0 +1,161 @@
+"""y = x S^T + (x A^T) B^T + bias for 17 to 256 rows of x, S unpacked tile by tile for the tensor cores (Triton).
+
+Between `decode`, for which a tile has too few products, and `unpacked`, for which writing S once and reading it again
+is next to nothing: a program unpacks a tile of S in registers and hands it to the tensor cores through shared memory.
+x A^T is a dense product of its own; B joins as more columns of S.
+
+More than 32 rows of x are the left factor of the tensor cores' product, which then reads both factors from shared
+memory, so that two stages of loads can be under way. Fewer are the right one, as the left must have 64 rows; then S is
+read from registers, and there is one stage: with more, Triton 3.6 leaves products waiting in registers that the next
+tile takes (128 x 128 with 256 rows of x gave wrong sums). On an H100, 14336 x 4096 at 2:4, left / right factor: 0.053
+/ 0.046 ms for 32 rows, 0.051 / 0.063 for 64, 0.064 / 0.075 for 128; unstructured alike for 64 and more.
+
+Tried there as well (three shapes, 16 to 256 rows): 128 rows of S (a tenth faster for 256 rows of x at 2:4 only), 64
+columns, 8 warps, three stages, the mask read ahead or not, one to eight splits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from ..launch_config import Plan
+from .decode import Packed, add_up, can_pair, ceil_div, spread
+from .support import (
+    column_bits,
+    expand,
+    expand_pairs,
+    multiply,
+    popcount,
+    read,
+    read_head,
+    read_pairs,
+    row_start,
+    stack,
+)
+
+_WIDTH = 128  # columns of S at a time
+_RANK = 64  # of B at a time
+_BATCH = 128  # rows of x that share an unpacked tile
+_FEW = 32  # of x: the right factor of the product
+
+
+@triton.jit
+def _multiply(
+    x,
+    words,
+    values,
+    starts,
+    offsets,
+    B,
+    u,
+    bias,
+    y,
+    outs,
+    ins,
+    blocks,
+    rank,
+    count,
+    span,
+    ROWS: tl.constexpr,
+    BATCH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    BIAS: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    first = tl.program_id(0) * ROWS
+    split = tl.program_id(1)
+    lane = tl.arange(0, ROWS * (WIDTH // 8))
+    chunk = lane % (WIDTH // 8)
+    row = tl.minimum(first + lane // (WIDTH // 8), outs - 1)
+    begin = row_start(starts, row, blocks, PER_BLOCK)
+    shift, below = column_bits(chunk)
+    sample = tl.program_id(2) * BATCH + tl.arange(0, BATCH)
+    taken = tl.minimum(sample, count - 1)[:, None]
+    total = tl.zeros((BATCH, ROWS) if SWAPPED else (ROWS, BATCH), tl.float32)
+    start, end = split * span, tl.minimum(split * span + span, ins)
+    last = (end - 1) // WIDTH * WIDTH
+    head = _head(words, values, offsets, row, start, chunk, blocks, PER_BLOCK, PAIRS, EVEN)
+    for k in range(start, end, WIDTH):
+        now = head
+        column = tl.minimum(k + WIDTH, last)
+        head = _head(words, values, offsets, row, column, chunk, blocks, PER_BLOCK, PAIRS, EVEN)
+        if PAIRS:
+            entries = expand_pairs(now[1], now[0], values.dtype.element_ty)
+        else:
+            place = begin + now[1] + popcount(now[0] & below)
+            entries = expand(values, (now[0] >> shift).to(tl.int32), place)
+        column = k + tl.arange(0, WIDTH)[None, :]
+        tile = stack(entries).reshape(ROWS, WIDTH)
+        total = _add(tile, read(x + taken * ins + column, column < ins, EVEN), total, SWAPPED)
+    out = first + tl.arange(0, ROWS)
+    if LOW_RANK:
+        at = tl.minimum(out, outs - 1)[:, None] * rank
+        for q in range(0, tl.where(split == 0, rank, 0), RANK):
+            factor = q + tl.arange(0, RANK)[None, :]
+            tile = tl.load(B + at + factor, mask=factor < rank, other=0)
+            total = _add(
+                tile, tl.load(u + taken * rank + factor, mask=factor < rank, other=0), total, SWAPPED
+            )
+    if SWAPPED:
+        total = total.trans(1, 0)
+    if BIAS:
+        once = tl.load(bias + out, mask=out < tl.where(split == 0, outs, 0), other=0)
+        total += once.to(tl.float32)[:, None]
+    at = y + (split * count + sample)[None, :].to(tl.int64) * outs + out[:, None]
+    tl.store(at, total, mask=(out < outs)[:, None] & (sample < count)[None, :])
+
+
+@triton.jit
+def _add(tile, x, total, SWAPPED: tl.constexpr):
+    """total + tile @ x^T, the transposes where SWAPPED: (rows of S, columns), (rows of x, columns)."""
+    return multiply(x, tile.trans(1, 0), total) if SWAPPED else multiply(tile, x.trans(1, 0), total)
+
+
+@triton.jit
+def _head(
+    words,
+    values,
+    offsets,
+    row,
+    k,
+    chunk,
+    blocks,
+    PER_BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """What a lane reads before it knows more: at 2:4 as `read_pairs`, else as `read_head`."""
+    if PAIRS:
+        at = row * (blocks * 8) + k // 8 + chunk
+        head = read_pairs(words, values, at, k // 64 + chunk // 8 < blocks, EVEN)
+    else:
+        head = read_head(words, offsets, row, k // 64 + chunk // 8, blocks, PER_BLOCK, EVEN)
+    return head
+
+
+def multiply_blocks(inputs: torch.Tensor, layer: Packed, plan: Plan) -> torch.Tensor:
+    """(rows, in) to (rows, out), of 16 bits, summed in FP32; x A^T is rounded once, as a product of torch's is."""
+    mask, index, values, A, B, bias = layer
+    inputs = inputs.contiguous()
+    count, ins = inputs.shape
+    outs, blocks = index.shape
+    y, u = inputs.new_empty((count, outs)), inputs if A is None else F.linear(inputs, A)
+    span, split = spread(ins, _WIDTH, plan.split)
+    part = y if split == 1 else y.new_empty((split, count, outs), dtype=torch.float32)
+    batch, few = min(_BATCH, max(16, 1 << (count - 1).bit_length())), count <= _FEW
+    _multiply[ceil_div(outs, plan.rows), split, ceil_div(count, batch)](
+        inputs, index.words(mask), values, index.starts, index.offsets, y if B is None else B, u,
+        y if bias is None else bias, part, outs, ins, blocks, layer.rank, count, span,
+        ROWS=plan.rows, BATCH=batch, WIDTH=_WIDTH, RANK=min(_RANK, max(16, 1 << (layer.rank - 1).bit_length())),
+        PER_BLOCK=index.per_block, PAIRS=can_pair(index, values), EVEN=ins % _WIDTH == 0, LOW_RANK=A is not None,
+        BIAS=bias is not None, SWAPPED=not few, num_warps=plan.warps, num_stages=1 if few else 2,
+    )  # fmt: skip
+    if split > 1:
+        add_up(part, y)
+    return y

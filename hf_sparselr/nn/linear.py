@@ -1,0 +1,162 @@
+"""SparseLRLinear: a linear layer whose weight is a packed S plus low-rank factors."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..format.bitmask import pack, unpack
+from ..format.decomposition import Decomposition
+from ..kernels import packed_linear
+from .lazy_weight import LazyDenseWeight
+
+
+class SparseLRLinear(nn.Linear):
+    """y = x S^T + (x A^T) B^T + bias, computed from the packed S.
+
+    A subclass of `nn.Linear`, so that code that looks for linear layers finds it, but without a weight
+    parameter: `weight` is a property whose values are built when they are read (see `LazyDenseWeight`).
+
+    Attributes:
+        mask: uint8 (out, ceil(in / 8)), `values`: (nonzeros,): the packed S (see `packing`).
+        A: (rank, in), B: (out, rank), or None at rank 0.
+        bias: (out,) or None.
+        transposed: the layer it replaced was a transformers Conv1D, whose weight is (in, out).
+        kernel: how the product is computed, "auto", "packed" or "dense" (see `kernels.packed_linear`).
+        shared_input: computes the layer together with those that share its input, among which it has a `number` (see
+            `shared_input.SharedInputGroup`), or None.
+    """
+
+    kernel = "auto"
+    shared_input: Callable[["SparseLRLinear", torch.Tensor], torch.Tensor] | None = None
+    number = 0
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        nonzeros: int,
+        rank: int,
+        bias: bool = False,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
+        self.in_features = in_features
+        self.out_features = out_features
+        self.transposed = transposed
+
+        def frozen(*shape: int, dtype: torch.dtype | None = dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
+        # Parameters, not buffers: accelerate does not offload buffers by default.
+        self.mask = frozen(out_features, -(-in_features // 8), dtype=torch.uint8)
+        self.values = frozen(nonzeros)
+        self.A = frozen(rank, in_features) if rank else None
+        self.B = frozen(out_features, rank) if rank else None
+        self.bias = frozen(out_features) if bias else None
+        self._is_hf_initialized = True  # transformers must not draw a random weight for it
+
+    @classmethod
+    def from_decomposition(
+        cls,
+        decomposition: Decomposition,
+        bias: torch.Tensor | None = None,
+        transposed: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> "SparseLRLinear":
+        """Packs S (out, in), its support, A and B, in `dtype` (default: the dtype of S)."""
+        S, mask = decomposition.S, decomposition.mask
+        dtype = dtype or S.dtype
+        packed, values = pack(S, mask)
+        rank = 0 if decomposition.A is None else decomposition.A.shape[0]
+        layer = cls(S.shape[1], S.shape[0], len(values), rank, bias is not None, transposed, S.device, dtype)
+        layer.mask.data = packed
+        layer.values.data = values.to(dtype)
+        if rank:
+            layer.A.data = decomposition.A.to(dtype)
+            layer.B.data = decomposition.B.to(dtype)
+        if bias is not None:
+            layer.bias.data = bias.detach().to(dtype)
+        return layer
+
+    @property
+    def parts(self) -> tuple[torch.Tensor | None, ...]:
+        """(mask, values, A, B, bias), as the kernels take a layer."""
+        return self.mask, self.values, self.A, self.B, self.bias
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.A is None else self.A.shape[0]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """S + B A, (out, in), or (in, out) where the layer replaced a Conv1D. Built when its values are read."""
+        if torch.compiler.is_compiling():  # which cannot make the view, and drops what is not used
+            return self._dense()
+        shape = (self.out_features, self.in_features)
+        view = LazyDenseWeight(shape[::-1] if self.transposed else shape, self.values, self._dense)
+        view._is_hf_initialized = True
+        return view
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        # PEFT gives an unloaded layer its own weight back; nothing else may be assigned.
+        if getattr(value, "build", None) != self._dense:
+            raise AttributeError(
+                "the weight S + B A of a compressed layer is computed and cannot be assigned"
+            )
+
+    def _dense(self) -> torch.Tensor:
+        dense = unpack(self.mask, self.values, self.in_features)
+        if self.rank:
+            dense = dense + self.B @ self.A
+        return dense.T.contiguous() if self.transposed else dense
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    compute_dtype = dtype  # PEFT's name for it
+
+    def forward(
+        self, inputs: torch.Tensor, factors: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
+    ) -> torch.Tensor:
+        """x: (..., in) to (..., out); `factors`, (A, B) or (None, None), stand in for the layer's own."""
+        if factors is not None:
+            return self.product(inputs, *factors)
+        if self.shared_input is None or torch.is_grad_enabled():
+            return self.product(inputs, self.A, self.B)
+        return self.shared_input(self, inputs)
+
+    def product(self, inputs: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+        """`forward` of this layer alone, with these factors."""
+        return packed_linear(inputs, self.mask, self.values, A, B, self.bias, self.in_features, self.kernel)
+
+    def to_dense(self) -> nn.Module:
+        """The layer it replaced, with S + B A as its weight."""
+        from transformers.pytorch_utils import Conv1D
+
+        weight = self._dense()
+        with torch.device("meta"):
+            if self.transposed:
+                layer = Conv1D(self.out_features, self.in_features)
+            else:
+                layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.data, requires_grad=False)
+        return layer
+
+    def extra_repr(self) -> str:
+        kept = self.values.numel() / (self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"sparsity={1 - kept:.4g}, rank={self.rank}, bias={self.bias is not None}"
+        )
+
+
+def packed_layers(model: nn.Module) -> dict[str, SparseLRLinear]:
+    """All packed layers of a model: {dotted name: layer}."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLRLinear)}

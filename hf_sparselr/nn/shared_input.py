@@ -1,0 +1,127 @@
+"""Packed layers that take the same input in one launch: q, k and v, gate and up, whatever a model calls them.
+
+Which layers these are is seen when the model runs: siblings that were called one after the other with one tensor. From
+then on the first of them computes the product of all, and the others find theirs ready. A group that is called
+otherwise too often is given up. Only for few rows and where nothing is differentiated, not in inference mode, whose
+tensors do not show edits; under torch.compile only if it was seen before.
+"""
+
+import weakref
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels import packed_linears
+from ..kernels.launch_config import MAX_ROWS
+from .linear import SparseLRLinear
+
+MOST_MISSES = 3  # calls in which a group was no group: an interrupted run may be one
+
+
+class SharedInputGroup:
+    """The packed layers below one module that take inputs of one width.
+
+    Args:
+        layers: in any order.
+    """
+
+    def __init__(self, layers: list[SparseLRLinear]) -> None:
+        self.layers = [weakref.ref(layer) for layer in layers]  # which hold this: models must die at once
+        # By the first of each: who shares its input.
+        self.groups: list[list[int] | None] = [None] * len(layers)
+        self._misses = [0] * len(layers)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._ready: tuple[Any, ...] | None = None  # input, its state, who computed, outputs that wait
+        self._seen: Any = None  # the last input, weakly
+        self._seen_state: tuple | None = None
+        self._run: list[int] = []  # who was called with it
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: without what belongs to one run."""
+        layers = [layer() for layer in self.layers]
+        return {"layers": layers, "groups": self.groups, "_misses": self._misses}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.layers = [_gone if layer is None else weakref.ref(layer) for layer in self.layers]
+        self._forget()
+
+    def __call__(self, layer: SparseLRLinear, inputs: torch.Tensor) -> torch.Tensor:
+        """The product of one of the layers: x (..., in) to (..., out)."""
+        compiling = torch.compiler.is_compiling()
+        number = layer.number
+        is_copy = self.layers[number]() is not layer  # a shallow one, with values of its own
+        if is_copy or (not compiling and inputs.is_inference()):
+            return layer.product(inputs, layer.A, layer.B)
+        state = () if compiling else _state(inputs)  # in one graph a tensor is a value
+        ready = self._ready  # read once: another thread may run the model
+        if ready is not None:
+            known, its_state, first, outputs = ready
+            if known is inputs and its_state == state and number in outputs:
+                output = outputs.pop(number)
+                if not outputs:
+                    self._ready = None
+                return output
+            self._ready = None
+            self._misses[first] += 1
+            if self._misses[first] == MOST_MISSES:
+                self.groups[first] = None
+        group = self.groups[number]
+        if group is None:
+            if not compiling:
+                self._watch(number, inputs, state)
+            return layer.product(inputs, layer.A, layer.B)
+        members = [self.layers[i]() for i in group]
+        few = inputs.numel() <= MAX_ROWS * layer.in_features
+        if not few or not all(_is_at_hand(member, layer) for member in members):
+            return layer.product(inputs, layer.A, layer.B)
+        parts = [member.parts for member in members]
+        outputs = packed_linears(inputs, parts, layer.in_features, layer.kernel)
+        self._ready = inputs, state, number, dict(zip(group[1:], outputs[1:], strict=True))
+        return outputs[0]
+
+    def _watch(self, number: int, inputs: torch.Tensor, state: tuple) -> None:
+        same = self._seen is not None and self._seen() is inputs and self._seen_state == state
+        run = [*self._run, number] if same and number not in self._run else [number]
+        self._seen, self._seen_state, self._run = weakref.ref(inputs), state, run
+        if len(run) > 1 and self._misses[run[0]] < MOST_MISSES:
+            self.groups[run[0]] = run
+
+
+def _gone() -> None:
+    """A reference to a layer that was gone when its siblings were copied."""
+
+
+def link_shared_inputs(model: nn.Module) -> None:
+    """Lets the packed layers of a model find out which of them share their input."""
+    for module in model.modules():
+        widths = defaultdict(list)
+        for child in module.children():
+            if isinstance(child, SparseLRLinear):
+                child.shared_input = None
+                widths[child.in_features].append(child)
+        for layers in widths.values():
+            if len(layers) > 1:
+                group = SharedInputGroup(layers)
+                for number, layer in enumerate(layers):
+                    layer.shared_input, layer.number = group, number
+
+
+def _state(inputs: torch.Tensor) -> tuple:
+    """What must not change between the calls of a group: the input's values, the stream, the dtype of the work."""
+    kind = inputs.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    stream = torch.cuda.current_stream(inputs.device) if inputs.is_cuda else None
+    return inputs._version, stream, autocast, torch.is_inference_mode_enabled()
+
+
+def _is_at_hand(member: SparseLRLinear | None, layer: SparseLRLinear) -> bool:
+    """Whether a layer can be computed with another: not offloaded, not sharded by itself, of the same settings."""
+    if member is None or member.kernel != layer.kernel:
+        return False
+    mine, other = layer.values, member.values
+    return type(mine) is type(other) and mine.device == other.device and mine.dtype == other.dtype

@@ -1,0 +1,140 @@
+"""Gram matrices of layer inputs: accumulation, damping, scaling, factorisation.
+
+The layer problem measures an error E (out x in) by tr(E H E^T) with H = X^T X over the calibration inputs X.
+Solvers work on `ScaledGram`: H damped and scaled to a unit diagonal, shared by all layers that see the same
+input.
+"""
+
+import itertools
+import math
+from functools import cached_property
+
+import torch
+
+from ..utils.precision import product
+
+KEPT_INVERSES = 2**25  # entries, 128 MiB
+SMALL_SHIFT = 0.03  # of rho, as a share
+
+
+class GramAccumulator:
+    """Sums X^T X over batches in FP32; BF16 inputs on CUDA are multiplied as they are, which is exact.
+
+    Args:
+        in_features: number of inputs n.
+        device: where the n x n sum lives.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.rows = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Adds one batch of inputs (..., n), any float dtype."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.gram.device)
+        if rows.is_cuda and rows.dtype == torch.bfloat16:
+            self.gram += torch.mm(rows.T, rows, out_dtype=torch.float32)
+        else:
+            rows = rows.float()
+            self.gram.addmm_(rows.T, rows)
+        self.rows += rows.shape[0]
+
+
+class ScaledGram:
+    """A damped Gram matrix in coordinates where its diagonal is one.
+
+    H <- H + damping[0] diag(H) + damping[1] mean(diag H) I; s = sqrt(diag H); G = H / (s s^T). A dead input
+    (zero diagonal) gets 1 on the diagonal before damping; solvers set its weights to zero.
+
+    Args:
+        gram: (n, n) H, FP32.
+        damping: (relative to each diagonal entry, relative to their mean), both >= 0.
+
+    Attributes:
+        matrix: (n, n) G.
+        scale: (n,) s. A weight W in these coordinates is W * s, so |W * s| is the Wanda score.
+        dead: (n,) bool.
+
+    Raises:
+        ValueError: `gram` holds NaN or Inf.
+    """
+
+    def __init__(self, gram: torch.Tensor, damping: tuple[float, float] = (0.005, 0.005)) -> None:
+        if not bool(torch.isfinite(gram).all()):
+            raise ValueError("the Gram matrix of the layer's inputs holds NaN or Inf")
+        gram = gram.float()
+        diagonal = gram.diagonal().clone()
+        self.dead = diagonal <= 0
+        diagonal[self.dead] = 1.0
+        damped = diagonal * (1 + damping[0]) + damping[1] * diagonal.mean()
+        self.scale = damped.sqrt()
+        self.matrix = gram / self.scale[:, None] / self.scale[None, :]
+        self.matrix.fill_diagonal_(1.0)
+        self._inverses: dict[float, torch.Tensor] = {}
+
+    @cached_property
+    def _eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        values, vectors = torch.linalg.eigh(self.matrix)
+        return values.clamp_(min=0.0), vectors  # G is positive semidefinite: below zero is rounding
+
+    @cached_property
+    def root(self) -> torch.Tensor:
+        """(n, n) R with R R^T = G, also where G is singular; E R has the Frobenius norm that E has under G."""
+        values, vectors = self._eigen
+        return vectors * values.sqrt()
+
+    @cached_property
+    def inverse_factor(self) -> tuple[torch.Tensor, float]:
+        """Upper triangular U (n, n) with U^T U = (G + jitter I)^-1, and the jitter.
+
+        U is the inverse of the upper triangular R with R R^T = G, a Cholesky factorisation from the last column to
+        the first: without the inverse of G, whose rounding errors would enter twice. The jitter is 0, or where G is
+        singular the smallest power of ten that leaves every pivot above rounding.
+        """
+        G = self.matrix
+        identity = torch.eye(len(G), dtype=G.dtype, device=G.device)
+        for jitter in itertools.chain([0.0], (10.0**power for power in itertools.count(-7))):
+            R, failed = torch.linalg.cholesky_ex((G + jitter * identity).flip(0, 1))
+            if not failed and float(R.diagonal().square().min()) > torch.finfo(G.dtype).eps:
+                return torch.linalg.solve_triangular(R.flip(0, 1), identity, upper=True), jitter
+
+    def inverse(self, rho: float) -> torch.Tensor:
+        """(G + rho I)^-1, (n, n), by Cholesky, or by eigenvalues where FP32 rounding makes that fail.
+
+        Of small matrices the first inverses are kept for later calls, so the result must not be written to.
+        """
+        if rho in self._inverses:
+            return self._inverses[rho]
+        inverse = self._inverse(rho)
+        if (len(self._inverses) + 1) * inverse.numel() <= KEPT_INVERSES:
+            self._inverses[rho] = inverse
+        return inverse
+
+    def _inverse(self, rho: float) -> torch.Tensor:
+        shifted = self.matrix.clone()
+        shifted.diagonal().add_(rho)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not failed:
+            return torch.cholesky_inverse(factor)
+        values, vectors = self._eigen
+        return (vectors / (values + rho)) @ vectors.T
+
+
+def shift_inverse(M: torch.Tensor, rho: float, delta: float, precision: str = "fp32") -> torch.Tensor:
+    """(G + (rho + delta) I)^-1 from M = (G + rho I)^-1, G positive semidefinite, by one or two products.
+
+    With e = delta / rho, up to `SMALL_SHIFT` M times the line in delta M that is nearest to 1 / (1 + x) on [0, e]: the
+    relative error of every eigenvalue is at most e^2 / 8. Above, four terms of the Neumann series: at most e^4.
+    Rounding, see `precision.product`, acts on delta M only.
+    """
+    square, e = product(M, M, precision), delta / rho
+    if e <= SMALL_SHIFT:
+        slope = 1 / (1 + e)
+        return square.mul_(-slope * delta).add_(M, alpha=(1 + 2 * math.sqrt(slope) - slope) / 2)
+    two_terms = torch.add(M, square, alpha=-delta)
+    return product(square, two_terms, precision).mul_(delta**2).add_(two_terms)
+
+
+def squared_error(error: torch.Tensor, gram: torch.Tensor) -> float:
+    """tr(E H E^T) for an error E (out, in) and a Gram matrix H (in, in)."""
+    return float(((error @ gram) * error).sum(dtype=torch.float64))

@@ -1,0 +1,301 @@
+"""The iteration of 3BASiL (arXiv 2603.01376, section 3) for layers that share a Gram matrix, one product a step.
+
+With M = (G + rho I)^-1 and Z = rho (D + L - Wt) - V the dense copy's update (G + rho I)^-1 (G (Wt - L) - V + rho D) is
+Wt - L + Z M, because M G = I - rho M: one large product, and a correction that is small next to Wt, so that factors
+rounded to BF16 are accurate enough for it. What the copy leaves of Wt is E = L - Z M.
+
+D lives on the support and the dual V = rho (T - D) off it, so one matrix T = copy + V / rho holds both. Rows of all
+layers of a group are stacked: they share the product and the penalty, and only the low-rank step and unstructured
+supports look at single layers.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from ...format.patterns import NM, Pattern, project
+from ...utils.availability import TRITON
+from ...utils.precision import LARGE, LEVELS, coarsest, finer, matmuls, product, subtract_product
+from ..base import cholesky_qr, randomized_range_finder
+from ..gram import ScaledGram, shift_inverse, squared_error
+from . import cpu_steps
+
+LARGEST_SHIFT = 1.15  # a larger factor for rho takes a new factorisation
+ROUNDING = 5e-6  # share of the objective that rounding the product's factors may add
+
+
+@dataclass
+class _Layer:
+    rows: slice
+    pattern: Pattern
+    rank: int
+    basis: torch.Tensor | None = None
+    threshold: float | None = None  # of the last support, on the CPU
+
+    def project(self, scores: torch.Tensor, mask: torch.Tensor) -> None:
+        """Sets the mask to the support of the scores."""
+        if scores.is_cuda or isinstance(self.pattern, NM):
+            mask.copy_(self.pattern.near_mask(scores))
+            return
+        threshold = self.pattern.threshold(scores, self.threshold)
+        self.threshold = float(threshold)
+        torch.gt(scores, threshold, out=mask)
+
+
+class Admm:
+    """State and steps of the iteration.
+
+    Args:
+        weights: Wt (out_i, in) of every layer, FP32, scaled.
+        gram: of their common input, on the same device.
+        patterns, ranks: one a layer.
+        rho: first penalty.
+        seed: of the first low-rank bases.
+        precision: of the large product: "bf16", "tf32", "fp32" as far as the device has it, or "auto": the coarsest
+            whose rounding does not show, on CUDA for large layers.
+    """
+
+    def __init__(
+        self,
+        weights: list[torch.Tensor],
+        gram: ScaledGram,
+        patterns: list[Pattern],
+        ranks: list[int],
+        rho: float,
+        seed: int,
+        precision: str,
+    ) -> None:
+        self.W = weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
+        self.gram = gram
+        self._in_c = not self.W.is_cuda and cpu_steps.available()
+        self._auto = precision == "auto"
+        self.layers: list[_Layer] = []
+        first = 0
+        for weight, pattern, rank in zip(weights, patterns, ranks, strict=True):
+            self.layers.append(_Layer(slice(first, first + len(weight)), pattern, rank))
+            first += len(weight)
+        self.kept = sum(pattern.kept(weight.shape) for weight, pattern in zip(weights, patterns, strict=True))
+        self.ranked: dict[int, list[_Layer]] = {}
+        for layer in self.layers:
+            if layer.rank:
+                self.ranked.setdefault(layer.rank, []).append(layer)
+        self.mask = torch.empty_like(self.W, dtype=torch.bool)
+        self.T, self.L = torch.empty_like(self.W), torch.empty_like(self.W)
+        self.M = torch.empty_like(gram.matrix)
+        self._rho = torch.empty((), device=self.W.device)
+        self._coarsest = _first_precision(precision, self.W)
+        self._set_precision(self._coarsest)
+        self._seed = seed
+        self._begin(rho)
+
+    def retarget(self, weights: list[torch.Tensor], rho: float) -> None:
+        """A new start, as of a new object, on weights of the same shapes; it overwrites the weights of now."""
+        torch.cat(weights, out=self.W)  # graphs read it where it is
+        self._begin(rho)
+
+    def _begin(self, rho: float) -> None:
+        if self.precision != self._coarsest:
+            self._set_precision(self._coarsest)
+        self._next_check = 0 if self._auto else math.inf
+        self._start(rho)
+
+    def _start(self, rho: float) -> None:
+        self._steps = 0
+        self.restart(rho)
+        for layer in self.layers:
+            if layer.rank:
+                error = self.W[layer.rows] - self.T[layer.rows]
+                basis = randomized_range_finder(error, self.gram.matrix, layer.rank, self._seed)
+                layer.basis = basis if layer.basis is None else layer.basis.copy_(basis)
+
+    def restart(self, rho: float) -> None:
+        """D = project(Wt), V = 0, L = 0."""
+        self._set_rho(rho)
+        self._set_inverse(self.gram.inverse(rho))
+        for layer in self.layers:
+            D, mask = project(self.W[layer.rows], layer.pattern)
+            self.T[layer.rows], self.mask[layer.rows] = D, mask
+        self.L.zero_()
+
+    def raise_rho(self, factor: float) -> None:
+        """Multiplies the penalty by a factor >= 1; V stays what it is."""
+        delta = self.rho * (factor - 1)
+        self._set_inverse(
+            shift_inverse(self.M, self.rho, delta, self.precision)
+            if factor <= LARGEST_SHIFT
+            else self.gram.inverse(self.rho + delta)
+        )
+        self._set_rho(self.rho + delta)
+        self.T.copy_(torch.where(self.mask, self.T, self.T / factor))
+
+    def _set_inverse(self, M: torch.Tensor) -> None:
+        self.M.copy_(M)
+        if self._rounded_M is not None:
+            self._rounded_M.copy_(M)
+
+    def _set_precision(self, precision: str) -> None:
+        self.precision = precision
+        self._rounded_M = self.M.bfloat16() if precision == "bf16" and self.M.is_cuda else None
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._warm = False  # whether the kernels of a step have been compiled
+
+    def _set_rho(self, rho: float) -> None:
+        self.rho = rho
+        self._rho.fill_(rho)  # steps read it on the device
+
+    def run(self, steps: int) -> None:
+        """Steps without a host synchronisation, on CUDA replayed as a graph once their kernels are compiled."""
+        first = self._steps == 0
+        self._advance(steps)
+        if self._steps >= self._next_check:
+            self._next_check = 2 * self._steps
+            if self._refine_precision():
+                if first:
+                    self._start(self.rho)  # as if it had never been coarser
+                    self._advance(steps)
+                else:
+                    self._set_inverse(self.gram.inverse(self.rho))  # its shifts were rounded, too
+
+    def _advance(self, steps: int) -> None:
+        if self.W.is_cuda and self._warm:
+            self._replay(steps)
+        else:
+            for _ in range(steps):
+                self._step()
+            self._warm = True
+        self._steps += steps
+
+    def _replay(self, steps: int) -> None:
+        if steps not in self._graphs:
+            self._graphs[steps] = graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(self.W.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                for _ in range(steps):
+                    self._step()
+        self._graphs[steps].replay()
+
+    def result(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """(D, mask, basis) of every layer, D exactly in its pattern."""
+        for layer in self.layers:
+            yield *project(self.T[layer.rows], layer.pattern), layer.basis
+
+    def _step(self) -> None:
+        E = subtract_product(self.L, self._correct(), self._factor, self.precision)
+        coefficients = [self._coefficients(E, layers) for layers in self.ranked.values()]
+        self._project(E)
+        with self._products():
+            for layers, parts in zip(self.ranked.values(), coefficients, strict=True):
+                for layer, part in zip(layers, parts, strict=True):
+                    torch.mm(layer.basis, part, out=self.L[layer.rows])
+        for layer in self.layers:
+            if not layer.rank:
+                self.L[layer.rows].zero_()
+
+    @property
+    def _factor(self) -> torch.Tensor:
+        return self.M if self._rounded_M is None else self._rounded_M
+
+    def _correct(self) -> torch.Tensor:
+        if self._in_c:
+            return cpu_steps.correction(self.T, self.mask, self.W, self.L, self.rho)
+        return self._fused(_correction)(self.T, self.mask, self.W, self.L, self._rho, self._factor.dtype)
+
+    def _project(self, E: torch.Tensor) -> None:
+        """T and its support from what the copy leaves."""
+        patterns = {layer.pattern for layer in self.layers}
+        shared = patterns.pop() if len(patterns) == 1 else None
+        pattern = shared if isinstance(shared, NM) else None
+        self._mover(pattern)(self.T, self.mask, self.W, E, pattern)
+        for layer in self.layers if pattern is None else ():
+            layer.project(self.T[layer.rows].abs(), self.mask[layer.rows])
+
+    def _mover(self, pattern: NM | None) -> Callable:
+        """`_sparse` in the fastest form for a pattern."""
+        if self._in_c:
+            return cpu_steps.move
+        if self.W.is_cuda and TRITON:
+            from . import gpu_steps
+
+            if gpu_steps.supports(pattern):
+                return gpu_steps.move
+        return self._fused(_sparse)
+
+    def _coefficients(self, E: torch.Tensor, layers: list[_Layer]) -> list[torch.Tensor]:
+        """P^T E, so that L = P P^T E, after one subspace step on E G E^T, for layers of one rank."""
+        parts = [E[layer.rows] for layer in layers]
+        with self._products():
+            seen = torch.cat([part.T @ layer.basis for part, layer in zip(parts, layers, strict=True)], 1)
+            seen = (self.gram.matrix @ seen).split(layers[0].rank, 1)
+            spans = [part @ own for part, own in zip(parts, seen, strict=True)]
+        for layer, basis in zip(layers, cholesky_qr(spans), strict=True):
+            layer.basis.copy_(basis)
+        with self._products():
+            return [layer.basis.T @ part for part, layer in zip(parts, layers, strict=True)]
+
+    def _fused(self, function: Callable) -> Callable:
+        return _compiled(function) if self.W.is_cuda else function
+
+    def _products(self) -> AbstractContextManager:
+        return matmuls(LEVELS[self.precision])
+
+    def _refine_precision(self) -> bool:
+        """Takes a finer precision as long as rounding shows, as it does with ill-conditioned Gram matrices.
+
+        Returns:
+            whether it did.
+        """
+        before = self.precision
+        while self.precision != "fp32" and self._rounding() > ROUNDING:
+            self._set_precision(finer(self.precision, self.W.device))
+        return self.precision != before
+
+    def _rounding(self) -> float:
+        """What rounding the factors of the product adds, as a share of the objective, on some of the rows."""
+        rows = slice(0, min(len(self.W), 256))
+        T, mask, W, L = self.T[rows], self.mask[rows], self.W[rows], self.L[rows]
+        Z = _correction(T, mask, W, L, self._rho, torch.float32)
+        rounding = product(Z, self.M, self.precision) - product(Z, self.M, "fp32")
+        objective = squared_error(W - L - torch.where(mask, T, 0), self.gram.matrix)
+        return squared_error(rounding, self.gram.matrix) / max(objective, torch.finfo(torch.float32).tiny)
+
+
+def _first_precision(precision: str, W: torch.Tensor) -> str:
+    if precision == "auto" and W.is_cuda and W.numel() <= LARGE:
+        return "fp32"  # bound by launches
+    if precision == "auto":
+        return coarsest(W.device)
+    return precision if W.is_cuda or precision == coarsest(W.device) else "fp32"
+
+
+def _correction(
+    T: torch.Tensor,
+    mask: torch.Tensor,
+    W: torch.Tensor,
+    L: torch.Tensor,
+    rho: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Z = rho (D + L - W) - V, rounded to a dtype."""
+    return torch.where(mask, T, -T).sub_(W).add_(L).mul_(rho).to(dtype)
+
+
+def _sparse(
+    T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, E: torch.Tensor, pattern: NM | None
+) -> None:
+    """T = W - E + V / rho and, under N:M, its support."""
+    T.masked_fill_(mask, 0.0).add_(W).sub_(E)
+    if pattern is not None:
+        mask.copy_(pattern.mask(T.abs()))
+
+
+_COMPILED: dict = {}
+
+
+def _compiled(function: Callable) -> Callable:
+    """A step as one kernel; without Triton or a C compiler PyTorch says so and runs it as it is."""
+    if function not in _COMPILED:
+        fused = torch.compile(function, dynamic=True)
+        _COMPILED[function] = torch._dynamo.config.patch(suppress_errors=True)(fused)
+    return _COMPILED[function]

@@ -1,0 +1,80 @@
+"""Functions replayed as CUDA graphs: launched one by one, many small kernels leave a GPU idle."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+logger = logging.getLogger("hf_sparselr")
+
+
+class GraphedCallable:
+    """Calls a function; on CUDA, from the second call with arguments of the same shapes on, replays a graph of it.
+
+    Args:
+        function: works on the device, without looking at results; what it reads and changes beside its arguments stays
+            where it is in memory. One that cannot be captured is called as it is.
+        device: where.
+    """
+
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        self._function = function
+        self._device = device
+        self._calls: dict[Any, Callable[[list], Any] | None] = {}
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function returns, in new tensors. Arguments are nested containers of tensors and constants."""
+        if self._stream is None:
+            return self._function(*args)
+        leaves, structure = tree_flatten(args)
+        key = (str(structure), *map(_kind, leaves))
+        if key in self._calls:
+            self._calls[key] = self._calls[key] or self._captured(leaves, structure)
+            return self._calls[key](leaves)
+        # The first call is no graph's: it makes what is made once, such as an optimiser's state.
+        self._calls[key] = None
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)  # a capture must not meet what began on the default stream
+        with torch.cuda.stream(self._stream):
+            result = self._function(*args)
+        current.wait_stream(self._stream)
+        return result
+
+    def _captured(self, leaves: list, structure: Any) -> Callable[[list], Any]:
+        """A graph for arguments like these; free of references to `self`, so that its memory is free without `gc`."""
+        function = self._function
+        own = tree_map(lambda leaf: leaf.to(self._device, copy=True) if _is_tensor(leaf) else leaf, leaves)
+        graph = torch.cuda.CUDAGraph()
+
+        def call(leaves: list) -> Any:
+            return function(*tree_unflatten(leaves, structure))
+
+        def replay(leaves: list) -> Any:
+            for mine, given in zip(own, leaves, strict=True):
+                if _is_tensor(mine):
+                    mine.copy_(given, non_blocking=True)
+            graph.replay()
+            return tree_map(lambda result: result.clone() if _is_tensor(result) else result, results)
+
+        generator = torch.cuda.default_generators[self._stream.device_index]
+        state = generator.clone_state()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                results = call(own)
+            return replay
+        except RuntimeError as error:
+            generator.graphsafe_set_state(state)  # its own now takes itself to be captured for good
+            logger.info(f"not replayed as a CUDA graph: {error}")
+            return call
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+def _kind(leaf: Any) -> Any:
+    """What must be the same for a graph to stand for another call."""
+    return (leaf.shape, leaf.stride(), leaf.dtype) if _is_tensor(leaf) else repr(leaf)
