@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from .sources import _COLUMNS, _INSTEAD, _column, is_dataset, load_split, read_files
+from .sources import _COLUMNS, _INSTEAD, C4, _column, is_dataset, load_split, read_files
 
-DEFAULT = "allenai/c4"
+CUSTOM = "custom"  # what config.json says of data that are not a string
 
 _C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
 _MAX_DRAWS = 1000  # per window: documents longer than 2k tokens are a few in a hundred of C4
@@ -43,7 +43,7 @@ class _Draw:
 
 def describe(calibration: Any) -> str:
     """The name that config.json records for a source: a string is itself, anything else is "custom"."""
-    return calibration if isinstance(calibration, str) else "custom"
+    return calibration if isinstance(calibration, str) else CUSTOM
 
 
 def check_source(calibration: Any) -> None:
@@ -146,7 +146,7 @@ def _load(data: Any, draw: _Draw) -> list[torch.Tensor]:
         return _from_text("texts", read_files(data, draw.source), draw)
     if isinstance(data, str):
         _need_tokenizer(draw)  # before a download that may take long
-        if data == DEFAULT:
+        if data == C4:
             return _draw_windows(_load_hub(data, data_files={"train": _C4_SHARD})["text"], draw)
         data = _load_hub(data)
     if is_dataset(data):

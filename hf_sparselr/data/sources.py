@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+C4 = "allenai/c4"  # the calibration data of a config that names none
+
 _COLUMNS = {"messages": "chats", "input_ids": "token ids", "text": "texts"}
 
 
