@@ -122,19 +122,22 @@ class Fields:
         default=None,
         metadata=about(
             Regexes(),
-            "regular expressions of layers to compress; each matches the end of a layer's dotted name. None: all "
-            "linear layers of the transformer blocks",
+            "regular expressions of layers to compress; one that matches the end of a module's dotted name covers the "
+            "layers below it. None: all linear layers of the transformer blocks",
         ),
     )
     ignore: list[str] | None = field(
-        default=None, metadata=about(Regexes(), "regular expressions of layers to leave dense; beats targets")
+        default=None,
+        metadata=about(
+            Regexes(), "regular expressions, as in targets, of layers to leave dense; beats targets"
+        ),
     )
     overrides: dict[str, dict] | None = field(
         default=None,
         metadata=about(
             Overrides(),
-            '{regex: {"sparsity": ..., "rank": ..., "skip": bool}}: settings of some layers; the first regex that '
-            "matches wins, and beats budget and allocation",
+            '{regex: {"sparsity": ..., "rank": ..., "skip": bool}}: settings of some layers, with regular expressions '
+            "as in targets; the first that covers a layer wins, and beats budget and allocation",
         ),
     )
     on_incompatible: str = field(

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..data import calibration as calibration_sources
 from ..format.patterns import EMPTY, Pattern, parse
 from ..solvers.registry import METHODS
-from ..utils.validation import build_options, check_choice, check_integer, matches, reject_unknown
+from ..utils.validation import build_options, check_choice, check_integer, covers, reject_unknown
 from .fields import FIELDS, Fields, documented
 from .options import ALLOCATION_OPTIONS, DistillOptions, TMOptions, budget_pattern, budget_rank
 from .presets import PRESETS
@@ -178,8 +178,8 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         return tuple(self.refine.split("+")) if self.refine else ()
 
     def override_of(self, name: str) -> dict[str, Any]:
-        """The first override that matches a layer, {} if none does."""
-        return next((own for pattern, own in self.overrides.items() if matches(pattern, name)), {})
+        """The first override whose pattern matches a layer or a module above it, {} if none does."""
+        return next((own for pattern, own in self.overrides.items() if covers(pattern, name)), {})
 
     @property
     def pattern(self) -> Pattern:

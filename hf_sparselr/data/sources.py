@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+FILES = "file:"  # starts a source that is a glob of text files
 C4 = "allenai/c4"  # the calibration data of a config that names none
 
-_COLUMNS = {"messages": "chats", "input_ids": "token ids", "text": "texts"}
-
-
-_INSTEAD = '"file:GLOB", a list of texts, or token tensors'
+COLUMNS = {"messages": "chats", "input_ids": "token ids", "text": "texts"}
+INSTEAD = '"file:GLOB", a list of texts, or token tensors'
 
 
 def is_dataset(data: Any) -> bool:
@@ -21,11 +20,11 @@ def is_dataset(data: Any) -> bool:
     return datasets is not None and isinstance(data, datasets.Dataset | datasets.IterableDataset)
 
 
-def _column(columns: Iterable[str], source: str) -> str:
-    for column in _COLUMNS:
+def column_of(columns: Iterable[str], source: str) -> str:
+    for column in COLUMNS:
         if column in columns:
             return column
-    raise ValueError(f"{source} has columns {list(columns)}: rename one to {' or '.join(_COLUMNS)}")
+    raise ValueError(f"{source} has columns {list(columns)}: rename one to {' or '.join(COLUMNS)}")
 
 
 def load_split(name: str, split: str, where: str, instead: str, **options: Any) -> Any:
@@ -55,7 +54,7 @@ def read_files(name: str, where: str) -> list[str]:
     Raises:
         ValueError: starting with `where`; no file matches, or one is not UTF-8.
     """
-    paths = sorted(filter(os.path.isfile, glob.glob(name.removeprefix("file:"), recursive=True)))
+    paths = sorted(filter(os.path.isfile, glob.glob(name.removeprefix(FILES), recursive=True)))
     if not paths:
         raise ValueError(f"{where} matches no file: pass a glob of UTF-8 text files")
     texts = []

@@ -67,5 +67,11 @@ def matches(pattern: str, name: str) -> bool:
     return re.fullmatch(anchored(pattern), name) is not None
 
 
+def covers(pattern: str, name: str) -> bool:
+    """Whether a regular expression matches a dotted module name or one of the modules above it."""
+    parts = name.split(".")
+    return any(matches(pattern, ".".join(parts[:end])) for end in range(len(parts), 0, -1))
+
+
 def anchored(pattern: str) -> str:
     return rf"(?:.*\.)?(?:{pattern})"

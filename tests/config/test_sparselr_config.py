@@ -20,13 +20,13 @@ from hf_sparselr.data.calibration import CUSTOM
 from hf_sparselr.format.patterns import NM, Unstructured
 from hf_sparselr.solvers.registry import METHODS, PRECOMPUTED
 from hf_sparselr.solvers.threebasil.method import Options
-from hf_sparselr.utils.validation import matches
+from hf_sparselr.utils.validation import covers, matches
 
 FULL = {
     "sparsity": 0.6,
     "rank": 16,
     "refine": None,
-    "calibration": "file:data/*.txt",
+    "calibration": "me/texts:part",
     "num_samples": 32,
     "seq_len": 512,
     "batch_size": 2,
@@ -180,6 +180,13 @@ def test_runtime_objects_are_neither_stored_nor_copied(data) -> None:
     back = SparseLRConfig.from_dict(stored)
     assert back.calibration == CUSTOM and back.tokenizer is None and back.device is None
     repr(config)
+
+
+@pytest.mark.parametrize("source", ["file:/home/me/texts/*.txt", "file:texts/*.txt", "file:~/a b.txt"])
+def test_paths_are_not_stored(source: str) -> None:
+    config = SparseLRConfig(calibration=source)
+    assert config.to_dict()["calibration"] == CUSTOM and config.calibration == source
+    assert config.differences(config.stored()) == {}
 
 
 def test_a_generator_is_not_consumed() -> None:
@@ -382,6 +389,24 @@ def test_matches_whole_names_at_the_end(pattern: str, name: str, expected: bool)
     assert matches(pattern, name) is expected
 
 
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("q_proj", "model.layers.0.q_proj", True),
+        ("mlp", "model.layers.0.mlp.up_proj", True),
+        ("mlp$", "model.layers.0.mlp.up_proj", True),
+        (r"layers\.0", "model.layers.0.mlp.up_proj", True),
+        (r"layers\.1", "model.layers.11.mlp.up_proj", False),
+        ("ml", "model.layers.0.mlp.up_proj", False),
+        ("lp", "model.layers.0.mlp.up_proj", False),
+        (r"model\.vision", "model.vision.layers.0.q_proj", True),
+        (r"model\.vision", "model.language.layers.0.q_proj", False),
+    ],
+)
+def test_covers_what_lies_below_a_match(pattern: str, name: str, expected: bool) -> None:
+    assert covers(pattern, name) is expected
+
+
 BUDGET = [
     ({"compression": 0.5}, Unstructured(0.625), 2, 0.25),
     ({"compression": 0.5, "rank_ratio": 0.5}, Unstructured(0.75), 5, 0.5),
@@ -451,6 +476,14 @@ def test_first_matching_override_wins() -> None:
     assert config.layer_settings("m.layers.1.k_proj", (8, 16)) is None
     assert config.layer_settings("m.layers.1.v_proj", (8, 16)) == (NM(1, 4), 0)
     assert config.layer_settings("m.layers.1.o_proj", (8, 16)) == (NM(2, 4), 8)
+
+
+def test_an_override_of_a_module_covers_its_layers() -> None:
+    config = SparseLRConfig(rank=8, overrides={"mlp": {"rank": 2}, r"layers\.0": {"skip": True}})
+    assert config.layer_settings("m.layers.1.mlp.up_proj", (8, 16)) == (NM(2, 4), 2)
+    assert config.layer_settings("m.layers.0.mlp.up_proj", (8, 16)) == (NM(2, 4), 2)
+    assert config.layer_settings("m.layers.0.attn.q_proj", (8, 16)) is None
+    assert config.layer_settings("m.layers.1.attn.q_proj", (8, 16)) == (NM(2, 4), 8)
 
 
 def test_one_pattern_may_stand_for_a_list() -> None:
