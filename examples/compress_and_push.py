@@ -11,7 +11,6 @@ import logging
 from transformers import AutoTokenizer
 
 import hf_sparselr
-from hf_sparselr.entrypoints.perplexity import perplexity
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 
@@ -31,7 +30,8 @@ def main() -> None:
     sparsity = args.sparsity if ":" in args.sparsity else float(args.sparsity)
     config = hf_sparselr.SparseLRConfig(sparsity=sparsity, rank=args.rank, tokenizer=tokenizer)
     model = hf_sparselr.compress(args.model, config)
-    model.sparselr_report.perplexity = {"compressed, WikiText-2": perplexity(model, WIKITEXT, tokenizer)}
+    score = hf_sparselr.perplexity(model, WIKITEXT, tokenizer)
+    model.sparselr_report.perplexity = {"compressed, WikiText-2": score}
     model.push_to_hub(args.repo)
     tokenizer.push_to_hub(args.repo)
 

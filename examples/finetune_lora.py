@@ -33,8 +33,6 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparselr
-from hf_sparselr.data.sources import load_split, read_files
-from hf_sparselr.entrypoints.perplexity import perplexity
 
 CHATS = Path(__file__).with_name("chat.jsonl")
 CHAT_TEMPLATE = (
@@ -77,10 +75,8 @@ def windows(source: str | None, split: str, tokenizer, length: int, most: int | 
     elif ".safetensors:" in source:
         file, _, name = source.rpartition(":")
         return list(load_file(file)[name].long())
-    elif source.startswith("file:"):
-        texts = read_files(source, f"--{split} {source}")
     else:
-        texts = load_split(source, split, f"--{split} {source}", "file:GLOB")["text"]
+        texts = hf_sparselr.load_texts(source, split)
     ids: list[int] = []
     for text in texts:
         if most is None or len(ids) < most * length:
@@ -220,7 +216,7 @@ def main() -> None:
         test = windows(args.test, "test", tokenizer, args.length, None)
         count = args.test_windows or len(test)
         test = test[:: max(1, len(test) // count)][:count]
-    score = partial(perplexity, data=test)
+    score = partial(hf_sparselr.perplexity, data=test)
     curves, rows = {}, [("run", "trained parameters", "start", "final", "of the gap to dense")]
     runs = itertools.product(args.lr, (MODES if args.recovery else STARTS).items())
     with tempfile.TemporaryDirectory() as folder:

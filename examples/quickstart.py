@@ -18,8 +18,6 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import hf_sparselr
-from hf_sparselr.compression.report import plot, table
-from hf_sparselr.entrypoints.perplexity import perplexity
 
 MODEL = Path(__file__).parent / "pylm-4m"
 LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -88,7 +86,7 @@ def main() -> None:
     rows = [("model", "perplexity", "bytes", "share")]
 
     def show(label: str, model, size: int) -> None:
-        value = perplexity(model, test)
+        value = hf_sparselr.perplexity(model, test)
         rows.append((label, f"{value:.3f}", f"{size:,}", f"{size / bytes_of(MODEL):.3f}"))
         print("  ".join(rows[-1]), flush=True)
 
@@ -116,11 +114,10 @@ def main() -> None:
     tuned.save_pretrained(adapter)
     show("fine-tuned", tuned, bytes_of(packed, adapter))
 
-    print(f"\n{table(rows)}\n\ncheckpoint and adapter: {output}")
+    print(f"\n{hf_sparselr.format_table(rows)}\n\ncheckpoint and adapter: {output}")
     try:
-        print(
-            f"per-layer error: {plot(AutoModelForCausalLM.from_pretrained(packed).sparselr_report, output)}"
-        )
+        report = AutoModelForCausalLM.from_pretrained(packed).sparselr_report
+        print(f"per-layer error: {hf_sparselr.plot_report(report, output)}")
     except ImportError:
         print("per-layer error plot: install the `plot` extra")
 

@@ -17,8 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparselr
-from hf_sparselr.compression.report import table
-from hf_sparselr.entrypoints.perplexity import perplexity
 
 PROMPT = "Explain in three sentences why the sky is blue."
 
@@ -87,7 +85,9 @@ def main() -> None:
             if parameter.is_floating_point():
                 parameter.data = parameter.data.float()
         model.to(args.device)
-        scores = [perplexity(model, data, tokenizer, seq_len=args.seq_len) for data in tests.values()]
+        scores = [
+            hf_sparselr.perplexity(model, data, tokenizer, seq_len=args.seq_len) for data in tests.values()
+        ]
         rows.append((label, *(f"{value:.2f}" for value in scores), f"{size:,}", f"{size / dense_bytes:.3f}"))
         answers[label] = answer(model, tokenizer, args.prompt)
 
@@ -99,7 +99,7 @@ def main() -> None:
         measure("reloaded", AutoModelForCausalLM.from_pretrained(output))
         stored = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     print()
-    print(table(rows))
+    print(hf_sparselr.format_table(rows))
     print(f"bytes on disk: {stored:,}; compressed in {model.sparselr_report.seconds:.0f} s on {args.device}")
     for label, text in answers.items():
         print(f"\n--- {label}: {args.prompt}\n{text}")

@@ -1,34 +1,24 @@
-"""The command `hf-sparselr`: compress a model, measure perplexity, look into a checkpoint, run benchmarks."""
+"""The command `hf-sparselr`: compress a model, measure perplexity, look into a checkpoint, run benchmarks.
+
+torch and transformers are imported by the commands, after their arguments were parsed and checked.
+"""
 
 import argparse
-import inspect
+import dataclasses
 import json
 import logging
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
-import torch
-from huggingface_hub import HfApi
-from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
-
-from . import bench
-from .config.options import ALLOCATION_OPTIONS
-from .config.presets import PRESETS
-from .config.sparselr_config import SparseLRConfig
-from .entrypoints.compress import compress
-from .entrypoints.inspect import inspect_checkpoint
-from .entrypoints.perplexity import perplexity
-from .format.patterns import from_text
-from .solvers.registry import METHODS, PRECOMPUTED
+from . import __version__, bench
+from .config.fields import FIELDS
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_JSON_FIELDS = ("overrides", "allocation_options", "method_options", "tm", "distill")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,75 +44,36 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-sparselr", description="Sparse plus low-rank compression of transformers."
     )
+    parser.add_argument("--version", action="version", version=f"hf-sparselr {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_compress(commands.add_parser("compress", help="compress a model and write the packed checkpoint"))
     _add_eval(commands.add_parser("eval", help="perplexity of a model, compressed or not"))
     _add_inspect(commands.add_parser("inspect", help="what a compressed checkpoint holds"))
-    bench.add_parsers(
+    bench.add_commands(
         commands.add_parser("bench", help="measure methods, compression speed, kernels, generation")
     )
     return parser
-
-
-def _add_options(parser: argparse.ArgumentParser, owner: Any, options: dict[str, dict]) -> None:
-    """Options that set arguments of `owner`, whose defaults hold for those that are not given."""
-    parameters = inspect.signature(owner).parameters
-    for name, details in options.items():
-        default = parameters[name].default
-        text = details.pop("help") + (f" (default: {default})" if default is not None else "")
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **details)
-
-
-def _given(args: argparse.Namespace, owner: Any) -> dict[str, Any]:
-    """The arguments of `owner` that were given."""
-    return {name: value for name, value in vars(args).items() if name in inspect.signature(owner).parameters}
 
 
 def _add_compress(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_compress)
     parser.add_argument("name", help="a Hub id or a directory")
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write the checkpoint")
-    integer = {"type": int, "metavar": "N"}
-    regexes = {"nargs": "+", "metavar": "RE"}
-    options = {
-        "sparsity": {"type": from_text, "help": '"n:m" or the fraction of zeros'},
-        "rank": {**integer, "help": "rank of the low-rank part"},
-        "compression": {
-            "type": float,
-            "metavar": "C",
-            "help": "share of the parameters to remove, in the place of sparsity and rank",
-        },
-        "rank_ratio": {"type": float, "metavar": "K", "help": "share of what it keeps for the low-rank part"},
-        "allocation": {"choices": tuple(ALLOCATION_OPTIONS), "help": "of sparsity and rank to the layers"},
-        "allocation_options": {"metavar": "JSON", "help": "options of the allocation"},
-        "method": {"choices": tuple(name for name in METHODS if name != PRECOMPUTED), "help": "layer solver"},
-        "refine": {
-            "choices": ("tm", "distill", "tm+distill", "none"),
-            "help": "what follows the layer solves",
-        },
-        "effort": {"choices": tuple(PRESETS), "help": "sets what method_options, tm and distill leave open"},
-        "calibration": {"metavar": "SRC", "help": '"self", "file:GLOB" or a Hub data set "id[:config]"'},
-        "num_samples": {**integer, "help": "calibration windows"},
-        "seq_len": {**integer, "help": "tokens a window"},
-        "batch_size": {**integer, "help": "windows at a time"},
-        "seed": {**integer, "help": "of windows, start and order"},
-        "targets": {**regexes, "help": "layers to compress; all linear layers of the blocks if not given"},
-        "ignore": {**regexes, "help": "layers to leave alone"},
-        "overrides": {"metavar": "JSON", "help": '{"RE": {"sparsity": ..., "rank": ..., "skip": ...}}'},
-        "method_options": {"metavar": "JSON", "help": "options of the method"},
-        "tm": {"metavar": "JSON", "help": "options of transformer matching"},
-        "distill": {"metavar": "JSON", "help": "options of distillation"},
-        "on_incompatible": {"choices": ("error", "skip"), "help": "for layers that do not fit the pattern"},
-        "device": {
-            "metavar": "D",
-            "help": "where blocks are worked on; CUDA where there is one if not given",
-        },
-        "activations": {"choices": ("device", "host"), "help": "where hidden states of all windows are kept"},
-    }
-    _add_options(parser, SparseLRConfig, options)
+    for name, field in FIELDS.items():
+        if field.on_command_line:
+            default = "" if field.default is None else f" (default: {_shown(field.default)})"
+            text = f"{field.help}{default}".replace("%", "%%")
+            parser.add_argument(_flag(name), default=argparse.SUPPRESS, help=text, **field.kind.option)
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (default: auto)")
     parser.add_argument("--push", metavar="REPO_ID", help="also push to this Hub repository")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _shown(default: Any) -> str:
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -134,14 +85,20 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         default=WIKITEXT,
         help=f'"file:GLOB" or a Hub data set "id[:config]", of which the test split is read (default: {WIKITEXT})',
     )
-    integer = {"type": int, "metavar": "N"}
-    options = {
-        "seq_len": {**integer, "help": "tokens a window, bounded by the model's context"},
-        "stride": {**integer, "help": "tokens between windows; windows do not overlap if not given"},
-        "batch_size": {**integer, "help": "windows at a time"},
-    }
-    _add_options(parser, perplexity, options)
-    parser.add_argument("--device", metavar="D", help="CUDA where there is one if not given")
+    integer: dict[str, Any] = {"type": int, "metavar": "N"}
+    parser.add_argument(
+        "--seq-len",
+        default=2048,
+        help="tokens in a window, bounded by the model's context (default: 2048)",
+        **integer,
+    )
+    parser.add_argument(
+        "--stride",
+        help="tokens from the start of a window to the next; without it, windows do not overlap",
+        **integer,
+    )
+    parser.add_argument("--batch-size", default=8, help="windows at a time (default: 8)", **integer)
+    parser.add_argument("--device", metavar="D", help="default: CUDA if present, else the CPU")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -153,15 +110,19 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _compress(args: argparse.Namespace) -> None:
-    fields = _given(args, SparseLRConfig)
-    for name in _JSON_FIELDS:
-        if name in fields:
-            fields[name] = _json(name, fields[name])
-    if fields.get("refine") == "none":
-        fields["refine"] = None
-    if "device" in fields:
-        _check_device(fields["device"])
+    given = {name: value for name, value in vars(args).items() if name in FIELDS}
+    fields = {name: FIELDS[name].kind.from_option(name, value) for name, value in given.items()}
+    for name, value in fields.items():
+        FIELDS[name].kind.check(name, value)
+
+    from huggingface_hub import HfApi
+
+    from .config.sparselr_config import SparseLRConfig
+    from .entrypoints.compress import compress
+
     config = SparseLRConfig(**fields)
+    if config.device is not None:
+        _check_device(config.device)
     if args.push:
         HfApi().whoami()  # a missing token should not come up after hours of work
     with _log_lines():
@@ -177,6 +138,8 @@ def _compress(args: argparse.Namespace) -> None:
 
 
 def _push(model: Any, directory: str, repo_id: str) -> None:
+    from transformers import AutoProcessor
+
     model.push_to_hub(repo_id)
     try:
         processor = AutoProcessor.from_pretrained(directory)
@@ -186,9 +149,14 @@ def _push(model: Any, directory: str, repo_id: str) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .entrypoints.perplexity import perplexity
+
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
-    options = {name: value for name, value in _given(args, perplexity).items() if name != "data"}
+    options = {"seq_len": args.seq_len, "stride": args.stride, "batch_size": args.batch_size}
     tokenizer = AutoTokenizer.from_pretrained(args.path)
     model = AutoModelForCausalLM.from_pretrained(args.path, dtype=args.dtype).to(device)
     started = time.perf_counter()
@@ -202,18 +170,15 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from .entrypoints.inspect import inspect_checkpoint
+
     inspection = inspect_checkpoint(args.path)
-    print(json.dumps(asdict(inspection), indent=1) if args.json else inspection)
-
-
-def _json(field: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{field}={text!r}: expected a JSON object ({error})") from error
+    print(json.dumps(dataclasses.asdict(inspection), indent=1) if args.json else inspection)
 
 
 def _check_device(device: str) -> None:
+    import torch
+
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # unknown names, and devices that this machine lacks

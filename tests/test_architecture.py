@@ -7,7 +7,8 @@ from helpers.paths import ROOT
 
 PACKAGE = ROOT / "hf_sparselr"
 FLOORS = (
-    {"cli", "__main__"},
+    {"__main__"},
+    {"cli"},
     {"bench"},
     {"entrypoints"},
     {"integrations"},
@@ -17,6 +18,7 @@ FLOORS = (
     {"kernels", "data"},
     {"format", "utils"},
 )
+NO_ROOM = {"__version__"}  # names of the package itself
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -31,7 +33,7 @@ def imported(path: Path) -> set[str]:
             base = package[: len(package) - node.level + 1] if node.level else ()
             start = ".".join((*base, *filter(None, [node.module])))
             names |= {f"{start}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.startswith("hf_sparselr.")}
+    return {name for name in names if name.startswith("hf_sparselr.") and room(name) not in NO_ROOM}
 
 
 def room(name: str) -> str:

@@ -1,18 +1,25 @@
+import inspect
 import json
 import logging
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.hub_server import HubServer, run_client
-from helpers.paths import PYLM
+from helpers.paths import PYLM, ROOT
+from helpers.subprocesses import check
 from helpers.tiny import build
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hf_sparselr
 from hf_sparselr import cli
+from hf_sparselr.config.fields import FIELDS
 from hf_sparselr.config.sparselr_config import SparseLRConfig
 from hf_sparselr.entrypoints.compress import compress
 from hf_sparselr.entrypoints.inspect import inspect_checkpoint
@@ -239,10 +246,62 @@ def test_unknown_arguments(capsys, args):
     assert "usage: hf-sparselr" in capsys.readouterr().err
 
 
-def test_help_shows_the_defaults_of_the_config(capsys):
+def test_every_field_is_an_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
         cli.main(["compress", "--help"])
-    assert f"(default: {SparseLRConfig().num_samples})" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field in FIELDS.items():
+        assert (f"--{name.replace('_', '-')} " in shown) is field.on_command_line
+        assert not field.on_command_line or field.help in shown
+    assert f"(default: {SparseLRConfig().num_samples})" in shown
+    assert "precomputed" not in shown
+
+
+def test_help_of_eval_shows_the_defaults_of_perplexity(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    defaults = inspect.signature(perplexity).parameters
+    assert f"the model's context (default: {defaults['seq_len'].default})" in shown
+    assert f"windows at a time (default: {defaults['batch_size'].default})" in shown
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["--help"], 0, "compress"),
+        (["--version"], 0, hf_sparselr.__version__),
+        (["compress", "--help"], 0, "--rank-ratio"),
+        (["eval", "--help"], 0, "--stride"),
+        (["bench", "--help"], 0, "kernels"),
+        (["compress", "x", "--output", "y", "--rank", "many"], 2, "argument --rank: invalid int value"),
+        (["compress", "x", "--output", "y", "--rank", "-1"], 2, "rank=-1: expected an integer in 0..1048576"),
+        (["compress", "x", "--output", "y", "--tm", "{"], 2, "tm='{': expected a JSON object"),
+        (["compress", "x", "--output", "y", "--ignore", "("], 2, "ignore='(': not a regular expression"),
+    ],
+)
+def test_answers_without_importing_torch(args, code, words, tmp_path):
+    script = f"""
+import sys
+from hf_sparselr.cli import main
+try:
+    code = main({args!r})
+except SystemExit as exit_:
+    code = exit_.code
+assert code == {code}, code
+heavy = {{"torch", "transformers", "numpy", "huggingface_hub"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    result = check(script, ROOT, cwd=tmp_path)
+    assert words in result.stdout + result.stderr
+
+
+def test_runs_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "hf_sparselr", "--version"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (0, f"hf-sparselr {hf_sparselr.__version__}\n")
 
 
 def test_push_and_inspect_on_the_hub(home, tmp_path):

@@ -67,6 +67,24 @@ for name in ("single", "shards"):
     check(code, ROOT, cwd=tmp_path)
 
 
+def test_loading_a_packed_checkpoint_imports_no_solver(checkpoints, tmp_path):
+    code = f"""
+{AUTOLOAD}
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(checkpoints)!r} + "/single")
+model(torch.arange(8)[None])
+model.save_pretrained("again")
+allowed = {{"registry"}}
+loaded = {{name.split(".")[2] for name in sys.modules if name.startswith("hf_sparselr.solvers.")}}
+assert loaded <= allowed, loaded
+assert model.hf_quantizer.quantization_config.method_options.form == "one-product"
+assert "hf_sparselr.solvers.threebasil" in sys.modules
+"""
+    check(code, ROOT, cwd=tmp_path)
+
+
 def test_a_packed_checkpoint_is_refused_without_the_package(checkpoints, tmp_path):
     code = f"""
 import sys

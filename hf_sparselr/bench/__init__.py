@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from typing import Any
 
 COMMANDS = {
     "methods": "methods and refinements on one model: errors, perplexity, seconds, bytes",
@@ -11,13 +12,27 @@ COMMANDS = {
 }
 
 
-def add_parsers(parser: argparse.ArgumentParser) -> None:
-    """Adds every command; its module has `add_arguments(parser)` and `run(args)`."""
-    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Adds every command."""
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK", parser_class=_CommandParser)
     for name, text in COMMANDS.items():
-        module = importlib.import_module(f"{__name__}.{name}")
-        command = commands.add_parser(
-            name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        commands.add_parser(name, help=text, module=f"{__name__}.{name}")
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """The parser of a command; its module (`add_arguments(parser)`, `run(args)`) is imported when it is called.
+
+    The modules import torch and transformers, which other commands and `--help` must not wait for.
+    """
+
+    def __init__(self, *, module: str, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self._module: str | None = module
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        if self._module is not None:
+            module, self._module = importlib.import_module(self._module), None
+            self.description = module.__doc__
+            module.add_arguments(self)
+            self.set_defaults(run=module.run)
+        return super().parse_known_args(*args, **kwargs)

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from ..data.self_generation import can_generate_text
 from ..format.patterns import Pattern
 from ..solvers.registry import PRECOMPUTED
-from ..utils.validation import matches
+from ..utils.validation import covers, matches
 from .model_structure import find_stacks, linear_layers, weight_shape
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
     layers = linear_layers(model)
     for field in ("targets", "overrides"):
         for pattern in getattr(config, field) or ():
-            if not any(matches(pattern, name) for name in layers):
+            if not any(covers(pattern, name) for name in layers):
                 raise ValueError(f"{field}: {pattern!r} matches no layer; layers are {_shorten(layers)}")
     modules = [name for name, _ in model.named_modules()]
     for pattern in config.ignore or ():
@@ -54,9 +54,9 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
     _reject_experts(model, config)
     plan, misfits = {}, []
     for name, layer in layers.items():
-        if any(matches(pattern, name) for pattern in config.ignore or ()):
+        if any(covers(pattern, name) for pattern in config.ignore or ()):
             continue
-        if config.targets and not any(matches(pattern, name) for pattern in config.targets):
+        if config.targets and not any(covers(pattern, name) for pattern in config.targets):
             continue
         settings = config.layer_settings(name, weight_shape(layer))
         if settings is None:
@@ -119,7 +119,7 @@ def _reject_experts(model: nn.Module, config: "SparseLRConfig") -> None:
         if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
         and not isinstance(module, nn.Conv1d)
     }
-    left = [name for name in experts if not any(matches(pattern, name) for pattern in config.ignore or ())]
+    left = [name for name in experts if not any(covers(pattern, name) for pattern in config.ignore or ())]
     if left:
         raise ValueError(
             f"experts stored as 3-D parameters are not supported yet: {_shorten(sorted(left))}; "

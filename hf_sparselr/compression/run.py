@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..config.sparselr_config import CUSTOM, SparseLRConfig
+from ..config.sparselr_config import SparseLRConfig
 from ..data import calibration as sources
 from ..data.self_generation import sample_from_model
 from ..utils.phase_timer import PhaseTimer
@@ -32,9 +32,9 @@ def load_calibration(model: PreTrainedModel, config: SparseLRConfig, name: str) 
     Raises:
         ValueError, OSError: see `calibration.load_windows`.
     """
-    if isinstance(config.calibration, str) and config.calibration == CUSTOM:
+    if isinstance(config.calibration, str) and config.calibration == sources.CUSTOM:
         raise ValueError(
-            f"calibration={CUSTOM!r} stands for data that were not stored with the config: pass the data again"
+            f"calibration={sources.CUSTOM!r} stands for data that were not stored with the config: pass the data again"
         )
     if isinstance(config.calibration, str) and config.calibration == "self":
         return None

@@ -7,6 +7,7 @@ from typing import Any
 from ..format.patterns import EMPTY, NM, Pattern, Unstructured
 from ..utils.precision import PRECISIONS
 from ..utils.validation import check_choice, check_integer, check_number
+from .fields import ALLOCATIONS
 
 
 @dataclass(frozen=True)
@@ -175,4 +176,6 @@ class DistillOptions:
         check_choice("distill.precision", self.precision, PRECISIONS)
 
 
-ALLOCATION_OPTIONS = {"uniform": UniformOptions, "owl": OwlOptions, "global": GlobalOptions}
+ALLOCATION_OPTIONS: dict[str, type] = dict(
+    zip(ALLOCATIONS, (UniformOptions, OwlOptions, GlobalOptions), strict=True)
+)

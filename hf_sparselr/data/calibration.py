@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from .sources import _COLUMNS, _INSTEAD, _column, is_dataset, load_split, read_files
+from .sources import C4, COLUMNS, FILES, INSTEAD, column_of, is_dataset, load_split, read_files
 
-DEFAULT = "allenai/c4"
+CUSTOM = "custom"  # what config.json says of files and of data in memory
 
 _C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
 _MAX_DRAWS = 1000  # per window: documents longer than 2k tokens are a few in a hundred of C4
@@ -42,8 +42,12 @@ class _Draw:
 
 
 def describe(calibration: Any) -> str:
-    """The name that config.json records for a source: a string is itself, anything else is "custom"."""
-    return calibration if isinstance(calibration, str) else "custom"
+    """The name that config.json records for a source: "self" or a Hub data set; "custom" for files and data.
+
+    Paths stay private.
+    """
+    private = not isinstance(calibration, str) or calibration.startswith(FILES)
+    return CUSTOM if private else calibration
 
 
 def check_source(calibration: Any) -> None:
@@ -62,7 +66,7 @@ def check_source(calibration: Any) -> None:
         if not _STRING.fullmatch(calibration):
             raise ValueError(f"{source} names no source: {_ALLOWED}")
     elif is_dataset(calibration):
-        _column(calibration.column_names or _COLUMNS, source)
+        column_of(calibration.column_names or COLUMNS, source)
         if getattr(calibration, "num_rows", 1) == 0:
             raise ValueError(f"{source} has no rows: {_ALLOWED}")
     elif isinstance(calibration, Mapping | bytes | bytearray) or not isinstance(calibration, Iterable):
@@ -142,11 +146,11 @@ def _kind(item: Any) -> str | None:
 
 
 def _load(data: Any, draw: _Draw) -> list[torch.Tensor]:
-    if isinstance(data, str) and data.startswith("file:"):
+    if isinstance(data, str) and data.startswith(FILES):
         return _from_text("texts", read_files(data, draw.source), draw)
     if isinstance(data, str):
         _need_tokenizer(draw)  # before a download that may take long
-        if data == DEFAULT:
+        if data == C4:
             return _draw_windows(_load_hub(data, data_files={"train": _C4_SHARD})["text"], draw)
         data = _load_hub(data)
     if is_dataset(data):
@@ -156,19 +160,19 @@ def _load(data: Any, draw: _Draw) -> list[torch.Tensor]:
 
 
 def _load_hub(calibration: str, **options: Any) -> Any:
-    return load_split(calibration, "train", _show(calibration), f'calibration="self", {_INSTEAD}', **options)
+    return load_split(calibration, "train", _show(calibration), f'calibration="self", {INSTEAD}', **options)
 
 
 def _from_dataset(dataset: Any, draw: _Draw) -> list[torch.Tensor]:
     # A stream may know its columns only from a row.
-    column = _column(dataset.column_names or next(iter(dataset), {}), draw.source)
+    column = column_of(dataset.column_names or next(iter(dataset), {}), draw.source)
     rows = dataset.select_columns(column)
     if column == "input_ids":
         return _from_ids((row[column] for row in rows), draw)
     if hasattr(dataset, "num_rows"):
         rows = rows.shuffle(seed=draw.seed, keep_in_memory=True)
     limit = _POOL * draw.num_samples * draw.seq_len
-    return _from_text(_COLUMNS[column], (row[column] for row in rows), draw, limit)
+    return _from_text(COLUMNS[column], (row[column] for row in rows), draw, limit)
 
 
 def _need_tokenizer(draw: _Draw) -> None:
@@ -254,4 +258,4 @@ def _draw_windows(documents: Sequence[str], draw: _Draw) -> list[torch.Tensor]:
         if len(windows) == draw.num_samples:
             return windows
     found = f"{draw.source} gave {len(windows)} of {draw.num_samples} documents of over seq_len={size} tokens"
-    raise ValueError(f'{found}: pass a smaller seq_len, or calibration="self", {_INSTEAD}')
+    raise ValueError(f'{found}: pass a smaller seq_len, or calibration="self", {INSTEAD}')

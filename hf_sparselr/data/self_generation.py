@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..utils.modules import eval_mode
-from .sources import _INSTEAD
+from .sources import INSTEAD
 
 
 def sample_from_model(
@@ -32,7 +32,7 @@ def sample_from_model(
 
     if not can_generate_text(model):
         name = type(model).__name__
-        raise ValueError(f'calibration="self": {name} is no decoder that generates text: pass {_INSTEAD}')
+        raise ValueError(f'calibration="self": {name} is no decoder that generates text: pass {INSTEAD}')
     starts = _start_ids(model, tokenizer, num_samples, seed).to(model.device)
     length = {"min_new_tokens": seq_len - 1, "max_new_tokens": seq_len - 1}
     eos = model.generation_config.eos_token_id

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_COLUMNS = {"messages": "chats", "input_ids": "token ids", "text": "texts"}
+FILES = "file:"  # starts a source that is a glob of text files
+C4 = "allenai/c4"  # the calibration data of a config that names none
 
-
-_INSTEAD = '"file:GLOB", a list of texts, or token tensors'
+COLUMNS = {"messages": "chats", "input_ids": "token ids", "text": "texts"}
+INSTEAD = '"file:GLOB", a list of texts, or token tensors'
 
 
 def is_dataset(data: Any) -> bool:
@@ -19,11 +20,11 @@ def is_dataset(data: Any) -> bool:
     return datasets is not None and isinstance(data, datasets.Dataset | datasets.IterableDataset)
 
 
-def _column(columns: Iterable[str], source: str) -> str:
-    for column in _COLUMNS:
+def column_of(columns: Iterable[str], source: str) -> str:
+    for column in COLUMNS:
         if column in columns:
             return column
-    raise ValueError(f"{source} has columns {list(columns)}: rename one to {' or '.join(_COLUMNS)}")
+    raise ValueError(f"{source} has columns {list(columns)}: rename one to {' or '.join(COLUMNS)}")
 
 
 def load_split(name: str, split: str, where: str, instead: str, **options: Any) -> Any:
@@ -53,7 +54,7 @@ def read_files(name: str, where: str) -> list[str]:
     Raises:
         ValueError: starting with `where`; no file matches, or one is not UTF-8.
     """
-    paths = sorted(filter(os.path.isfile, glob.glob(name.removeprefix("file:"), recursive=True)))
+    paths = sorted(filter(os.path.isfile, glob.glob(name.removeprefix(FILES), recursive=True)))
     if not paths:
         raise ValueError(f"{where} matches no file: pass a glob of UTF-8 text files")
     texts = []
@@ -63,3 +64,23 @@ def read_files(name: str, where: str) -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: {path} is not UTF-8: pass only text files") from error
     return texts
+
+
+def load_texts(source: str, split: str = "train") -> list[str]:
+    """The texts of files or of a Hub data set.
+
+    Args:
+        source: "file:GLOB" of UTF-8 text files, or a Hub data set ("id" or "id:config") with a text column.
+        split: of a Hub data set.
+
+    Raises:
+        ValueError: no file matches, a file is not UTF-8, or the data set has no text column.
+        OSError: the data set cannot be loaded.
+    """
+    where = f"source={source!r}"
+    if source.startswith(FILES):
+        return read_files(source, where)
+    rows = load_split(source, split, where, '"file:GLOB"')
+    if "text" not in rows.column_names:
+        raise ValueError(f"{where} has columns {rows.column_names}: expected one named text")
+    return list(rows["text"])

@@ -113,7 +113,7 @@ def _config(directory: Path) -> SparseLRConfig:
         raise ValueError(
             f"{file}: {found}, expected quant_method={QUANT_METHOD!r}: not a compressed checkpoint"
         )
-    return SparseLRConfig(**stored)
+    return SparseLRConfig.from_dict(stored)
 
 
 def _weight_files(directory: Path) -> list[Path]:

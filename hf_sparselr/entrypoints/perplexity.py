@@ -124,7 +124,7 @@ def _text(data: Any) -> str:
     """All texts, joined by blank lines."""
     where = f"data={reprlib.repr(data)}"
     if isinstance(data, str):
-        if data.startswith("file:"):
+        if data.startswith(sources.FILES):
             data = sources.read_files(data, where)
         elif _HUB_ID.fullmatch(data):
             data = sources.load_split(data, "test", where, _INSTEAD)

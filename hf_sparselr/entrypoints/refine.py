@@ -125,7 +125,7 @@ def _planning_config(config: SparseLRConfig) -> SparseLRConfig:
 
 def _asked(config: SparseLRConfig, own: dict, field: str) -> bool:
     """Whether a user set sparsity or rank, in an override or for all layers."""
-    return field in own or (field in config._given and getattr(config, field) is not None)
+    return field in own or (config.was_given(field) and getattr(config, field) is not None)
 
 
 def _dense_and_windows(

@@ -1,15 +1,19 @@
 """The layer solvers by name. A solver's module is imported when it is first used: loading a checkpoint needs none."""
 
+from __future__ import annotations
+
 import importlib
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+if TYPE_CHECKING:  # the command line reads the names of the methods before it imports torch
+    from types import ModuleType
 
-from ..format.decomposition import Decomposition
-from ..format.patterns import Pattern
-from .gram import ScaledGram
+    import torch
+
+    from ..format.decomposition import Decomposition
+    from ..format.patterns import Pattern
+    from .gram import ScaledGram
 
 PRECOMPUTED = "precomputed"  # of a checkpoint whose decompositions `hf_sparselr.refine` took from elsewhere
 

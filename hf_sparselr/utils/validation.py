@@ -1,23 +1,32 @@
 """Checks of user input: every error names the field, the value and what is allowed."""
 
 import difflib
+import math
 import re
 from dataclasses import fields
 from typing import Any
 
 
-def check_integer(field: str, value: Any, least: int) -> None:
+def check_integer(field: str, value: Any, least: int, most: int | None = None) -> None:
+    allowed = f"an integer >= {least}" if most is None else f"an integer in {least}..{most}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{field}={value!r}: expected an integer >= {least}")
-    if value < least:
-        raise ValueError(f"{field}={value!r}: expected an integer >= {least}")
+        raise TypeError(f"{field}={value!r}: expected {allowed}")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{field}={value!r}: expected {allowed}")
 
 
-def check_number(field: str, value: Any, least: float, *, exclusive: bool = False) -> None:
-    allowed = f"a finite number {'>' if exclusive else '>='} {least:g}"
+def check_number(
+    field: str, value: Any, least: float, most: float = math.inf, *, exclusive: bool = False
+) -> None:
+    """A finite number from `least` to `most`; with `exclusive`, between them."""
+    opening, closing = "()" if exclusive else "[]"
+    allowed = f"a number in {opening}{least:g}, {most:g}{closing}"
+    if most == math.inf:
+        allowed = f"a finite number {'>' if exclusive else '>='} {least:g}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{field}={value!r}: expected {allowed}")
-    if not (least < value if exclusive else least <= value) or value == float("inf"):
+    inside = least < value < most if exclusive else least <= value <= most
+    if not inside or value == math.inf:
         raise ValueError(f"{field}={value!r}: expected {allowed}")
 
 
@@ -56,6 +65,12 @@ def build_options(field: str, value: Any, cls: type, preset: dict[str, Any] | No
 def matches(pattern: str, name: str) -> bool:
     """Whether a regular expression matches a dotted module name or the end of it, as PEFT's patterns do."""
     return re.fullmatch(anchored(pattern), name) is not None
+
+
+def covers(pattern: str, name: str) -> bool:
+    """Whether a regular expression matches a dotted module name or one of the modules above it."""
+    parts = name.split(".")
+    return any(matches(pattern, ".".join(parts[:end])) for end in range(len(parts), 0, -1))
 
 
 def anchored(pattern: str) -> str:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_sparselr.data import calibration as cal
+from hf_sparselr.data import sources
 from hf_sparselr.data.self_generation import sample_from_model
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -73,8 +74,8 @@ def guarded(rows):
 
 
 def test_describe():
-    assert cal.describe("file:a/*.py") == "file:a/*.py"
-    assert cal.describe(TEXTS) == cal.describe(IDS) == "custom"
+    assert (cal.describe("self"), cal.describe("me/texts:part")) == ("self", "me/texts:part")
+    assert cal.describe("file:a/*.py") == cal.describe(TEXTS) == cal.describe(IDS) == cal.CUSTOM
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_describe():
     [
         "self",
         "file:some dir/**/*.txt",
-        cal.DEFAULT,
+        sources.C4,
         "wikitext",
         "org/name:config-1.0",
         TEXTS,
@@ -230,7 +231,7 @@ def test_chats_go_through_the_template(tokenizer, chat_tokenizer):
 
 
 @pytest.mark.parametrize(
-    "source", [TEXTS, CHATS, "org/name", cal.DEFAULT], ids=["texts", "chats", "hub", "c4"]
+    "source", [TEXTS, CHATS, "org/name", sources.C4], ids=["texts", "chats", "hub", "c4"]
 )
 def test_text_needs_a_tokenizer(source):
     with pytest.raises(ValueError, match=r"calibration=.* is text, and tokenizer=None: pass"):
@@ -286,7 +287,7 @@ def test_hub_without_network(monkeypatch, tokenizer, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    for source in (cal.DEFAULT, "no-such-org/no-such-set:config"):
+    for source in (sources.C4, "no-such-org/no-such-set:config"):
         message = f'calibration=\'{source}\': .* cannot be loaded .*: pass calibration="self", "file:GLOB"'
         with pytest.raises(OSError, match=message) as error:
             load(source, tokenizer)

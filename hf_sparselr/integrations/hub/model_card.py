@@ -38,7 +38,10 @@ _METHODS = {
     "precomputed": "a decomposition made elsewhere",
 }
 _REFINEMENTS = {"tm": "transformer matching", "distill": "distillation from the dense model"}
-_CALIBRATIONS = {"self": "text sampled from the dense model", "custom": "data given in memory"}
+_CALIBRATIONS = {
+    "self": "text sampled from the dense model",
+    "custom": "own data (files, or given in memory)",
+}
 # end of a model class's name -> the Hub's name for its task, the class that loads it
 _TASKS = {
     "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
@@ -214,8 +217,6 @@ def _usage(config: SparseLRConfig, source: str, loader: str) -> str:
 
 def _settings(config: SparseLRConfig, report: Report) -> list[tuple[str, str]]:
     calibration = config.to_dict()["calibration"]
-    if calibration.startswith("file:"):  # the path is nobody else's business
-        calibration = "text files"
     calibration = _CALIBRATIONS.get(calibration, calibration)
     rows = [
         ("Method", _METHODS.get(config.method, config.method)),
