@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.utils import logging as transformers_logging
 
-from ..compression.model_structure import linear_layers, weight_shape
+from ..compression.linear_layers import weight_shape
+from ..compression.model_structure import linear_layers
 from ..compression.report import table
 from ..format.decomposition import Decomposition
 from ..format.patterns import from_text, parse

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..compression.model_structure import weight_shape
+from ..compression.linear_layers import weight_shape
 from ..compression.plan import plan_layers
 from ..config.sparselr_config import SparseLRConfig
 from ..entrypoints.compress import compress

@@ -1,6 +1,7 @@
 """Record how a model calls its blocks, and replay one block.
 
-Nothing here names an architecture: the arguments come from a real call."""
+Nothing here names an architecture: the arguments come from a real call.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..utils.modules import move_to_device
+from ..utils.modules import move_to_device, named_tensors
+
+Call = tuple[tuple, dict]  # (args, kwargs) of a block, without its hidden states
 
 
 @dataclass
@@ -20,11 +23,11 @@ class Recording:
 
     Attributes:
         inputs: the first block's hidden states, one tensor a batch.
-        calls: calls[block][batch] = (args, kwargs) besides the hidden states.
+        calls: calls[block][batch] are the other arguments.
     """
 
     inputs: list[torch.Tensor]
-    calls: list[list[tuple[tuple, dict]]]
+    calls: list[list[Call]]
 
 
 class _Recorded(Exception):  # noqa: N818 (not an error: ends a forward pass early)
@@ -32,70 +35,74 @@ class _Recorded(Exception):  # noqa: N818 (not an error: ends a forward pass ear
 
 
 def capture_block_inputs(model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Tensor]) -> Recording:
-    """Runs the model up to the blocks and records how it calls each of them.
+    """Runs the model up to the blocks and records how it calls each of them, in FP32.
 
-    Blocks do not compute while recording: each hands its hidden states on, so the pass is cheap, and the pass ends
-    at the last block. Where the model cannot live with that (it raises ValueError or TypeError, or a block does not
-    receive what the one before it handed on), a real forward pass is recorded instead. All of it runs in FP32.
+    The pass is cheap: a block does not compute but hands its hidden states on, and the last block ends it. Some models
+    cannot live with that: they raise ValueError or TypeError, or a block does not receive the tensor that the one
+    before it handed on. Then a real forward pass is recorded.
 
     Args:
         batches: token ids (batch, length), on the CPU.
     """
     recording = Recording([], [[] for _ in blocks])
-    with _upcast(_halves_outside(model, blocks)), torch.no_grad():
+    with _in_fp32(_halves_outside(model, blocks)), torch.no_grad():
         for ids in batches:
-            marks = len(recording.inputs)
             try:
-                _record(model, blocks, ids, recording, compute=False)
+                inputs, calls = _record(model, blocks, ids, compute=False)
             except (ValueError, TypeError):
-                del recording.inputs[marks:]
-                for calls in recording.calls:
-                    del calls[marks:]
-                _record(model, blocks, ids, recording, compute=True)
+                inputs, calls = _record(model, blocks, ids, compute=True)
+            recording.inputs.append(inputs)
+            for all_calls, call in zip(recording.calls, calls, strict=True):
+                all_calls.append(call)
     return recording
 
 
-def _record(model, blocks, ids: torch.Tensor, recording: Recording, compute: bool) -> None:
-    last = len(blocks) - 1
-    handed_on = None
+def _record(
+    model: nn.Module, blocks: nn.ModuleList, ids: torch.Tensor, compute: bool
+) -> tuple[torch.Tensor, list[Call]]:
+    """One pass: the first block's hidden states and the call of every block."""
+    first: list[torch.Tensor] = []
+    calls: list[Call] = []
+    handed_on: list[torch.Tensor] = []
 
-    def recorder(index: int, forward):
-        def record(*args, **kwargs):
-            nonlocal handed_on
-            args, kwargs = _without_caches(args), _without_caches(kwargs)
+    def recorder(index: int, forward: Callable) -> Callable:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = without_caches(args, kwargs)
             hidden, *args = args if args else (kwargs.pop("hidden_states"),)
             if index == 0:
-                recording.inputs.append(hidden)
-            elif not compute and hidden is not handed_on:
+                first.append(hidden)
+            elif not compute and hidden is not handed_on[-1]:
                 raise TypeError("the model takes the outputs of its blocks apart")
-            recording.calls[index].append((tuple(args), kwargs))
-            if index == last:
+            calls.append((tuple(args), kwargs))
+            if index == len(blocks) - 1:
                 raise _Recorded
             if compute:
-                with _upcast(_halves(blocks[index])):
+                with _in_fp32(_halves(blocks[index])):
                     return forward(hidden, *args, **kwargs)
-            handed_on = hidden
+            handed_on.append(hidden)
             return hidden
 
         return record
 
-    with instance_forwards(blocks, recorder):
-        inputs = {"input_ids": ids.to(_input_device(model)), "use_cache": False}
-        if getattr(model.config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = inputs["input_ids"]
-        with suppress(_Recorded):
-            model(**inputs)
+    with instance_forwards(blocks, recorder), suppress(_Recorded):
+        model(**model_inputs(model, ids))
+    return first[0], calls
+
+
+def model_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
+    """The arguments of a forward pass on token ids (batch, length). A decoder beside an encoder gets them too."""
+    inputs = {"input_ids": ids.to(model.get_input_embeddings().weight.device), "use_cache": False}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs
 
 
 @contextmanager
 def instance_forwards(
     blocks: Sequence[nn.Module], make: Callable[[int, Callable], Callable]
 ) -> Iterator[None]:
-    """Sets `forward` on every block to what `make` makes of its index and its own, and puts back what was there.
-
-    (accelerate sets instance forwards too.)
-    """
-    before = [vars(block).get("forward") for block in blocks]
+    """Temporarily replaces each block's forward with make(index, original forward)."""
+    before = [vars(block).get("forward") for block in blocks]  # accelerate sets such attributes too
     for index, block in enumerate(blocks):
         block.forward = make(index, block.forward)
     try:
@@ -108,7 +115,7 @@ def instance_forwards(
 
 
 def _halves(module: nn.Module) -> list[torch.Tensor]:
-    tensors = (*module.parameters(), *module.buffers())
+    tensors = (tensor for _, tensor in named_tensors(module))
     return [tensor for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
 
 
@@ -122,32 +129,29 @@ def _halves_outside(model: nn.Module, blocks: nn.ModuleList) -> list[torch.Tenso
 
 
 @contextmanager
-def _upcast(tensors: list[torch.Tensor]) -> Iterator[None]:
-    """Turns tensors into FP32 in place, and puts back their own data."""
+def _in_fp32(tensors: list[torch.Tensor]) -> Iterator[None]:
+    """Inside, the tensors are FP32. After it they have their own data again."""
     kept = [(tensor, tensor.data) for tensor in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.float()
     try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
         yield
     finally:
         for tensor, data in kept:
             tensor.data = data
 
 
-def _without_caches(values):
+def without_caches(args: tuple, kwargs: dict) -> Call:
+    """Arguments without key-value caches, which would be filled by every replay."""
+
     def scrub(value: Any) -> Any:
         return None if isinstance(value, Cache) else value
 
-    if isinstance(values, dict):
-        return {key: False if key == "use_cache" else scrub(value) for key, value in values.items()}
-    return tuple(scrub(value) for value in values)
+    named = {key: False if key == "use_cache" else scrub(value) for key, value in kwargs.items()}
+    return tuple(map(scrub, args)), named
 
 
-def _input_device(model: nn.Module) -> torch.device:
-    return model.get_input_embeddings().weight.device
-
-
-def replay(block: nn.Module, hidden: torch.Tensor, call: tuple[tuple, dict]) -> torch.Tensor:
+def replay(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
     """Calls a block as it was recorded, on its own device and on hidden states in FP32; returns the new ones."""
     device = next(block.parameters()).device
     args, kwargs = move_to_device(call, device)

@@ -6,12 +6,10 @@ the compressed model's and never stored.
 """
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import nn
@@ -21,24 +19,21 @@ from torch.utils.checkpoint import checkpoint
 from ..config.options import DistillOptions
 from ..format.bitmask import unpack, unpack_mask
 from ..format.decomposition import Decomposition
-from ..nn.linear import SparseLRLinear
-from ..utils.cuda_graphs import GraphedCallable
+from ..nn.linear import SparseLRLinear, packed_layers
 from ..utils.modules import eval_mode, named_tensors
 from ..utils.precision import arithmetic
-from .capture import instance_forwards
+from .capture import instance_forwards, model_inputs
 from .model_structure import find_stacks
-from .training_loop import group_batches, large, make_optimizer, only_trained, restore, snapshot
+from .training_loop import Groups, Training, group_batches, restore, snapshot, train
 from .working_linear import WorkingLinear, trainable
 
 PROBE_WINDOWS = 8  # on which the loss before and after is measured
-
-
 BETAS = (0.9, 0.95)
 
 
 def copy_sharing_blocks(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> nn.Module:
-    """A copy of a dense model to distill from: its blocks share their tensors with the model's, which the pipeline
-    replaces and never edits; the rest is its own."""
+    """A copy of a dense model, to distill from. Its blocks share their tensors with the model's: the pipeline replaces
+    those and never edits them. The other tensors are its own."""
     blocks = [tensor for stack in stacks.values() for tensor in (*stack.parameters(), *stack.buffers())]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in blocks})
 
@@ -65,69 +60,60 @@ def distill(
         losses (nats a token, one a pass), loss_before, loss_after (on the first batches), passes, seconds.
     """
     started = time.perf_counter()
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLRLinear)}
-    stored = {name: tensor.dtype for name, tensor in named_tensors(model)}
-    probe, losses = batches[: max(1, PROBE_WINDOWS // len(batches[0]))], []
-    with _places(model), eval_mode(model), _checkpointing(model, options.checkpointing):
+    layers = packed_layers(model)
+    dtypes = {name: tensor.dtype for name, tensor in named_tensors(model)}
+    probe = batches[: max(1, PROBE_WINDOWS // len(batches[0]))]
+    with _original_places(model), eval_mode(model), _checkpointing(model, options.checkpointing):
         try:
             groups = _unpack(model, layers, device, options)
+            parameters = [parameter for group in groups.values() for parameter in group]
+            start = snapshot(parameters)
             before = _mean_loss(model, teacher, probe, options, device)
-            with _undone_unless(groups) as keep:
-                with closing(_train(model, teacher, groups, batches, options, seed, device)) as passes:
-                    for loss in passes:
-                        losses.append(loss)
-                        on_pass(loss)
-                _round(model, stored)
-                after = _mean_loss(model, teacher, probe, options, device)
-                keep(after < before)
+            losses = _train(model, teacher, groups, batches, options, seed, on_pass).losses
+            _round(model, dtypes)
+            after = _mean_loss(model, teacher, probe, options, device)
+            if not after < before:  # NaN included
+                restore(parameters, start)
+                after = before
         finally:
             _pack(model, layers)
     return {
         "losses": losses,
         "loss_before": before,
-        "loss_after": after if after < before else before,  # NaN included
+        "loss_after": after,
         "passes": len(losses),
         "seconds": time.perf_counter() - started,
     }
 
 
-def _train(model, teacher, groups, batches, options, seed, device) -> Iterator[float]:
-    """Yields the mean loss after every pass; ends early on NaN."""
-    generator = torch.Generator().manual_seed(seed)
+def _train(model, teacher, groups: Groups, batches, options: DistillOptions, seed: int, on_pass) -> Training:
+    def size(step: list[torch.Tensor]) -> int:
+        return sum(batch.numel() for batch in step)
+
+    def backward(batch: torch.Tensor, tokens: int) -> torch.Tensor:
+        return add_gradients(model, teacher, batch, tokens, options)
+
     steps = _steps(batches, options.batch_size)
-    optimizer, schedule = make_optimizer(
-        groups, options.lr, options.factor_lr, options.final_lr, options.passes * len(steps), BETAS
-    )
-    total = torch.zeros((), device=device)
-
-    def step(batches: list[torch.Tensor]) -> None:
-        tokens = sum(batch.numel() for batch in batches)
-        optimizer.zero_grad()
-        for batch in batches:
-            total.add_(_backward(model, teacher, batch, tokens, options))
-        optimizer.step()
-
-    run = step if large(chain.from_iterable(groups.values())) else GraphedCallable(step, device)
-    with only_trained(model, groups), torch.enable_grad():
-        for _ in range(options.passes):
-            total.zero_()
-            for index in torch.randperm(len(steps), generator=generator).tolist():
-                run([batch.to(device) for batch in steps[index]])
-                schedule.step()
-            mean = float(total) / len(steps)
-            if not math.isfinite(mean):
-                return
-            yield mean
+    return train(model, groups, steps, size, backward, options, BETAS, seed, on_pass, keep_best=False)
 
 
-def _backward(model, teacher, ids: torch.Tensor, tokens: int, options: DistillOptions) -> torch.Tensor:
-    """Adds the gradient of one batch's divergence / `tokens`; returns the divergence / `tokens`."""
-    with arithmetic(ids.device, options.precision):
+def add_gradients(
+    model: nn.Module, teacher: nn.Module, ids: torch.Tensor, tokens: int, options: DistillOptions
+) -> torch.Tensor:
+    """Adds the gradient of a batch's divergence / `tokens` to the model's parameters, and returns that quotient.
+
+    Args:
+        model, teacher: on one device.
+        ids: (batch, length), on any device.
+    """
+    device = next(model.parameters()).device
+    ids = ids.to(device)
+    with arithmetic(device, options.precision):
         student = _logits(model, ids)
         with torch.no_grad():
             target = _logits(teacher, ids)
             gradient = torch.empty_like(student)
-            loss = torch.zeros((), device=ids.device)
+            loss = torch.zeros((), device=device)
             for row in range(len(ids)):  # FP32 copies of all logits could be larger than the model
                 mine = F.log_softmax(student[row].float(), -1)
                 theirs = F.log_softmax(target[row].float(), -1)
@@ -154,10 +140,7 @@ def _mean_loss(model, teacher, batches, options: DistillOptions, device) -> floa
 
 
 def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    inputs = {"input_ids": ids, "use_cache": False}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    return model(**inputs).logits
+    return model(**model_inputs(model, ids)).logits
 
 
 def _steps(batches: list[torch.Tensor], windows: int) -> list[list[torch.Tensor]]:
@@ -169,7 +152,7 @@ def _steps(batches: list[torch.Tensor], windows: int) -> list[list[torch.Tensor]
 
 def _unpack(
     model: nn.Module, layers: dict[str, SparseLRLinear], device: torch.device, options: DistillOptions
-) -> dict[str, list[nn.Parameter]]:
+) -> Groups:
     """Puts the model on the device with FP32 masters of what is trained, and returns these in groups."""
     if options.train == "all":
         for name, layer in layers.items():
@@ -181,8 +164,11 @@ def _unpack(
     groups = trainable(model) if options.train == "all" else _without_sparse(model, layers)
     trained = {id(parameter) for group in groups.values() for parameter in group}
     for _, tensor in named_tensors(model):
-        dtype = torch.float32 if id(tensor) in trained else _frozen_dtype(tensor, options)
-        tensor.data = tensor.data.to(device, dtype)
+        own = id(tensor) in trained
+        dtype = torch.float32 if own else _frozen_dtype(tensor, options)
+        tensor.data = tensor.data.to(
+            device, dtype, copy=own
+        )  # the tensors that the model came with stay as they are
     return groups
 
 
@@ -194,12 +180,12 @@ def _frozen_dtype(tensor: torch.Tensor, options: DistillOptions) -> torch.dtype:
 
 
 @torch.no_grad()
-def _round(model: nn.Module, stored: dict[str, torch.dtype]) -> None:
-    """Rounds to the stored dtypes but stays FP32: the last loss is that of what will be stored."""
+def _round(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Rounds to the stored dtypes but stays FP32: the last loss is then that of the stored model."""
     for name, tensor in named_tensors(model):
         if tensor.is_floating_point():
             packed = f"{name.removesuffix('S')}values"
-            tensor.copy_(tensor.to(stored[name if name in stored else packed]))
+            tensor.copy_(tensor.to(dtypes[name if name in dtypes else packed]))
 
 
 def _pack(model: nn.Module, layers: dict[str, SparseLRLinear]) -> None:
@@ -215,7 +201,8 @@ def _pack(model: nn.Module, layers: dict[str, SparseLRLinear]) -> None:
         model.set_submodule(name, layer)
 
 
-def _without_sparse(model: nn.Module, layers: dict[str, SparseLRLinear]) -> dict[str, list[nn.Parameter]]:
+def _without_sparse(model: nn.Module, layers: dict[str, SparseLRLinear]) -> Groups:
+    """The groups of `trainable` for a model whose S stays packed."""
     values = {id(layer.values) for layer in layers.values()}
     return {
         "factors": [f for layer in layers.values() if layer.rank for f in (layer.A, layer.B)],
@@ -227,23 +214,23 @@ def _without_sparse(model: nn.Module, layers: dict[str, SparseLRLinear]) -> dict
 
 @contextmanager
 def on_device(teacher: nn.Module, device: torch.device, options: DistillOptions) -> Iterator[None]:
-    """The dense model on the device inside, frozen, in the precision that distillation needs; then as it was."""
-    own = [(tensor, tensor.data, tensor.requires_grad) for _, tensor in named_tensors(teacher)]
+    """Inside, the dense model is on the device, frozen, in the precision that distillation needs; then as it was."""
+    before = [(tensor, tensor.data, tensor.requires_grad) for _, tensor in named_tensors(teacher)]
     with eval_mode(teacher):
         try:
-            for tensor, data, _ in own:
+            for tensor, data, _ in before:
                 tensor.requires_grad_(False)
                 tensor.data = data.to(device, _frozen_dtype(data, options))
             yield
         finally:
-            for tensor, data, flag in own:
+            for tensor, data, flag in before:
                 tensor.data = data
                 tensor.requires_grad_(flag)
 
 
 @contextmanager
-def _places(model: nn.Module) -> Iterator[None]:
-    """Every tensor is afterwards where it was, in the dtype it had."""
+def _original_places(model: nn.Module) -> Iterator[None]:
+    """After it, every tensor is where it was, in the dtype that it had."""
     places = [(tensor, tensor.device, tensor.dtype) for _, tensor in named_tensors(model)]
     try:
         yield
@@ -253,26 +240,8 @@ def _places(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _undone_unless(groups: dict[str, list[nn.Parameter]]) -> Iterator[Callable[[bool], None]]:
-    """Brings the parameters back unless the function it gives is called with True."""
-    parameters = [parameter for group in groups.values() for parameter in group]
-    values = snapshot(parameters)
-    kept = False
-
-    def keep(wanted: bool) -> None:
-        nonlocal kept
-        kept = wanted
-
-    try:
-        yield keep
-    finally:
-        if not kept:
-            restore(parameters, values)
-
-
-@contextmanager
 def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Blocks recompute their activations. transformers' own switch does nothing in eval mode."""
+    """Inside, blocks recompute their activations. transformers' own switch does nothing in eval mode."""
     blocks = [block for stack in find_stacks(model).values() for block in stack] if wanted else []
     recomputing = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     with instance_forwards(blocks, lambda _, forward: partial(recomputing, forward)):

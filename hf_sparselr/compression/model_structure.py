@@ -1,16 +1,11 @@
-"""Find a model's transformer blocks, choose their layers, record how each block is called, replay one.
+"""Where a model's transformer blocks are, and which linear layers are in them.
 
-Nothing here names an architecture: blocks are found by structure, their arguments come from a real call.
+Nothing here names an architecture: blocks are found by structure.
 """
 
-from typing import TYPE_CHECKING
-
-import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-if TYPE_CHECKING:
-    pass
+from .linear_layers import is_linear
 
 
 def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -19,7 +14,7 @@ def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     Raises:
         ValueError: the model has none.
     """
-    # Importing this loads transformers.quantizers, which imports our quantizer, which imports this module.
+    # Not at the top: it loads transformers.quantizers, which registers our quantizer, which imports this module.
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     block_names = set(getattr(model, "_no_split_modules", None) or ())
@@ -41,22 +36,10 @@ def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers inside the blocks: {dotted name: nn.Linear or Conv1D}."""
+    """All linear layers inside the blocks: {dotted name: layer}."""
     return {
         f"{stack}.{name}": module
         for stack, blocks in find_stacks(model).items()
         for name, module in blocks.named_modules()
-        if type(module) in (nn.Linear, Conv1D)
+        if is_linear(module)
     }
-
-
-def weight_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer; a Conv1D stores (in, out)."""
-    shape = tuple(layer.weight.shape)
-    return shape[::-1] if isinstance(layer, Conv1D) else shape
-
-
-def dense_weight(layer: nn.Module) -> torch.Tensor:
-    """The weight of a linear layer, (out, in); a view, without gradient."""
-    weight = layer.weight.detach()
-    return weight.T if isinstance(layer, Conv1D) else weight

@@ -1,105 +1,84 @@
-"""The block loop: one transformer block after the other, each handed to a sink when it is done.
+"""The block loop: one transformer block after the other is compressed and handed to a sink.
 
-Nothing here assumes that the whole model is in memory; the work on one block is in `worker`.
+The loop itself holds one block. Where finished blocks go, into the model or into a file, is the sink's matter. The work
+on one block is in `block`.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from ..config.sparselr_config import SparseLRConfig
 from ..utils.modules import eval_mode
 from ..utils.precision import matmuls
-from .allocation import DenseGroup, allocate
-from .block import BlockWorker
+from .allocation import allocate
+from .block import BlockInputs, compress_block
 from .capture import capture_block_inputs
+from .measuring import dense_groups
 from .model_structure import find_stacks
-from .plan import Layer, plan_layers
+from .plan import Layer
 from .precomputed import Precomputed
 from .report import Report
 
-if TYPE_CHECKING:
-    from ..config.sparselr_config import SparseLRConfig
-
-Sink = Callable[[nn.ModuleList, int, nn.Module], None]  # (stack, index, finished block)
-
-
-class InMemory:
-    """The sink that puts finished blocks into the model; `undo` brings the dense ones back.
-
-    Args:
-        keep: hold on to the dense blocks until the run has succeeded (the model belongs to the user).
-    """
-
-    def __init__(self, keep: bool) -> None:
-        self._keep = keep
-        self._replaced: list[tuple[nn.ModuleList, int, nn.Module]] = []
-
-    def __call__(self, stack: nn.ModuleList, index: int, block: nn.Module) -> None:
-        if self._keep:
-            self._replaced.append((stack, index, stack[index]))
-        stack[index] = block
-
-    def undo(self) -> None:
-        for stack, index, block in self._replaced:
-            stack[index] = block
+Sink = Callable[[str, nn.Module], None]  # (dotted name of the block, finished block)
 
 
 @matmuls("highest")
 def run(
     model: nn.Module,
-    config: "SparseLRConfig",
+    plan: dict[str, Layer],
+    config: SparseLRConfig,
     windows: list[torch.Tensor],
     sink: Sink,
-    given: Precomputed | None = None,
+    precomputed: Precomputed | None = None,
 ) -> Report:
     """Compresses the blocks of a model.
 
     Args:
-        model: dense, not on the meta device. Its blocks are replaced through the sink.
+        model: dense, not on the meta device. It is not changed; its modes, train or eval, are as before at the end.
+        plan: the layers to compress, from `plan_layers`.
         windows: token ids, 1-D int64, on the CPU.
-        given: decompositions of the model's layers, for refinement alone.
+        sink: takes the finished blocks, in order.
+        precomputed: decompositions of the model's layers, for refinement alone.
 
     Returns:
         The report, without `sizes`.
 
     Raises:
-        ValueError: what `plan_layers` raises; NaN or Inf in a weight or in a layer's inputs; a layer without inputs.
+        ValueError: NaN or Inf in a weight or in a layer's inputs, or a layer without inputs; naming the layer.
     """
     started = time.perf_counter()
-    plan = given.plan if given else plan_layers(model, config)
-    reference = given.reference if given else model
+    reference = precomputed.reference if precomputed else model
     _check_weights(model, plan)
     report = Report(config.to_dict())
     batches = make_batches(windows, _micro_batch(config))
-    stacks, references = find_stacks(model), find_stacks(reference)
+    stacks = find_stacks(model)
     bar = transformers_logging.tqdm(
         total=sum(map(len, stacks.values())), desc="Compressing blocks", unit="block"
     )
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     model.eval()
     try:
-        plan, report.allocation = allocate(config, plan, _dense_groups(model, plan, config, batches))
+        plan, report.allocation = allocate(config, plan, dense_groups(model, plan, config, batches))
         for name, stack in stacks.items():
             recording = capture_block_inputs(model, stack, batches)
-            hidden, dense = recording.inputs, None
+            inputs = BlockInputs(recording.inputs, None, [])
             if _needs_dense_stream(config):
-                with eval_mode(reference):
-                    dense = (
-                        capture_block_inputs(reference, references[name], batches).inputs if given else hidden
-                    )
-            for index in range(len(stack)):
-                worker = BlockWorker(f"{name}.{index}", stack[index], plan, config, report)
-                if given:
-                    worker.take(given, references[name][index])
-                block, hidden, dense = worker.work(hidden, dense, recording.calls[index])
-                _set_modes(stack[index], f"{name}.{index}", modes)  # the sink may bring it back
-                sink(stack, index, block)
-                recording.calls[index] = []
+                inputs.dense_hidden = recording.inputs
+                if precomputed:
+                    inputs.dense_hidden = _first_inputs(reference, name, batches)
+            for index, block in enumerate(stack):
+                inputs.calls, recording.calls[index] = recording.calls[index], []
+                result = compress_block(f"{name}.{index}", block, plan, inputs, config, precomputed)
+                inputs.hidden, inputs.dense_hidden = result.hidden, result.dense_hidden
+                report.layers += result.layer_rows
+                report.blocks.append(result.row)
+                _set_modes(block, f"{name}.{index}", modes)
+                sink(f"{name}.{index}", result.block)
                 bar.update()
     finally:
         bar.close()
@@ -109,27 +88,18 @@ def run(
     return report
 
 
-def _needs_dense_stream(config: "SparseLRConfig") -> bool:
+def replace_in(model: nn.Module) -> Sink:
+    """The sink that puts finished blocks into a model in memory."""
+    return model.set_submodule
+
+
+def _first_inputs(model: nn.Module, stack: str, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    with eval_mode(model):
+        return capture_block_inputs(model, model.get_submodule(stack), batches).inputs
+
+
+def _needs_dense_stream(config: SparseLRConfig) -> bool:
     return "tm" in config.refine_steps and config.tm.target != "block"
-
-
-@torch.no_grad()
-def _dense_groups(
-    model: nn.Module, plan: dict[str, Layer], config: "SparseLRConfig", batches: list[torch.Tensor]
-) -> Iterator[DenseGroup]:
-    """The planned layers of the dense model, of one block after the other."""
-    stacks = find_stacks(model)
-    bar = transformers_logging.tqdm(
-        total=sum(map(len, stacks.values())), desc="Measuring blocks", unit="block"
-    )
-    for name, stack in stacks.items():
-        recording = capture_block_inputs(model, stack, batches)
-        hidden = recording.inputs
-        for index, calls in enumerate(recording.calls):
-            worker = BlockWorker(f"{name}.{index}", stack[index], plan, config, Report({}))
-            hidden = yield from worker.dense_groups(hidden, calls)
-            bar.update()
-    bar.close()
 
 
 def make_batches(windows: list[torch.Tensor], size: int) -> list[torch.Tensor]:
@@ -142,7 +112,7 @@ def make_batches(windows: list[torch.Tensor], size: int) -> list[torch.Tensor]:
     return [torch.stack(batch) for batch in batches]
 
 
-def _micro_batch(config: "SparseLRConfig") -> int:
+def _micro_batch(config: SparseLRConfig) -> int:
     """Windows at a time: TM's steps must be made of whole batches, whatever `batch_size` is."""
     if "tm" not in config.refine_steps:
         return config.batch_size

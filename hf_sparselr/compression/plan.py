@@ -11,7 +11,8 @@ from ..data.self_generation import can_generate_text
 from ..format.patterns import Pattern
 from ..solvers.registry import PRECOMPUTED
 from ..utils.validation import covers, matches
-from .model_structure import find_stacks, linear_layers, weight_shape
+from .linear_layers import weight_shape
+from .model_structure import find_stacks, linear_layers
 
 if TYPE_CHECKING:
     from ..config.sparselr_config import SparseLRConfig

@@ -12,11 +12,11 @@ from ..config.sparselr_config import SparseLRConfig
 from ..data import calibration as sources
 from ..data.self_generation import sample_from_model
 from ..utils.phase_timer import PhaseTimer
-from .block import work_device
+from .activations import work_device
 from .distillation import copy_sharing_blocks, distill, on_device
 from .model_structure import find_stacks
-from .pipeline import InMemory, make_batches, run
-from .plan import plan_layers
+from .pipeline import make_batches, replace_in, run
+from .plan import Layer
 from .precomputed import Precomputed
 from .report import Report
 
@@ -61,35 +61,28 @@ def sample_windows(model: PreTrainedModel, config: SparseLRConfig) -> list[torch
 
 def compress_in_memory(
     model: PreTrainedModel,
+    plan: dict[str, Layer],
     config: SparseLRConfig,
     windows: list[torch.Tensor] | None,
-    keep_dense: bool,
-    given: Precomputed | None = None,
+    precomputed: Precomputed | None = None,
 ) -> Report:
-    """Runs the pipeline on a loaded model and turns it into a packed one; the caller attaches the report.
+    """Turns a loaded model into a packed one. The caller attaches the report, and undoes errors.
 
     Args:
+        plan: the layers to compress, from `plan_layers`.
         windows: calibration windows; None samples them from the model.
-        keep_dense: hold the dense blocks until the run succeeded, to put them back if it fails.
-        given: decompositions to refine instead of solving.
+        precomputed: decompositions to refine instead of solving.
     """
-    if given is None:
-        plan_layers(model, config)
     if windows is None:
         windows = sample_windows(model, config)
     dense_bytes = _bytes(model)
-    base = given.reference if given else model
+    base = precomputed.reference if precomputed else model
     teacher = None
-    if "distill" in config.refine_steps:  # of a model that is replaced block by block, a copy
-        teacher = given.reference if given else copy_sharing_blocks(model, find_stacks(model))
-    sink = InMemory(keep_dense)
-    try:
-        report = run(model, config, windows, sink, given)
-        if teacher is not None:
-            distill_in_memory(model, teacher, config, windows, report)
-    except BaseException:
-        sink.undo()
-        raise
+    if "distill" in config.refine_steps:  # the model is replaced block by block, so its teacher is a copy
+        teacher = precomputed.reference if precomputed else copy_sharing_blocks(model, find_stacks(model))
+    report = run(model, plan, config, windows, replace_in(model), precomputed)
+    if teacher is not None:
+        distill_in_memory(model, teacher, config, windows, report)
     report.base_model = base.config.name_or_path or None
     report.sizes = {"dense": dense_bytes, "packed": _bytes(model)}
     return report

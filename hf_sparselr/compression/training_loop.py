@@ -1,65 +1,109 @@
-"""What transformer matching and distillation have in common: optimiser, steps, snapshots."""
+"""The training loop of transformer matching and distillation.
+
+Both give it steps of batches and a function that adds a batch's gradients. The loop has the optimiser, the schedule,
+the order of the steps, the best state and the early end.
+"""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..config.options import TMOptions
-from ..utils.precision import LARGE, arithmetic
-from .capture import replay
+from ..config.options import DistillOptions, TMOptions
+from ..utils.cuda_graphs import GraphedCallable
+from ..utils.precision import LARGE
 
-Call = tuple[tuple, dict]
-
-
-# The paper names no betas. With Adam's usual 0.999 the large first gradients would damp all of the few hundred steps.
-BETAS = (0.9, 0.9)
+Groups = dict[str, list[nn.Parameter]]
 
 
-def resolve_precision(options: TMOptions, block: nn.Module) -> TMOptions:
-    """`options` with what "auto" means for a block."""
-    if options.precision != "auto":
-        return options
-    return replace(options, precision="bf16" if large(block.parameters()) else "tf32")
+@dataclass
+class Training:
+    """What a training run did.
+
+    Attributes:
+        losses: the mean loss of every pass that ended with a finite one.
+        best_pass: the pass with the least loss, from 1; 0 where no pass had a finite one.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    best_pass: int = 0
 
 
-def large(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether the work on them is bound by its arithmetic, not by launching it."""
+def train(
+    module: nn.Module,
+    groups: Groups,
+    steps: list[list[Any]],
+    size: Callable[[list[Any]], float],
+    backward: Callable[[Any, float], torch.Tensor],
+    options: TMOptions | DistillOptions,
+    betas: tuple[float, float],
+    seed: int,
+    on_pass: Callable[[float], None],
+    keep_best: bool,
+) -> Training:
+    """Trains parameters of a module in place with Adam and a cosine schedule.
+
+    A pass without a finite loss is the last one.
+
+    Args:
+        groups: {"S", "factors", "vectors": parameters}, on one device. No other parameter gets a gradient.
+        steps: the batches of every step, nested containers of tensors.
+        size: the number by which the losses of a step's batches are divided.
+        backward: (batch, size) -> the batch's loss / size, a scalar without gradient; adds its gradient.
+        betas: of Adam.
+        seed: of the order of the steps.
+        on_pass: called after every pass with its mean loss.
+        keep_best: leave the state after the best pass. Otherwise the last one stays.
+    """
+    parameters = [parameter for group in groups.values() for parameter in group]
+    device = parameters[0].device
+    optimizer, schedule = make_optimizer(groups, options, options.passes * len(steps), betas)
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros((), device=device)
+    result, best = Training(), None
+
+    def step(batches: list[Any]) -> None:
+        divisor = size(batches)
+        optimizer.zero_grad()
+        for batch in batches:
+            total.add_(backward(batch, divisor))
+        optimizer.step()
+
+    run = step if is_large(parameters) else GraphedCallable(step, device)
+    with only_trained(module, groups), torch.enable_grad():
+        for number in range(1, options.passes + 1):
+            total.zero_()
+            for index in torch.randperm(len(steps), generator=generator).tolist():
+                run(steps[index])
+                schedule.step()
+            mean = float(total) / len(steps)
+            if not math.isfinite(mean):
+                break
+            if not result.losses or mean < min(result.losses):
+                result.best_pass = number
+                best = snapshot(parameters) if keep_best else None
+            result.losses.append(mean)
+            on_pass(mean)
+    if best is not None:
+        restore(parameters, best)
+    return result
+
+
+def is_large(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether the work on them is bound by its arithmetic. Otherwise launching it takes longer."""
     return any(parameter.numel() > LARGE for parameter in parameters)
 
 
-@torch.no_grad()
-def mean_squared_error(
-    block: nn.Module,
-    inputs: list[torch.Tensor],
-    targets: list[torch.Tensor],
-    calls: list[Call],
-    precision: str = "fp32",
-) -> float:
-    """Mean of (block(x) - target)^2 over all batches."""
-    device = next(block.parameters()).device
-    total = torch.zeros((), device=device, dtype=torch.float64)
-    for x, target, call in zip(inputs, targets, calls, strict=True):
-        with arithmetic(device, precision):
-            out = replay(block, x, call)
-        total += (out.float() - target.to(device)).square().sum(dtype=torch.float64)
-    return float(total) / sum(target.numel() for target in targets)
-
-
 def make_optimizer(
-    groups: dict[str, list[nn.Parameter]],
-    lr: float,
-    factor_lr: float,
-    final_lr: float,
-    steps: int,
-    betas: tuple[float, float] = BETAS,
-):
-    """Adam over the groups of `trainable`, and a cosine schedule from `lr` to `final_lr * lr` in `steps` steps."""
+    groups: Groups, options: TMOptions | DistillOptions, steps: int, betas: tuple[float, float]
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam, and a cosine schedule from `lr` to `final_lr * lr` in so many steps."""
     rates = [
-        {"params": parameters, "lr": lr * (factor_lr if name == "factors" else 1)}
+        {"params": parameters, "lr": options.lr * (options.factor_lr if name == "factors" else 1)}
         for name, parameters in groups.items()
         if parameters
     ]
@@ -68,14 +112,17 @@ def make_optimizer(
     for group in rates if on_cuda else ():
         group["lr"] = torch.tensor(group["lr"], device=device)  # a captured step reads it
     optimizer = torch.optim.Adam(rates, betas=betas, fused=on_cuda, capturable=on_cuda)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _cosine(step / steps, final_lr)
-    )
+
+    def cosine(step: int) -> float:
+        progress = min(step / steps, 1.0)
+        return options.final_lr + (1 - options.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
 
 
 @contextmanager
-def only_trained(module: nn.Module, groups: dict[str, list[nn.Parameter]]) -> Iterator[None]:
-    """Only these have gradients inside: others, such as those of layers that stay dense, would collect them too."""
+def only_trained(module: nn.Module, groups: Groups) -> Iterator[None]:
+    """Inside, only the parameters in `groups` have gradients; others, as of dense layers, would collect them too."""
     flags = {parameter: parameter.requires_grad for parameter in module.parameters()}
     trained = {id(parameter) for group in groups.values() for parameter in group}
     for parameter in flags:
@@ -89,12 +136,8 @@ def only_trained(module: nn.Module, groups: dict[str, list[nn.Parameter]]) -> It
                 parameter.grad = None
 
 
-def _cosine(progress: float, final: float) -> float:
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
 def group_batches(sizes: list[int], least: int) -> list[list[int]]:
-    """Indices of consecutive batches, grouped into steps of at least `least` in size (the last may have less)."""
+    """Indices of consecutive batches, grouped into steps of at least `least` in size. The last may have less."""
     steps, held = [[]], 0
     for index, size in enumerate(sizes):
         if held >= least:
@@ -111,5 +154,6 @@ def snapshot(parameters: list[nn.Parameter], device: str | None = None) -> list[
 
 
 def restore(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
+    """Copies the values of a snapshot back."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.data.copy_(value)

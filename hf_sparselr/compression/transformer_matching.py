@@ -1,32 +1,31 @@
-"""Transformer matching (arXiv 2603.01376, section 4): refine one compressed block against its dense self.
+"""Transformer matching (TM; arXiv 2603.01376, section 4): refine one compressed block against its dense self.
 
 Minimises || block_compressed(x) - block_dense(x) ||^2 over the nonzeros of S, the factors, the norms and the biases
 of the block, on inputs x that already passed the compressed blocks before it.
 """
 
-import math
 import time
 from collections.abc import Callable
-from contextlib import closing
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..config.options import TMOptions
-from ..utils.cuda_graphs import GraphedCallable
 from ..utils.precision import arithmetic
-from .capture import replay
-from .training_loop import (
-    Call,
-    group_batches,
-    large,
-    make_optimizer,
-    mean_squared_error,
-    only_trained,
-    restore,
-    snapshot,
-)
+from .capture import Call, replay
+from .training_loop import group_batches, is_large, restore, snapshot, train
 from .working_linear import trainable
+
+# The paper names no betas. With Adam's usual 0.999 the large first gradients would damp all of the few hundred steps.
+BETAS = (0.9, 0.9)
+
+
+def resolve_precision(options: TMOptions, block: nn.Module) -> TMOptions:
+    """The options with a precision for a block in place of "auto"."""
+    if options.precision != "auto":
+        return options
+    return replace(options, precision="bf16" if is_large(block.parameters()) else "tf32")
 
 
 def match_block(
@@ -38,15 +37,15 @@ def match_block(
     seed: int,
     on_pass: Callable[[float], None] = lambda loss: None,
 ) -> dict:
-    """Trains a block whose layers are `WorkingLinear`, in place, and leaves its best iterate in it.
+    """Trains a block whose layers are `WorkingLinear`, in place, and leaves its best state in it.
 
     Args:
         block: on the compute device, in FP32.
         inputs: hidden states (batch, length, hidden), one tensor a batch, on any device.
-        targets: what the block's outputs are to match, see `TMOptions.target`.
-        calls: the block's other arguments, see `blocks.capture_block_inputs`.
+        targets: the outputs to match, of the same shapes; see `TMOptions.target`.
+        calls: the block's other arguments, see `capture_block_inputs`.
         seed: of the order of the steps.
-        on_pass: called after every pass with its mean relative loss.
+        on_pass: called after every pass with its mean loss, relative to `loss_before`.
 
     Returns:
         loss_before, loss_after (mean squared errors), best_pass (0: the start), passes, seconds.
@@ -54,19 +53,13 @@ def match_block(
     started = time.perf_counter()
     groups = trainable(block)
     parameters = [parameter for group in groups.values() for parameter in group]
-    start = best = snapshot(
-        parameters, "cpu" if large(block.parameters()) else None
-    )  # needed only if all goes wrong
+    # Needed only if all goes wrong, so a large copy waits in main memory.
+    start = snapshot(parameters, "cpu" if is_large(parameters) else None)
     before = after = mean_squared_error(block, inputs, targets, calls, options.precision)
-    best_loss, best_pass, passes = math.inf, 0, 0
+    best_pass, passes = 0, 0
     if before > 0:
-        with closing(_train(block, groups, inputs, targets, calls, options, seed, before)) as losses:
-            for loss in losses:
-                passes += 1
-                on_pass(loss)
-                if loss < best_loss:
-                    best, best_loss, best_pass = snapshot(parameters), loss, passes
-        restore(parameters, best)
+        training = _train(block, inputs, targets, calls, options, seed, before, on_pass)
+        best_pass, passes = training.best_pass, len(training.losses)
         after = mean_squared_error(block, inputs, targets, calls, options.precision)
     if not after < before:  # NaN included
         restore(parameters, start)
@@ -80,37 +73,42 @@ def match_block(
     }
 
 
-def _train(block, groups, inputs, targets, calls, options: TMOptions, seed: int, scale: float):
-    """Yields the mean loss, relative to `scale`, after every pass; ends early on NaN.
-
-    The relative loss keeps gradients far above Adam's epsilon, whatever the size of the block's error.
-    """
+def _train(block, inputs, targets, calls, options: TMOptions, seed: int, scale: float, on_pass):
+    """Losses are relative to `scale`, so that gradients stay far above Adam's epsilon when the error is small."""
     device = next(block.parameters()).device
-    chunks = group_batches([len(batch) for batch in inputs], options.batch_size)
-    generator = torch.Generator().manual_seed(seed)
-    total = options.passes * len(chunks)
-    optimizer, schedule = make_optimizer(groups, options.lr, options.factor_lr, options.final_lr, total)
-    losses = torch.zeros((), device=device)
+    batches = list(zip(inputs, targets, calls, strict=True))
+    indices = group_batches([len(batch) for batch in inputs], options.batch_size)
+    steps = [[batches[index] for index in group] for group in indices]
 
-    def step(batches: list[tuple[torch.Tensor, torch.Tensor, Call]]) -> None:
-        size = sum(target.numel() for _, target, _ in batches) * scale
-        optimizer.zero_grad()
-        for x, target, call in batches:
-            with arithmetic(device, options.precision):
-                out = replay(block, x, call)
-                loss = (out.float() - target.to(device)).square().sum() / size
-                loss.backward()
-            losses.add_(loss.detach())
-        optimizer.step()
+    def size(step: list) -> float:
+        return sum(target.numel() for _, target, _ in step) * scale
 
-    run = step if large(block.parameters()) else GraphedCallable(step, device)
-    with only_trained(block, groups), torch.enable_grad():
-        for _ in range(options.passes):
-            losses.zero_()
-            for index in torch.randperm(len(chunks), generator=generator).tolist():
-                run([(inputs[batch], targets[batch], calls[batch]) for batch in chunks[index]])
-                schedule.step()
-            mean = float(losses) / len(chunks)
-            if not math.isfinite(mean):
-                break
-            yield mean
+    def backward(batch: tuple, size: float) -> torch.Tensor:
+        x, target, call = batch
+        with arithmetic(device, options.precision):
+            out = replay(block, x, call)
+            loss = (out.float() - target.to(device)).square().sum() / size
+            loss.backward()
+        return loss.detach()
+
+    return train(
+        block, trainable(block), steps, size, backward, options, BETAS, seed, on_pass, keep_best=True
+    )
+
+
+@torch.no_grad()
+def mean_squared_error(
+    block: nn.Module,
+    inputs: list[torch.Tensor],
+    targets: list[torch.Tensor],
+    calls: list[Call],
+    precision: str = "fp32",
+) -> float:
+    """Mean of (block(x) - target)^2 over all batches."""
+    device = next(block.parameters()).device
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    for x, target, call in zip(inputs, targets, calls, strict=True):
+        with arithmetic(device, precision):
+            out = replay(block, x, call)
+        total += (out.float() - target.to(device)).square().sum(dtype=torch.float64)
+    return float(total) / sum(target.numel() for target in targets)

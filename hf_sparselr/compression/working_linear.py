@@ -5,20 +5,29 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..format.decomposition import Decomposition
+from ..nn.linear import SparseLRLinear
 
 
 class WorkingLinear(nn.Module):
-    """S + B A of one layer in FP32 while its block is at work.
+    """S + B A of one layer in FP32.
 
-    S is dense with zeros; its gradient is masked, so Adam never moves an entry outside the support.
+    S is dense with zeros. Its gradient is masked, so Adam never moves an entry outside the support.
+
+    Args:
+        decomposition: of the layer; its tensors become parameters.
+        bias: (out,) or None.
+        transposed: whether the layer it stands for stored its weight as (in, out).
     """
 
-    def __init__(self, decomposition: Decomposition, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, decomposition: Decomposition, bias: torch.Tensor | None, transposed: bool = False
+    ) -> None:
         super().__init__()
         self.S = nn.Parameter(decomposition.S)
         self.A = None if decomposition.A is None else nn.Parameter(decomposition.A)
         self.B = None if decomposition.B is None else nn.Parameter(decomposition.B)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float())
+        self.transposed = transposed
         self.register_buffer("mask", decomposition.mask)
         self.S.register_hook(lambda grad: grad * self.mask)
 
@@ -27,16 +36,26 @@ class WorkingLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """S + B A, cheaper than two thin products with as many inputs as training has. Some blocks read it (T5)."""
+        """S + B A, (out, in). With as many inputs as training has, it is cheaper than two thin products.
+
+        Some blocks read it, such as T5's.
+        """
         return self.S if self.A is None else self.S + self.B @ self.A
 
     def decomposition(self) -> Decomposition:
+        """The trained parts, without gradient."""
         factors = (None, None) if self.A is None else (self.A.detach(), self.B.detach())
         return Decomposition(self.S.detach(), self.mask, *factors)
 
+    def pack(self, dtype: torch.dtype) -> SparseLRLinear:
+        """The packed layer in the dtype in which it is stored."""
+        return SparseLRLinear.from_decomposition(
+            self.decomposition(), self.bias, transposed=self.transposed, dtype=dtype
+        )
+
 
 def trainable(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """What refinement trains: "S" of every `WorkingLinear`, its "factors", and "vectors" (norms and biases)."""
+    """The parameters that refinement trains: "S" and "factors" of `WorkingLinear`, and "vectors" (norms, biases)."""
     layers = [layer for layer in module.modules() if isinstance(layer, WorkingLinear)]
     return {
         "S": [layer.S for layer in layers],

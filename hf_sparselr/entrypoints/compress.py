@@ -1,16 +1,18 @@
 """`hf_sparselr.compress`: compress a model in memory or by name, and write the packed checkpoint."""
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from ..compression.plan import plan_layers
+from ..compression.plan import Layer, plan_layers
 from ..compression.run import compress_in_memory, load_calibration
 from ..config.sparselr_config import SparseLRConfig
 from ..integrations.transformers.quantizer import attach
+from ..utils.modules import restored_on_error
 
 
 def compress(
@@ -45,23 +47,27 @@ def compress(
             raise ValueError(
                 f"model={name!r} is already quantised ({model.hf_quantizer.quantization_config.quant_method})"
             )
+        plan = plan_layers(model, config)
         windows = load_calibration(model, config, name)
-        keep = True
+        undo = restored_on_error(model, model.config)
     else:
-        windows, model = load_dense(name, config, load_kwargs)
-        keep = False
-    attach(model, config.stored(), compress_in_memory(model, config, windows, keep))
+        plan, windows, model = load_dense(name, config, load_kwargs)
+        undo = nullcontext()  # nobody else has the model
+    with undo:
+        attach(model, config.stored(), compress_in_memory(model, plan, config, windows))
     if output_dir is not None:
         save(model, output_dir, name, config.tokenizer)
     return model
 
 
-def load_dense(name: str, config: SparseLRConfig, load_kwargs: dict) -> tuple[list[torch.Tensor] | None, Any]:
-    """Checks plan and calibration on a skeleton without weights, then reads the weights."""
+def load_dense(
+    name: str, config: SparseLRConfig, load_kwargs: dict
+) -> tuple[dict[str, Layer], list[torch.Tensor] | None, Any]:
+    """(plan, calibration windows, model). The first two need a skeleton only, and are made before weights are read."""
     cls, skeleton = dense_skeleton(name, load_kwargs)
-    plan_layers(skeleton, config)
+    plan = plan_layers(skeleton, config)
     windows = load_calibration(skeleton, config, name)
-    return windows, cls.from_pretrained(name, **load_kwargs)
+    return plan, windows, cls.from_pretrained(name, **load_kwargs)
 
 
 def dense_skeleton(name: str, load_kwargs: dict) -> tuple[Any, Any]:

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..compression.distillation import copy_sharing_blocks
-from ..compression.model_structure import dense_weight, find_stacks, linear_layers, weight_shape
+from ..compression.linear_layers import dense_weight, weight_shape
+from ..compression.model_structure import find_stacks, linear_layers
 from ..compression.plan import Layer, plan_layers
 from ..compression.precomputed import Factors, Precomputed
 from ..compression.run import compress_in_memory, load_calibration, sample_windows
@@ -66,9 +67,9 @@ def refine(
     _check_reference(dense, pruned, plan)
     if windows is None:
         windows = sample_windows(dense, config)
-    given = Precomputed(dense, plan, factors)
     found = _found_config(config, pruned, plan)
-    attach(pruned, found.stored(), compress_in_memory(pruned, found, windows, keep_dense=False, given=given))
+    report = compress_in_memory(pruned, plan, found, windows, Precomputed(dense, factors))
+    attach(pruned, found.stored(), report)
     if output_dir is not None:
         save(pruned, output_dir, dense.config.name_or_path, config.tokenizer)
     return pruned
@@ -132,8 +133,8 @@ def _dense_and_windows(
     reference: Model, planned: SparseLRConfig, load_kwargs: dict
 ) -> tuple[PreTrainedModel, list[torch.Tensor] | None]:
     if not isinstance(reference, nn.Module):
-        return load_dense(os.fspath(reference), planned, load_kwargs)
-    plan_layers(reference, planned)
+        _, windows, dense = load_dense(os.fspath(reference), planned, load_kwargs)
+        return windows, dense
     return load_calibration(reference, planned, reference.config.name_or_path), reference
 
 
@@ -213,7 +214,7 @@ def _found_layer(
 
 
 def _found_config(config: SparseLRConfig, model: PreTrainedModel, plan: dict[str, Layer]) -> SparseLRConfig:
-    """What config.json says: method "given", and sparsity and rank as found where they were not asked for."""
+    """What config.json says: method "precomputed", and sparsity and rank as found where they were not asked for."""
     found = copy.deepcopy(config)
     found.method, found.method_options = PRECOMPUTED, METHODS[PRECOMPUTED].options()
     if not _asked(config, {}, "sparsity"):

@@ -1,5 +1,6 @@
 """Walks over modules and their tensors."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,36 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def restored_on_error(model: nn.Module, *others: Any) -> Iterator[None]:
+    """An exception inside, an interrupt included, leaves a model as it was: modules, tensors, flags, hooks, attributes.
+
+    It keeps references to all tensors, not copies: work inside may replace `tensor.data`, but not write into it.
+
+    Args:
+        others: objects whose attributes are put back too, such as the model's config.
+    """
+    containers = [pair for item in (*model.modules(), *others) for pair in _containers(item)]
+    tensors = [(tensor, tensor.data, tensor.requires_grad, tensor.grad) for _, tensor in named_tensors(model)]
+    try:
+        yield
+    except BaseException:
+        for container, contents in containers:
+            container.clear()
+            container.extend(contents) if isinstance(container, list) else container.update(contents)
+        for tensor, data, flag, grad in tensors:
+            tensor.data, tensor.grad = data, None
+            tensor.requires_grad_(flag)
+            tensor.grad = grad
+        raise
+
+
+def _containers(item: Any) -> list[tuple[Any, Any]]:
+    """An object's attributes, and the containers among them, which may be edited in place; each with a copy."""
+    inner = [value for value in vars(item).values() if isinstance(value, dict | list | set)]
+    return [(container, copy.copy(container)) for container in (vars(item), *inner)]
 
 
 def move_to_device(values: Any, device: torch.device) -> Any:

@@ -118,7 +118,7 @@ def test_gradients_are_those_of_the_divergence(train) -> None:
     layers = packed_layers(model)
     groups = module._unpack(model, layers, CPU, options)
     parameters = [parameter.requires_grad_() for group in groups.values() for parameter in group]
-    loss = module._backward(model, teacher, tiny.IDS, tiny.IDS.numel(), options)
+    loss = module.add_gradients(model, teacher, tiny.IDS, tiny.IDS.numel(), options)
     found = [parameter.grad.clone() for parameter in parameters]
     mine = model(input_ids=tiny.IDS).logits.log_softmax(-1)
     with torch.no_grad():
@@ -257,13 +257,13 @@ def failing_on_pass(monkeypatch) -> None:
 
 
 def failing_step(monkeypatch) -> None:
-    calls, real = [], module._backward
+    calls, real = [], module.add_gradients
 
     def raising(*args):
         calls.append(real(*args))
         return calls[-1] if len(calls) < 4 else 1 / 0
 
-    monkeypatch.setattr(module, "_backward", raising)
+    monkeypatch.setattr(module, "add_gradients", raising)
 
 
 def failing_sample(monkeypatch) -> None:

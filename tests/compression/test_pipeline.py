@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparselr import compress
-from hf_sparselr.compression import block as worker
+from hf_sparselr.compression import layer_inputs as worker
 from hf_sparselr.compression import pipeline
 from hf_sparselr.compression.model_structure import find_stacks
 from hf_sparselr.compression.plan import plan_layers
@@ -283,8 +283,9 @@ def test_a_failed_run_leaves_the_model_dense_and_unchanged(spoil, error, message
 def test_a_raising_sink_leaves_the_model_dense():
     model = tiny.build("llama")
     weights, state = tiny.snapshot(model), state_of(model)
+    config = tiny.settings()
     with pytest.raises(ZeroDivisionError):
-        pipeline.run(model, tiny.settings(), list(tiny.IDS), lambda stack, index, block: 1 / 0)
+        pipeline.run(model, plan_layers(model, config), config, list(tiny.IDS), lambda name, block: 1 / 0)
     assert state_of(model) == state and tiny.same(weights, tiny.snapshot(model))
 
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from hf_sparselr.compression.capture import capture_block_inputs, replay
 from hf_sparselr.compression.model_structure import find_stacks
-from hf_sparselr.compression.training_loop import mean_squared_error, resolve_precision
-from hf_sparselr.compression.transformer_matching import match_block
+from hf_sparselr.compression.transformer_matching import match_block, mean_squared_error, resolve_precision
 from hf_sparselr.compression.working_linear import WorkingLinear, trainable
 from hf_sparselr.config.options import TMOptions
 from hf_sparselr.format.decomposition import Decomposition

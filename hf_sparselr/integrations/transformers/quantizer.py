@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from ...compression.model_structure import linear_layers, weight_shape
+from ...compression.linear_layers import weight_shape
+from ...compression.model_structure import linear_layers
 from ...compression.plan import plan_layers
 from ...compression.report import Report
 from ...config.sparselr_config import QUANT_METHOD, SparseLRConfig
@@ -84,7 +85,7 @@ class SparseLRQuantizer(HfQuantizer):
             else:
                 from ...compression.run import load_calibration
 
-                plan_layers(model, self.quantization_config)
+                self._plan = plan_layers(model, self.quantization_config)
                 self._windows = load_calibration(model, self.quantization_config, model.config.name_or_path)
         return model
 
@@ -121,7 +122,7 @@ class SparseLRQuantizer(HfQuantizer):
             from ...compression.run import compress_in_memory
 
             config = self.quantization_config
-            report = compress_in_memory(model, config, self._windows, keep_dense=False)
+            report = compress_in_memory(model, self._plan, config, self._windows)
             return attach(model, config.stored(), report)
         for name, parameter in model.named_parameters():
             # 5.17 gives tensors whose key was renamed the file's dtype.

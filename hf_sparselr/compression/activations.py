@@ -1,0 +1,65 @@
+"""Where a block is worked on, and where and in which dtype the hidden states of all windows wait."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..config.sparselr_config import SparseLRConfig
+from ..utils.modules import move_to_device
+from ..utils.precision import arithmetic
+from .capture import Call, replay
+from .transformer_matching import resolve_precision
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The place of the work on one block.
+
+    Attributes:
+        device: the compute device.
+        activation_device: where hidden states and arguments of all windows wait.
+        activation_dtype: of the hidden states.
+        precision: of the products in forward passes, see `TMOptions.precision`.
+    """
+
+    device: torch.device
+    activation_device: torch.device
+    activation_dtype: torch.dtype
+    precision: str
+
+    @classmethod
+    def of(cls, block: nn.Module, config: SparseLRConfig) -> "Workplace":
+        """The place where the config wants a block to be worked on."""
+        device = work_device(config.device, next(block.parameters()).device)
+        precision = resolve_precision(config.tm, block).precision
+        return cls(
+            device,
+            device if config.activations == "device" else torch.device("cpu"),
+            torch.bfloat16 if precision == "bf16" else torch.float32,
+            precision,
+        )
+
+    def keep(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Hidden states where and as they wait."""
+        return [batch.to(self.activation_device, self.activation_dtype) for batch in hidden]
+
+    def keep_calls(self, calls: list[Call]) -> list[Call]:
+        """Arguments beside the hidden states, so that no pass waits for them."""
+        return move_to_device(calls, self.activation_device)
+
+    @torch.no_grad()
+    def forward(self, block: nn.Module, hidden: list[torch.Tensor], calls: list[Call]) -> list[torch.Tensor]:
+        """The outputs of a block, one tensor a batch, kept."""
+        with arithmetic(self.device, self.precision):
+            outputs = (replay(block, batch, call) for batch, call in zip(hidden, calls, strict=True))
+            return self.keep(outputs)
+
+
+def work_device(asked: torch.device | str | None, original_device: torch.device) -> torch.device:
+    """The device to work on: the one asked for, else the model's accelerator, else CUDA, else the CPU."""
+    if asked is not None:
+        return torch.device(asked)
+    if original_device.type != "cpu":
+        return original_device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

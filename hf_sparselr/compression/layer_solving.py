@@ -1,0 +1,125 @@
+"""Solve the layers of a block: each becomes S + B A, on inputs that already passed the solved layers before it."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from ..config.sparselr_config import SparseLRConfig
+from ..format.decomposition import Decomposition
+from ..solvers.gram import ScaledGram, squared_error
+from ..solvers.registry import METHODS
+from ..utils.phase_timer import PhaseTimer
+from .activations import Workplace
+from .capture import Call
+from .layer_inputs import LayerGroup, gram_of_inputs
+from .linear_layers import dense_weight, is_transposed
+from .plan import Layer
+from .precomputed import Precomputed
+from .report import layer_line
+from .working_linear import WorkingLinear
+
+logger = logging.getLogger("hf_sparselr")
+
+
+def solve_layers(
+    block: nn.Module,
+    dense: nn.Module,
+    layers: dict[str, Layer],
+    groups: list[LayerGroup],
+    hidden: list[torch.Tensor],
+    calls: list[Call],
+    config: SparseLRConfig,
+    place: Workplace,
+    phases: PhaseTimer,
+    precomputed: Precomputed | None = None,
+) -> list[dict]:
+    """Replaces the planned layers of a block by `WorkingLinear`, group after group, and returns their report rows.
+
+    The layers of a group share a Gram matrix and its factorisation.
+
+    Args:
+        block: FP32, on the compute device; changed in place.
+        dense: the block whose weights errors are measured against, which may be the same.
+        layers: {name in the block: its plan}.
+        hidden, calls: the block's inputs.
+        phases: gets the seconds.
+        precomputed: decompositions to take over; nothing is solved then.
+
+    Raises:
+        ValueError, RuntimeError: naming the layer.
+    """
+    rows = []
+    bar = transformers_logging.tqdm(total=len(layers), desc="  solving layers", leave=False, unit="layer")
+    for group in groups:
+        planned = [layers[name] for name in group.layers]
+        with phases("capture and Gram"):
+            gram = gram_of_inputs(block, group, hidden, calls, place)
+        started = time.perf_counter()
+        with naming(planned[0].name):
+            scaled = ScaledGram(gram, config.damping)
+            with phases("solve"):
+                weights = [dense_weight(block.get_submodule(name)) for name in group.layers]
+                results = _decompose(weights, planned, scaled, config, precomputed)
+        for result in results:
+            phases.add(result.stats.pop("phases", {}))
+        seconds = (time.perf_counter() - started) / len(group.layers)
+        for name, layer, result in zip(group.layers, planned, results, strict=True):
+            weight = dense_weight(dense.get_submodule(name))
+            rows.append(_row(layer, weight, result, gram, seconds))
+            logger.info(layer_line(rows[-1]))
+            module = block.get_submodule(name)
+            block.set_submodule(name, WorkingLinear(result, module.bias, is_transposed(module)))
+            bar.update()
+    bar.close()
+    return rows
+
+
+def _decompose(
+    weights: list[torch.Tensor],
+    layers: list[Layer],
+    gram: ScaledGram,
+    config: SparseLRConfig,
+    precomputed: Precomputed | None,
+) -> list[Decomposition]:
+    if precomputed:
+        pairs = zip(layers, weights, strict=True)
+        return [precomputed.decomposition(layer.name, weight) for layer, weight in pairs]
+    return METHODS[config.method].solve_group(
+        weights,
+        gram,
+        [layer.pattern for layer in layers],
+        [layer.rank for layer in layers],
+        config.method_options,
+        config.seed,
+    )
+
+
+def _row(
+    layer: Layer, weight: torch.Tensor, result: Decomposition, gram: torch.Tensor, seconds: float
+) -> dict:
+    """A layer's row of the report."""
+    error = squared_error(weight - result.dense(), gram) / max(squared_error(weight, gram), 1e-30)
+    return {
+        "name": layer.name,
+        "shape": list(weight.shape),
+        "pattern": str(layer.pattern),
+        "rank": layer.rank,
+        "sparsity": 1 - int(result.mask.sum()) / result.mask.numel(),
+        "relative_error": error,
+        "seconds": seconds,
+        **result.stats,
+    }
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Puts the name of a layer or block in front of an error's message."""
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
+        raise type(error)(f"{name}: {error}") from error
