@@ -117,8 +117,41 @@ def test_every_import_order_registers(first, tmp_path):
 
 @pytest.mark.parametrize("first", ["import peft, hf_sparselr", AUTOLOAD + "import peft"])
 def test_peft_is_extended_in_either_order(first, tmp_path):
-    code = f"{first}\nimport sys\nassert 'hf_sparselr.integrations.peft.guards' in sys.modules\n{REGISTERED}"
+    code = f"""
+{first}
+import torch
+from peft import LoraConfig, get_peft_model
+from hf_sparselr.nn.linear import SparseLRLinear
+layer = torch.nn.Sequential(SparseLRLinear(8, 8, nonzeros=0, rank=2))
+try:
+    get_peft_model(layer, LoraConfig(target_modules=["0"], use_dora=True))
+except ValueError as error:
+    assert "use_dora" in str(error)
+else:
+    raise AssertionError("PEFT's own call was not checked")
+{REGISTERED}
+"""
     assert "could not register" not in check(code, ROOT, cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize("host", ["transformers.quantizers", "transformers.quantizers.auto", "peft"])
+def test_a_host_that_imports_torch_first_is_registered_with(host, tmp_path):
+    """The entry point then runs in the middle of the host's own import."""
+    distribution = tmp_path / "entry-1.0.dist-info"
+    distribution.mkdir()
+    (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: entry\nVersion: 1.0\n")
+    (distribution / "entry_points.txt").write_text(
+        "[torch.backends]\nentry = hf_sparselr.integrations.autoload:autoload\n"
+    )
+    code = f"""
+import os, sys
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "1"
+assert "torch" not in sys.modules
+import {host}
+assert "hf_sparselr.config.sparselr_config" in sys.modules
+{REGISTERED}
+"""
+    assert "could not register" not in check(code, ROOT, tmp_path, cwd=tmp_path).stderr
 
 
 @pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])

@@ -1,79 +1,98 @@
 """Register the plugin with transformers and PEFT at the moment they are imported.
 
-transformers and PEFT have no plugin entry points, and a compressed checkpoint opened without its quantizer
-cannot be loaded. `import torch` runs the `torch.backends` entry point below, which only puts a finder on
-`sys.meta_path`; the finder imports our glue right after the host package has been executed. This module
-imports nothing but the standard library: `import torch` must neither get slower nor breakable.
+Neither has an entry point for plugins, and a compressed checkpoint cannot be loaded without its quantizer. So
+`import torch` runs an entry point of ours (see `entry_point`), which puts a finder on `sys.meta_path`. The finder lets
+the import system tell us when a host has been imported. This module imports only the standard library: `import torch`
+must neither get slower nor breakable.
 """
 
 import importlib
-import importlib.abc
 import importlib.util
+import logging
 import sys
-import warnings
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
-# host module -> our module that is imported once the host has been executed
-_GLUE = {
-    "transformers.quantizers": "hf_sparselr.integrations.transformers.quantizer",
-    "peft": "hf_sparselr.integrations.peft.guards",
-}
+from . import patching
+from .patches import PATCHES
 
+logger = logging.getLogger("hf_sparselr")
 
-class _AfterExec(importlib.abc.Loader):
-    """Wraps a module's own loader and imports the glue after it."""
-
-    def __init__(self, loader, glue: str) -> None:
-        self._loader = loader
-        self._glue = glue
-
-    def create_module(self, spec):
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module) -> None:
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        try:
-            importlib.import_module(self._glue)
-        except Exception as error:  # the host must work even where our glue does not
-            warnings.warn(
-                f"hf_sparselr could not register itself with {module.__name__}: {error!r}", stacklevel=2
-            )
+# host -> our module that registers classes with it
+_REGISTERING = {"transformers.quantizers": "hf_sparselr.integrations.transformers.quantizer"}
+_HOSTS = {*_REGISTERING, *PATCHES}
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+def watch() -> None:
+    """Registers with each host as soon as its import ends; hosts that are imported already are left alone."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    for host in _HOSTS:
+        # transformers.quantizers imports torch, and so the entry point, in the middle of its own import.
+        spec = getattr(sys.modules.get(host), "__spec__", None)
+        if getattr(spec, "_initializing", False):
+            spec.__class__ = _WatchedSpec
+
+
+def install() -> None:
+    """Registers with the hosts that are imported, and with the others once they are."""
+    watch()
+    for host in _HOSTS:
+        spec = getattr(sys.modules.get(host), "__spec__", None)
+        if spec is not None and not getattr(spec, "_initializing", False):
+            _register(host)
+
+
+def _register(host: str) -> None:
+    try:
+        if host in _REGISTERING:
+            importlib.import_module(_REGISTERING[host])
+    except Exception as error:  # the host must work even where our side does not
+        logger.warning("hf_sparselr could not register itself with %s: %r", host, error)
+    for patch in PATCHES.get(host, ()):
+        patching.apply(patch)
+
+
+class _WatchedSpec(ModuleSpec):
+    """The spec of a host. The import system sets `_initializing` to False when the module has been executed."""
+
+    @property
+    def _initializing(self) -> bool:
+        return bool(vars(self).get("_initializing", False))
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        # Other threads wait until this is False.
+        if not value and self._initializing and self._is_imported():
+            _register(self.name)
+        vars(self)["_initializing"] = value
+
+    def _is_imported(self) -> bool:
+        """False where the module raised."""
+        return getattr(sys.modules.get(self.name), "__spec__", None) is self
+
+
+class _Finder(MetaPathFinder):
     def __init__(self) -> None:
         self._searching = False
 
-    def find_spec(self, fullname, path=None, target=None):
-        if self._searching or fullname not in _GLUE:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if self._searching or fullname not in _HOSTS:
             return None
         self._searching = True  # find_spec below asks every finder, this one too
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
             self._searching = False
-        if spec is not None and spec.loader is not None:
-            spec.loader = _AfterExec(spec.loader, _GLUE[fullname])
+        if type(spec) is ModuleSpec:
+            spec.__class__ = _WatchedSpec
         return spec
 
 
-def _watch() -> None:
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-
-
-def install() -> None:
-    """Register with the hosts that are already imported and watch for those that are not."""
-    _watch()
-    for host, glue in _GLUE.items():
-        module = sys.modules.get(host)
-        if module is not None and not getattr(module.__spec__, "_initializing", False):
-            importlib.import_module(glue)
-
-
 def autoload() -> None:
-    """The `torch.backends` entry point. Never raises: that would break `import torch`."""
-    try:
-        _watch()
-    except Exception as error:
-        warnings.warn(f"hf_sparselr autoload failed: {error!r}", stacklevel=2)
+    """What `import torch` runs, through `hf_sparselr_autoload`."""
+    watch()

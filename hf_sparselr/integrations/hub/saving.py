@@ -1,14 +1,13 @@
 """Model card and report beside a checkpoint, on disk and on the Hub.
 
-`hook_saving` makes `save_pretrained` and `push_to_hub` of a compressed model write both.
+`save_pretrained` and `push_to_hub` of a compressed model write both (see `integrations.patches`).
 """
 
 import contextlib
 import dataclasses
-import functools
-import inspect
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ...compression.report import FILE_NAME, Report
 from ...config.sparselr_config import SparseLRConfig
 from .model_card import README, hub_id, is_generated, licence_fields, licence_of, model_card, tags_of
 
-__all__ = ["hook_saving", "model_card", "write_extras"]
+__all__ = ["complete_before_upload", "model_card", "save_pretrained", "write_extras"]
 
 logger = logging.getLogger("hf_sparselr")
 
@@ -107,42 +106,33 @@ def _passing_on(model: Any, state_dict: dict | None):
         quantizer.given_state = None
 
 
-def hook_saving() -> None:
-    """Makes `PreTrainedModel` write the extras of compressed models; other models are not touched.
-
-    transformers offers no hook, and puts its default card over ours between saving and uploading. So the upload is
-    wrapped, too. Must be called after transformers.modeling_utils can be imported.
-    """
-    from transformers.modeling_utils import PreTrainedModel
-
-    if getattr(PreTrainedModel.save_pretrained, "_sparselr", False):
-        return
-    save, upload = PreTrainedModel.save_pretrained, PreTrainedModel._upload_modified_files
-    signature = inspect.signature(save)
-
-    @functools.wraps(save)
-    def save_pretrained(self, *args, **kwargs):
-        given = signature.bind(self, *args, **kwargs).arguments
-        with _passing_on(self, given.get("state_dict")):
-            result = save(self, *args, **kwargs)
-        if not _is_ours(self) or given.get("push_to_hub"):  # an upload has written them
-            return result
-        directory = given["save_directory"]
-        if self.should_save_on_this_rank(given.get("is_main_process", True)) and os.path.isdir(directory):
-            write_extras(self, directory)
-        if self.name_or_path is None:  # compressed in memory; adapters name their base after it
-            self.name_or_path = str(directory)
+def save_pretrained(
+    call: Callable[[], Any],
+    self: Any,
+    save_directory: str | os.PathLike,
+    is_main_process: bool,
+    state_dict: dict | None,
+    push_to_hub: bool,
+) -> Any:
+    """Around `PreTrainedModel.save_pretrained`: a compressed model gets its report and card."""
+    with _passing_on(self, state_dict):
+        result = call()
+    if not _is_ours(self) or push_to_hub:  # an upload has written them
         return result
+    if self.should_save_on_this_rank(is_main_process) and os.path.isdir(save_directory):
+        write_extras(self, save_directory)
+    if self.name_or_path is None:  # compressed in memory; adapters name their base after it
+        self.name_or_path = str(save_directory)
+    return result
 
-    @functools.wraps(upload)
-    def upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
-        if _is_ours(self):
-            # A README.md here that the Hub does not have yet is transformers' default.
-            keep = HfApi().file_exists(repo_id, README, token=kwargs.get("token"))
-            _write(self, Path(working_dir), repo_id, keep_card=keep)
-            self.name_or_path = repo_id
-        return upload(self, working_dir, repo_id, *args, **kwargs)
 
-    save_pretrained._sparselr = True
-    PreTrainedModel.save_pretrained = save_pretrained
-    PreTrainedModel._upload_modified_files = upload_modified_files
+def complete_before_upload(
+    self: Any, working_dir: str | os.PathLike, repo_id: str, token: bool | str | None
+) -> None:
+    """Before `PreTrainedModel._upload_modified_files`: the report and card of a compressed model."""
+    if not _is_ours(self):
+        return
+    # A README.md here that the Hub does not have yet is transformers' default.
+    keep = HfApi().file_exists(repo_id, README, token=token)
+    _write(self, Path(working_dir), repo_id, keep_card=keep)
+    self.name_or_path = repo_id

@@ -1,7 +1,7 @@
 """The card that PEFT writes beside an adapter: which compressed model it belongs to, and what opens that."""
 
-import functools
 import os
+from collections.abc import Callable
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -12,31 +12,17 @@ from ..hub.model_card import README, hub_id
 _TAG = "sparselr"
 
 
-def hook_adapter_cards() -> None:
-    """Makes `PeftModel` complete the cards of adapters over compressed models; others are not touched.
+def complete_card(call: Callable[[], None], self: PeftModel, output_dir: str) -> None:
+    """Around `PeftModel.create_or_update_model_card`: the card names the compressed base and what opens it."""
+    call()
+    if _is_ours(self):
+        _complete(self, os.path.join(output_dir, README))
 
-    transformers' `push_to_hub` puts its default card over PEFT's between saving and uploading. So the upload is
-    wrapped, too.
-    """
-    write, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
-    if getattr(write, "_sparselr", False):
-        return
 
-    @functools.wraps(write)
-    def create_or_update_model_card(self, output_dir: str) -> None:
-        write(self, output_dir)
-        if _is_ours(self):
-            _complete(self, os.path.join(output_dir, README))
-
-    @functools.wraps(upload)
-    def upload_modified_files(self, working_dir, *args, **kwargs):
-        if _is_ours(self):
-            self.create_or_update_model_card(working_dir)
-        return upload(self, working_dir, *args, **kwargs)
-
-    create_or_update_model_card._sparselr = True
-    PeftModel.create_or_update_model_card = create_or_update_model_card
-    PeftModel._upload_modified_files = upload_modified_files
+def complete_before_upload(self: PeftModel, working_dir: str) -> None:
+    """Before `PeftModel._upload_modified_files`: PEFT's card in the place of transformers' default."""
+    if _is_ours(self):
+        self.create_or_update_model_card(working_dir)
 
 
 def _is_ours(model: PeftModel) -> bool:

@@ -1,25 +1,19 @@
-"""PEFT on compressed models: our LoRA layer for every LoraConfig, and the existing factors as an adapter.
+"""Checks before the PEFT calls that would go wrong on a compressed layer.
 
-Importing this module puts checks before the PEFT calls that would go wrong on a compressed layer; `autoload` does
-that as soon as PEFT is imported.
+`integrations.patches` says where each runs. A check takes arguments of PEFT's call, under PEFT's names.
 """
 
 import copy
-import functools
 import re
-from collections.abc import Callable, Iterable
-from types import ModuleType
+from collections.abc import Iterable
+from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftType
-from peft.tuners.lora import LoraModel, intruders
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.tuners.xlora import XLoraModel
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, hotswap
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
-from transformers.integrations.peft import PeftAdapterMixin
 
 from ...nn.linear import SparseLRLinear
-from .adapter_card import hook_adapter_cards
 from .lora_layer import REPLACING, SparseLRLoraLayer, check_config, is_replacing
 
 # Methods that run beside a layer and never ask for the values of its weight. tests/test_peft_tuners.py proves it
@@ -42,20 +36,14 @@ def _lora_layers(model: nn.Module) -> dict[str, SparseLRLoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLRLoraLayer)}
 
 
-# --- checks before PEFT's own calls; each has the arguments of the call
-
-
-def _check_injection(
-    tuner: BaseTuner,
-    model: nn.Module,
-    adapter_name: str,
-    autocast_adapter_dtype: bool = True,
-    low_cpu_mem_usage: bool = False,
-    state_dict: dict[str, Tensor] | None = None,
+def check_injection(
+    self: BaseTuner, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None = None
 ) -> None:
-    """Every adapter of every method passes here with the model still unchanged."""
-    config, layers = tuner.peft_config[adapter_name], _compressed_layers(model)
-    targeted = _targeted(tuner, config, model, state_dict) if layers or is_replacing(config) else set()
+    """Every adapter of every method passes here while the model is still unchanged."""
+    config, layers = self.peft_config[adapter_name], _compressed_layers(model)
+    if not layers and not is_replacing(config):
+        return
+    targeted = _targeted(self, config, model, state_dict)
     if is_replacing(config) and (others := sorted(targeted - layers.keys())):
         raise ValueError(
             f"init_lora_weights={REPLACING!r} stands for the low-rank factors of a compressed model, and the model "
@@ -106,15 +94,10 @@ def _check_modules_to_save(modules_to_save: Iterable[str] | None, model: nn.Modu
             )
 
 
-def _check_weighting(
-    tuner: LoraModel,
-    adapters: list[str],
-    weights: list[float],
-    adapter_name: str,
-    combination_type: str = "svd",
-    **_,
+def check_weighting(
+    self: BaseTuner, adapters: list[str], weights: list[float], combination_type: str
 ) -> None:
-    kinds = {is_replacing(tuner.peft_config.get(name)) for name in adapters}
+    kinds = {is_replacing(self.peft_config.get(name)) for name in adapters}
     if len(kinds) > 1:
         raise ValueError(
             f"add_weighted_adapter cannot mix {', '.join(adapters)}: some have init_lora_weights={REPLACING!r} "
@@ -132,7 +115,7 @@ def _check_weighting(
             f"weights={weights}: those of replacing adapters must sum to 1, as each adapter holds the model's own "
             "factors once"
         )
-    for name, layer in _lora_layers(tuner).items():
+    for name, layer in _lora_layers(self).items():
         lacking = [adapter for adapter in adapters if adapter not in layer.replacing]
         if 0 < len(lacking) < len(adapters):
             raise ValueError(
@@ -149,12 +132,8 @@ def _check_same_kind(adapter_name: str, replacing: bool, config: PeftConfig) -> 
         )
 
 
-def _check_hotswap(
-    model: nn.Module,
-    state_dict: dict[str, Tensor],
-    adapter_name: str,
-    config: LoraConfig,
-    parameter_prefix: str = "lora_",
+def check_hotswap(
+    model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: LoraConfig
 ) -> None:
     for name, layer in _lora_layers(model).items():
         name = name.removeprefix("_orig_mod.")
@@ -169,60 +148,32 @@ def _check_hotswap(
             )
 
 
-def _check_reload(
-    model: PeftAdapterMixin,
-    peft_model_id: str | None = None,
-    adapter_name: str | None = None,
-    peft_config: PeftConfig | None = None,
-    *_,
-    adapter_kwargs: dict | None = None,
-    **__,
+def check_reload(
+    self: nn.Module,
+    peft_model_id: str | None,
+    adapter_name: str | None,
+    peft_config: PeftConfig | None,
+    adapter_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """transformers' hot swap is a load_adapter under a name in use, without any look at the configs."""
     name = adapter_name or "default"
-    present = getattr(model, "peft_config", {}).get(name)
-    if present is not None:
+    present = getattr(self, "peft_config", {}).get(name)
+    if present is not None and _compressed_layers(self):
         config = peft_config or PeftConfig.from_pretrained(peft_model_id, **(adapter_kwargs or {}))
         _check_same_kind(name, is_replacing(present), config)
 
 
-def _check_intruders(model: nn.Module, old_adapter_name: str = "default", *_, **__) -> None:
-    if any(old_adapter_name in layer.replacing for layer in _lora_layers(model).values()):
+def check_intruders(peft_model: nn.Module, old_adapter_name: str) -> None:
+    if any(old_adapter_name in layer.replacing for layer in _lora_layers(peft_model).values()):
         raise ValueError(
             f"reduce_intruder_dimension compares an adapter with the weight it adds to, but {old_adapter_name} "
             "replaces the model's factors: use an additive adapter"
         )
 
 
-def _check_experts(model: XLoraModel) -> None:
-    if any(layer.replacing for layer in _lora_layers(model.lora_model).values()):
+def check_experts(self: nn.Module) -> None:
+    if any(layer.replacing for layer in _lora_layers(self.lora_model).values()):
         raise ValueError(
             "X-LoRA adds its experts to each layer, but some of these replace the model's low-rank factors: use "
             "additive adapters as experts"
         )
-
-
-def _run_before(owner: type | ModuleType, name: str, check: Callable) -> None:
-    call = getattr(owner, name)
-    if getattr(call, "_sparselr", False):
-        return
-
-    @functools.wraps(call)
-    def checked(*args, **kwargs):
-        check(*args, **kwargs)
-        return call(*args, **kwargs)
-
-    checked._sparselr = True
-    setattr(owner, name, checked)
-
-
-hook_adapter_cards()
-_run_before(BaseTuner, "inject_adapter", _check_injection)
-_run_before(LoraModel, "add_weighted_adapter", _check_weighting)
-_run_before(XLoraModel, "_maybe_freeze_all_adapters", _check_experts)
-_run_before(hotswap, "hotswap_adapter_from_state_dict", _check_hotswap)
-_run_before(PeftAdapterMixin, "load_adapter", _check_reload)
-_run_before(intruders, "reduce_intruder_dimension", _check_intruders)
-
-
-# --- the factors as an adapter

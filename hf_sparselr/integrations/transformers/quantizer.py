@@ -23,7 +23,6 @@ from ...config.sparselr_config import QUANT_METHOD, SparseLRConfig
 from ...format.checkpoint import SENTINEL, Entry, FormatError, check_layer, group_layers, read_headers
 from ...nn.linear import SparseLRLinear, packed_layers
 from ...nn.shared_input import link_shared_inputs
-from ..hub.saving import hook_saving
 
 
 class SparseLRQuantizer(HfQuantizer):
@@ -37,10 +36,6 @@ class SparseLRQuantizer(HfQuantizer):
     given_state: dict | None = None  # the `state_dict` of the running save_pretrained (see `hub`)
     is_qat_trainable = False  # `train_mode` sets it: until then Trainer refuses a model without adapters
     quantization_config: SparseLRConfig
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        hook_saving()  # not on import: transformers.modeling_utils, which it changes, imports the quantizers
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config

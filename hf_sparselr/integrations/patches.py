@@ -1,0 +1,74 @@
+"""Every function of another library that this package wraps, and why. Imports only the standard library."""
+
+from .patching import Patch
+
+PATCHES: dict[str, tuple[Patch, ...]] = {
+    # by the module of the host after whose import they are applied
+    "transformers.modeling_utils": (
+        # transformers has no hook for files beside a checkpoint, and no way to hand a quantizer `state_dict=`.
+        Patch(
+            "transformers.modeling_utils:PreTrainedModel.save_pretrained",
+            "hub.saving:save_pretrained",
+            lost="compressed models are saved without report and model card, and state_dict= is ignored",
+            around=True,
+        ),
+        # push_to_hub puts transformers' default card over ours between saving and uploading.
+        Patch(
+            "transformers.modeling_utils:PreTrainedModel._upload_modified_files",
+            "hub.saving:complete_before_upload",
+            lost="compressed models are pushed with the default model card and without their report",
+        ),
+        # transformers' hot swap is a load_adapter under a name in use, which looks at no config.
+        Patch(
+            "transformers.integrations.peft:PeftAdapterMixin.load_adapter",
+            "peft.guards:check_reload",
+            lost="hot-swapping an adapter that replaces factors for one that adds to them goes unnoticed",
+        ),
+    ),
+    "peft": (
+        # Every adapter of every method passes here while the model is still unchanged. PEFT would give a packed
+        # layer its own LoRA class, which merges into a dense copy and drops the result.
+        Patch(
+            "peft.tuners.tuners_utils:BaseTuner.inject_adapter",
+            "peft.guards:check_injection",
+            lost="adapters on compressed layers are not checked, and LoRA's do not merge",
+        ),
+        # PEFT mixes the factors of adapters without knowing that some hold the model's own.
+        Patch(
+            "peft.tuners.lora:LoraModel.add_weighted_adapter",
+            "peft.guards:check_weighting",
+            lost="mixing adapters that replace factors with others goes unnoticed",
+        ),
+        # X-LoRA adds the outputs of its experts.
+        Patch(
+            "peft.tuners.xlora:XLoraModel._maybe_freeze_all_adapters",
+            "peft.guards:check_experts",
+            lost="X-LoRA over adapters that replace factors counts these twice",
+        ),
+        # The values of another adapter are copied in; layers that it lacks become zero.
+        Patch(
+            "peft.utils.hotswap:hotswap_adapter_from_state_dict",
+            "peft.guards:check_hotswap",
+            lost="hot-swapping an adapter that replaces factors for another kind goes unnoticed",
+        ),
+        # The function compares an adapter with the weight that it adds to.
+        Patch(
+            "peft.tuners.lora.intruders:reduce_intruder_dimension",
+            "peft.guards:check_intruders",
+            lost="reducing the intruder dimensions of an adapter that replaces factors goes unnoticed",
+        ),
+        # PEFT's card names no base and no way to open it.
+        Patch(
+            "peft:PeftModel.create_or_update_model_card",
+            "peft.adapter_card:complete_card",
+            lost="adapter cards do not say which compressed model they belong to",
+            around=True,
+        ),
+        # push_to_hub puts transformers' default card over PEFT's between saving and uploading.
+        Patch(
+            "peft:PeftModel._upload_modified_files",
+            "peft.adapter_card:complete_before_upload",
+            lost="adapters are pushed with the default model card",
+        ),
+    ),
+}
