@@ -9,6 +9,22 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests that are marked `gpu` where the GPUs they need are missing."""
+    for item in items:
+        for marker in item.iter_markers("gpu"):
+            if reason := _missing_gpu(**marker.kwargs):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _missing_gpu(count: int = 1, capability: tuple[int, int] | None = None) -> str | None:
+    if torch.cuda.device_count() < count:
+        return f"needs CUDA GPUs: {count}"
+    if capability not in (None, torch.cuda.get_device_capability()):
+        return f"needs a GPU of compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
 @pytest.fixture
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """The solver as on a device whose products of BF16 are fast and round: not every CPU's do."""

@@ -1,12 +1,12 @@
-"""ALPS (arXiv 2406.07831): ADMM on min tr((Wt - S) G (Wt - S)^T) finds the support, CG the weights on it.
+"""ALPS (arXiv 2406.07831): ADMM on min tr((Wt - S) G (Wt - S)^T) finds the support, conjugate gradients the weights.
 
-The iteration of Algorithm 1 is that of 3BASiL without a low-rank block, so it is run by `threebasil.decompose`
-under the schedule of ALPS: rho grows every three iterations, by factors that depend on how much of the support
-moved. Algorithm 2, CG with the Jacobi preconditioner (the identity at a unit diagonal), then refits the weights.
+Algorithm 1 is the iteration of 3BASiL without a low-rank block. `threebasil.decompose` runs it under the schedule of
+ALPS: rho grows every three iterations, by factors that depend on how much of the support moved. Algorithm 2, conjugate
+gradients with the Jacobi preconditioner (the identity, because G has a unit diagonal), then refits the weights.
 
-The paper stops once the support no longer changes. Here, as in its authors' code, also once less than 0.03% of
-it changed after 30 iterations; the refit makes up for the rest. Where the support does not move at all before
-rho was ever raised, the iteration starts again with a fifth of rho.
+The paper stops once the support no longer changes. As in the authors' code, the iteration here also stops once less
+than 0.03% of the support changed after 30 iterations; the refit makes up for the rest. If the support does not move at
+all before rho was ever raised, the iteration restarts with a fifth of rho.
 """
 
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class Options:
         rho: first penalty, for a Gram matrix with unit diagonal.
         check_every: iterations between two looks at the support, each of which raises rho.
         growth: factors for rho when more than 10%, more than 0.5% or less of the support changed.
-        max_iterations: stop here in any case; `stats["converged"]` then is False.
-        cg_steps: conjugate gradient steps on the support at the end.
+        max_iterations: stop here in any case; `stats["converged"]` is then False.
+        cg_steps: conjugate gradient steps on the final support.
     """
 
     rho: float = 0.1
@@ -59,7 +59,7 @@ def prune(
 
 
 def repeated(gram: ScaledGram, pattern: Pattern, options: Options) -> Repeated:
-    """See `pruners.Pruner.repeated`: one `Admm` serves all weights."""
+    """See `pruners.Pruner.repeated`. One `Admm` serves all weights."""
     schedule, admm = _schedule(options), None
 
     def again(Wt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

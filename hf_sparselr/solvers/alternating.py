@@ -1,4 +1,4 @@
-"""Alternating minimisation of a sparse and a low-rank part, the loop of HASSLE-free and SSLC."""
+"""Alternating minimisation over a sparse and a low-rank part: the loop of HASSLE-free and SSLC."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 
 from .gram import ScaledGram, squared_error
 
-SETTLED = 1e-3
+SETTLED = 1e-3  # relative change of the error
 
 Prune = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Fit = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -16,15 +16,15 @@ Fit = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 def alternate(
     Wt: torch.Tensor, gram: ScaledGram, rank: int, iterations: int, prune: Prune, fit: Fit
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict]:
-    """Alternates S = prune(Wt - L) and L = P P^T (Wt - S), from L = 0; keeps the iterate of the least objective.
+    """Alternates S = prune(Wt - L) and L = P P^T (Wt - S), starting from L = 0; returns the iterate of least objective.
 
     Args:
         Wt: (out, in) FP32, scaled.
         gram: of the layer's inputs.
-        rank: of L. At 0 nothing alternates: one iteration is run.
+        rank: of L. At rank 0 there is nothing to alternate: one iteration is run.
         iterations: how many are run, at least 1.
         prune: Wt - L (out, in) -> S and its bool mask.
-        fit: (Wt - S, the last P or None at first) -> P (out, rank), orthonormal columns.
+        fit: (Wt - S, the previous P or None at first) -> P (out, rank), orthonormal columns.
 
     Returns:
         (S, mask, P or None, stats), with stats iterations, converged (see `settled`), best_iteration, objective.

@@ -1,4 +1,4 @@
-"""What every solver takes and returns."""
+"""Steps that solvers share: scaling, subspace iteration, the exact low-rank fit, balanced factors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from ..format.decomposition import Decomposition
 from ..format.patterns import Pattern
 from .gram import ScaledGram, squared_error
 
-# One weight Wt after another of the same shape -> (S, mask); see `pruners.Pruner`.
+# Wt -> (S, mask), called with one weight after another of the same shape; see `pruners.Pruner`.
 Repeated = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -31,10 +31,14 @@ def subspace_iteration_step(error: torch.Tensor, gram: torch.Tensor, basis: torc
 
 
 def cholesky_qr(spans: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Cholesky QR of normalised columns: for every Y (out_i, r) an (out_i, r) that spans what Y spans.
+    """Orthonormalises the columns of every Y (out_i, r) by one Cholesky factorisation of Y^T Y.
 
-    A few kernels for all of them where a QR factorisation takes many for one, for columns that are far from dependent,
-    as in a warm-started iteration. Dependent columns come out short: never long, never NaN.
+    It takes a few kernels for all matrices together; a QR factorisation takes many kernels for each. The result has the
+    span of Y and orthonormal columns as long as the columns are far from dependent, as they are in a warm-started
+    iteration. Dependent columns come out shorter than one: never longer, never NaN.
+
+    Returns:
+        one (out_i, r) per matrix.
     """
     spans = [Y / Y.norm(dim=0).clamp(min=torch.finfo(Y.dtype).tiny) for Y in spans]
     C = torch.stack([Y.T @ Y for Y in spans])
@@ -50,7 +54,8 @@ def randomized_range_finder(
 ) -> torch.Tensor:
     """An (out, rank) orthonormal basis near the leading eigenvectors of E G E^T.
 
-    A random sketch, the same for a seed on every device, and a few steps of subspace iteration.
+    It starts from a random sketch, which is the same for a seed on every device, and takes a few steps of subspace
+    iteration.
     """
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(error.shape[1], rank, generator=generator).to(error.device)
@@ -68,7 +73,7 @@ def exact_basis(error: torch.Tensor, gram: ScaledGram, rank: int) -> torch.Tenso
 
     Args:
         error: E (out, in).
-        gram: of the layer's inputs.
+        gram: G, of the layer's inputs.
         rank: of L, at most min(out, in).
 
     Returns:
@@ -80,7 +85,7 @@ def exact_basis(error: torch.Tensor, gram: ScaledGram, rank: int) -> torch.Tenso
 
 
 def left_singular_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """The leading left singular vectors (rows, rank), from the smaller of M M^T and M^T M."""
+    """The leading left singular vectors (rows, rank) of M, from the eigenvectors of the smaller of M M^T and M^T M."""
     if matrix.shape[0] <= matrix.shape[1]:
         return _leading_eigenvectors(matrix @ matrix.T, rank)
     return torch.linalg.qr(matrix @ _leading_eigenvectors(matrix.T @ matrix, rank)).Q
@@ -97,7 +102,7 @@ def balanced_factors(basis: torch.Tensor, coefficients: torch.Tensor) -> tuple[t
         basis: (out, r), orthonormal columns.
         coefficients: (r, in).
     """
-    # The eigenvectors of C C^T are C's left singular vectors; only their balance, not the product, rests on them.
+    # The eigenvectors of C C^T are the left singular vectors of C. Their errors affect the balance, not the product.
     C = coefficients.double()
     values, U = torch.linalg.eigh(C @ C.T)  # in ascending order
     least = torch.maximum(values[-1] * 1e-12, values.new_tensor(torch.finfo(torch.float32).tiny))
@@ -124,15 +129,15 @@ def unscale(
 
 
 def one_shot(
-    S: torch.Tensor, mask: torch.Tensor, Wt: torch.Tensor, gram: ScaledGram, **own: float
+    S: torch.Tensor, mask: torch.Tensor, Wt: torch.Tensor, gram: ScaledGram, **stats: float
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """What a pruner without iterations returns: (S, mask, stats)."""
+    """The result (S, mask, stats) of a pruner without iterations; more entries of its stats by name."""
     objective = squared_error(Wt - S, gram.matrix)
-    return S, mask, {"iterations": 1, "converged": True, "objective": objective, **own}
+    return S, mask, {"iterations": 1, "converged": True, "objective": objective, **stats}
 
 
 def solve_by_pruning(name: str, prune: Callable[..., tuple[torch.Tensor, torch.Tensor, dict]]) -> Callable:
-    """The `registry.Solve` of a pruner alone; its ValueError at a rank > 0 names the method that takes one."""
+    """The `registry.Solve` of a pruner; its ValueError at a rank > 0 names a method with a low-rank part."""
 
     def solve(
         weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, options: Any, seed: int = 0

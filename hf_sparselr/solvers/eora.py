@@ -1,8 +1,8 @@
 """EoRA (arXiv 2410.21271): prune once, then fit the error by a low-rank part in the eigenspace of the inputs.
 
 The paper projects the compression error E = Wt - S on Q sqrt(Lambda), from the eigendecomposition G = Q Lambda Q^T,
-truncates its SVD and projects back through the inverse. What it minimises, tr((E - L) G (E - L)^T) over rank(L) <= r,
-is `exact_basis`: the same L without an inverse, so that G may be singular.
+truncates its SVD and projects back through the inverse. This minimises tr((E - L) G (E - L)^T) over rank(L) <= r.
+`exact_basis` finds the same L without an inverse, so that G may be singular.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Options:
 
     Attributes:
         pruner: "sparsegpt", "alps", "wanda" or "magnitude".
-        pruner_options: of the pruner, a dict or its dataclass.
+        pruner_options: options of the pruner, a dict or its dataclass.
     """
 
     pruner: str = "sparsegpt"
@@ -41,10 +41,10 @@ class Options:
 def solve(
     weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, options: Options, seed: int = 0
 ) -> Decomposition:
-    """Decomposes one layer; see `solvers.Solve`. Nothing is random: the seed is not used.
+    """Decomposes one layer; see `registry.Solve`. Nothing is random: the seed is not used.
 
     Returns:
-        The decomposition, with the pruner's `stats` and the objective after the fit.
+        The decomposition, with the `stats` of the pruner and the objective after the fit.
     """
     Wt = scaled(weight, gram)
     S, mask, stats = PRUNERS[options.pruner].prune(Wt, gram, pattern, options.pruner_options)

@@ -1,8 +1,7 @@
 """Gram matrices of layer inputs: accumulation, damping, scaling, factorisation.
 
-The layer problem measures an error E (out x in) by tr(E H E^T) with H = X^T X over the calibration inputs X.
-Solvers work on `ScaledGram`: H damped and scaled to a unit diagonal, shared by all layers that see the same
-input.
+The layer problem measures an error E (out, in) by tr(E H E^T) with H = X^T X over the calibration inputs X. Solvers
+work on `ScaledGram`: H damped and scaled to a unit diagonal, shared by all layers that see the same input.
 """
 
 import itertools
@@ -13,12 +12,12 @@ import torch
 
 from ..utils.precision import product
 
-KEPT_INVERSES = 2**25  # entries, 128 MiB
+KEPT_INVERSES = 2**25  # entries in all, 128 MiB
 SMALL_SHIFT = 0.03  # of rho, as a share
 
 
 class GramAccumulator:
-    """Sums X^T X over batches in FP32; BF16 inputs on CUDA are multiplied as they are, which is exact.
+    """Sums X^T X over batches in FP32. BF16 inputs on CUDA are multiplied in BF16: their products are exact in FP32.
 
     Args:
         in_features: number of inputs n.
@@ -56,7 +55,7 @@ class ScaledGram:
         dead: (n,) bool.
 
     Raises:
-        ValueError: `gram` holds NaN or Inf.
+        ValueError: `gram` holds NaN or Inf, or the mean of its diagonal overflows FP32.
     """
 
     def __init__(self, gram: torch.Tensor, damping: tuple[float, float] = (0.005, 0.005)) -> None:
@@ -67,6 +66,8 @@ class ScaledGram:
         self.dead = diagonal <= 0
         diagonal[self.dead] = 1.0
         damped = diagonal * (1 + damping[0]) + damping[1] * diagonal.mean()
+        if not bool(torch.isfinite(damped).all()):
+            raise ValueError("the layer's inputs are so large that the sum of their squares overflows FP32")
         self.scale = damped.sqrt()
         self.matrix = gram / self.scale[:, None] / self.scale[None, :]
         self.matrix.fill_diagonal_(1.0)
@@ -79,7 +80,7 @@ class ScaledGram:
 
     @cached_property
     def root(self) -> torch.Tensor:
-        """(n, n) R with R R^T = G, also where G is singular; E R has the Frobenius norm that E has under G."""
+        """R (n, n) with R R^T = G, also for a singular G: the Frobenius norm of E R is the norm of E under G."""
         values, vectors = self._eigen
         return vectors * values.sqrt()
 
@@ -88,8 +89,8 @@ class ScaledGram:
         """Upper triangular U (n, n) with U^T U = (G + jitter I)^-1, and the jitter.
 
         U is the inverse of the upper triangular R with R R^T = G, a Cholesky factorisation from the last column to
-        the first: without the inverse of G, whose rounding errors would enter twice. The jitter is 0, or where G is
-        singular the smallest power of ten that leaves every pivot above rounding.
+        the first. It avoids the inverse of G, whose rounding errors would enter twice. The jitter is 0, or for a
+        singular G the smallest power of ten that leaves every pivot above rounding.
         """
         G = self.matrix
         identity = torch.eye(len(G), dtype=G.dtype, device=G.device)
@@ -99,9 +100,9 @@ class ScaledGram:
                 return torch.linalg.solve_triangular(R.flip(0, 1), identity, upper=True), jitter
 
     def inverse(self, rho: float) -> torch.Tensor:
-        """(G + rho I)^-1, (n, n), by Cholesky, or by eigenvalues where FP32 rounding makes that fail.
+        """(G + rho I)^-1, (n, n), by Cholesky, or by eigenvalues if FP32 rounding makes Cholesky fail.
 
-        Of small matrices the first inverses are kept for later calls, so the result must not be written to.
+        The first inverses are kept for later calls, up to `KEPT_INVERSES` entries: do not write to the result.
         """
         if rho in self._inverses:
             return self._inverses[rho]
@@ -123,9 +124,9 @@ class ScaledGram:
 def shift_inverse(M: torch.Tensor, rho: float, delta: float, precision: str = "fp32") -> torch.Tensor:
     """(G + (rho + delta) I)^-1 from M = (G + rho I)^-1, G positive semidefinite, by one or two products.
 
-    With e = delta / rho, up to `SMALL_SHIFT` M times the line in delta M that is nearest to 1 / (1 + x) on [0, e]: the
-    relative error of every eigenvalue is at most e^2 / 8. Above, four terms of the Neumann series: at most e^4.
-    Rounding, see `precision.product`, acts on delta M only.
+    Let e = delta / rho. Up to `SMALL_SHIFT` the result is M times the line in delta M that is nearest to 1 / (1 + x) on
+    [0, e]; the relative error of every eigenvalue is at most e^2 / 8. For larger shifts it is four terms of the Neumann
+    series; the error is at most e^4. The precision (see `precision.product`) rounds delta M only.
     """
     square, e = product(M, M, precision), delta / rho
     if e <= SMALL_SHIFT:

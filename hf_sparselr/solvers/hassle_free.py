@@ -1,10 +1,10 @@
 """HASSLE-free (arXiv 2502.00899): alternate a pruner on W - L and the Gram-weighted low-rank fit of W - S.
 
-Both steps work on the layer's own objective tr((W - S - L) H (W - S - L)^T). The first iterate is EoRA with the same
-pruner, and the best iterate is returned, so the result is never worse than that.
+Both steps minimise the objective of the layer, tr((W - S - L) H (W - S - L)^T). The first iterate is EoRA with the same
+pruner and the best iterate is returned, so the result is never worse than EoRA's.
 
-The paper fits the factors of L by gradient steps; here, as in its authors' later comparison (arXiv 2603.01376), the fit
-is the exact one in closed form (`exact_basis`). The pruner starts afresh in every iteration.
+The paper fits the factors of L by gradient steps. Here the fit is the exact one in closed form (`exact_basis`), as in
+the authors' later comparison (arXiv 2603.01376). The pruner starts afresh in every iteration.
 """
 
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ from .pruners import PRUNERS
 
 @dataclass(frozen=True)
 class Options:
-    """Common to `method="hassle-free-sparsegpt"` and `method="hassle-free-alps"`.
+    """Options of `method="hassle-free-sparsegpt"` and `method="hassle-free-alps"`.
 
     Attributes:
-        iterations: of alternation; the authors' number.
-        pruner_options: of the pruner, a dict or its dataclass.
+        iterations: of the alternation; the default is the authors' number.
+        pruner_options: options of the pruner, a dict or its dataclass.
     """
 
     pruner: ClassVar[str]
@@ -53,7 +53,7 @@ class ALPSOptions(Options):
 def solve(
     weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, options: Options, seed: int = 0
 ) -> Decomposition:
-    """Decomposes one layer; see `solvers.Solve`. Nothing is random: the seed is not used.
+    """Decomposes one layer; see `registry.Solve`. Nothing is random: the seed is not used.
 
     Returns:
         The best iterate, with the `stats` of `alternate`.

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the largest |W| of a layer (or of each N:M group) stay as they are, no calibration data."""
+"""Magnitude pruning: keeps the largest |W| of a layer, or of each N:M group, unchanged. It uses no calibration data."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class Options:
 def prune(
     Wt: torch.Tensor, gram: ScaledGram, pattern: Pattern, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """See `pruners.Pruner.prune`. Scores are the magnitudes of the layer's own weights, Wt / gram.scale."""
+    """See `pruners.Pruner.prune`. Scores are the magnitudes of the unscaled weights, Wt / gram.scale."""
     mask = pattern.mask((Wt / gram.scale).abs())
     return one_shot(Wt * mask, mask, Wt, gram)
 

@@ -1,12 +1,12 @@
 """OATS (arXiv 2409.13652): alternating thresholding of W D, D the root mean square of the inputs.
 
-min ||(W - S - L) D||_F with D = sqrt(diag(X^T X)): L is the truncated SVD of W D - S, then S the hard threshold of
-W D - L (Algorithm 1), 80 times; both are divided by D at the end. The error is measured with the diagonal of the Gram
-matrix only, so D, up to a factor, is all that OATS sees of the inputs; it is `gram.scale` here, with the damping of
-the other methods. As published, the result is the last iterate: S is the threshold of W D - L, L not a fit given S.
+It minimises ||(W - S - L) D||_F with D = sqrt(diag(X^T X)). Algorithm 1 repeats two steps 80 times: L is the truncated
+SVD of W D - S, then S is the hard threshold of W D - L. At the end both are divided by D. OATS thus sees only the
+diagonal of the Gram matrix; D is `gram.scale` here, damped as for the other methods. As published, the result is the
+last iterate: S is the threshold of W D - L, and L is not fitted to S afterwards.
 
-The published code takes a full SVD every time. One step of subspace iteration from the basis before does the same
-(`svd="subspace"`): on four real layers the final error was that of the exact SVD to 1%, of either sign.
+The published code computes a full SVD in every iteration. `svd="subspace"` takes one step of subspace iteration from
+the previous basis instead (NOTES.md compares them).
 """
 
 import math
@@ -27,10 +27,10 @@ class Options:
     """Options of `method="oats"`.
 
     Attributes:
-        iterations: of alternation.
-        compare: where entries compete under an unstructured pattern, "row" (the paper's) or "layer". Under N:M
-            they compete in groups, of which N are kept.
-        svd: "subspace", one warm-started step of subspace iteration, or "exact".
+        iterations: of the alternation.
+        compare: where entries compete under an unstructured pattern: "row" (the paper's choice) or "layer". Under N:M
+            they compete within groups.
+        svd: "subspace" (one warm-started step of subspace iteration) or "exact".
     """
 
     iterations: int = 80
@@ -46,11 +46,11 @@ class Options:
 def solve(
     weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, options: Options, seed: int = 0
 ) -> Decomposition:
-    """Decomposes one layer; see `solvers.Solve`. Nothing is random: the seed is not used.
+    """Decomposes one layer; see `registry.Solve`. Nothing is random: the seed is not used.
 
     Returns:
-        The last iterate, with `stats`: iterations, converged (the last iteration changed OATS' own error by at most
-        a thousandth), scaled_error = ||(W - S - L) D||_F^2, objective.
+        The last iterate, with `stats`: iterations, scaled_error = ||(W - S - L) D||_F^2, converged (the last iteration
+        changed scaled_error by at most a thousandth), objective.
     """
     Wt = scaled(weight, gram)
     S, L, basis, errors = torch.zeros_like(Wt), 0.0, None, [math.inf]
@@ -77,7 +77,7 @@ def solve(
 
 
 def _basis(error: torch.Tensor, basis: torch.Tensor | None, rank: int) -> torch.Tensor:
-    """Leading left singular vectors of the error (out, rank): exact, or one step on from the last basis."""
+    """Leading left singular vectors of the error (out, rank): exact, or one step on from the previous basis."""
     if basis is None:
         return left_singular_vectors(error, rank)
     return torch.linalg.qr(error @ (error.T @ basis)).Q

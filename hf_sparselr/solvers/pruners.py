@@ -1,4 +1,4 @@
-"""The pure pruners by name: methods of their own at rank 0, and the prune step of methods with a low-rank part."""
+"""The pure pruners by name. Each is a method at rank 0, and the pruning step of methods with a low-rank part."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ class Pruner:
     """A pruner in scaled coordinates and the dataclass of its options.
 
     Attributes:
-        prune: (Wt, gram, pattern, options) -> (S, mask, stats), all in the coordinates of `gram`: Wt (out, in)
-            FP32 is W * gram.scale with zeros at dead inputs, S (out, in) FP32 is zero outside the bool mask, and
-            stats holds iterations, converged, objective = tr((Wt - S) G (Wt - S)^T) and the pruner's own.
-        options: see the pruner's file.
-        repeated: (gram, pattern, options) -> Wt -> (S, mask), `prune` for weights of one shape after another: what
-            they have in common is made once.
+        prune: (Wt, gram, pattern, options) -> (S, mask, stats), in the coordinates of `gram`. Wt (out, in) FP32 is
+            W * gram.scale with zeros at dead inputs. S (out, in) FP32 is zero outside the bool mask. `stats` holds
+            iterations, converged, objective = tr((Wt - S) G (Wt - S)^T) and entries of the pruner.
+        options: the dataclass of the pruner's options.
+        repeated: (gram, pattern, options) -> a function Wt -> (S, mask). It does as `prune` for one weight after
+            another of the same shape, and makes only once what depends on gram and pattern alone.
     """
 
     prune: Callable[..., tuple[torch.Tensor, torch.Tensor, dict]]

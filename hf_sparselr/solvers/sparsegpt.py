@@ -1,14 +1,14 @@
 """SparseGPT (arXiv 2301.00774): optimal brain surgeon, one column after the other.
 
 Columns are fixed in their natural order. Removing w_j costs w_j^2 / [F^-1]_jj, where F is the Gram matrix of the
-columns from j on, and is made up for by w_k -= w_j [F^-1]_jk / [F^-1]_jj in the columns k > j. Every such row of
-F^-1 is a row of one upper triangular U with U^T U = G^-1, up to a factor U_jj (section 3.2, Algorithm 1).
+columns from j on. The update w_k -= w_j [F^-1]_jk / [F^-1]_jj of the columns k > j compensates for it. Up to a factor
+U_jj, every such row of F^-1 is a row of one upper triangular U with U^T U = G^-1 (section 3.2, Algorithm 1).
 
-Within a block a column takes up what was removed before it only when its turn comes, by one product of a matrix and
-a vector: two small kernels a column. Between columns nothing waits for the host, so that all of it can be replayed.
+Within a block a column is updated for all earlier removals when its turn comes, by one product of a matrix and a
+vector: two small kernels per column. Nothing between columns waits for the host, so a CUDA graph can hold all of it.
 
-The paper damps by 1% of the mean diagonal; the damping of the Gram matrix takes that place. Where it is (0, 0)
-and G is singular, some jitter is added (`stats["jitter"]`, see `ScaledGram.inverse_factor`).
+The paper damps by 1% of the mean diagonal; here the damping of the Gram matrix takes that place. If it is (0, 0) and G
+is singular, jitter is added (`stats["jitter"]`, see `ScaledGram.inverse_factor`).
 """
 
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ class Options:
     """Options of `method="sparsegpt"`.
 
     Attributes:
-        block: columns for which an unstructured support is chosen at once, and between two updates of the columns
-            behind them. Under N:M, where every group is chosen when its first column is reached, it is rounded
-            down to whole groups and changes nothing but the speed.
+        block: columns for which an unstructured support is chosen at once, and between two updates of all later
+            columns. Under N:M every group is chosen when its first column is reached: there `block` is rounded down to
+            whole groups and changes only the speed.
     """
 
     block: int = 128
@@ -51,7 +51,7 @@ def repeated(gram: ScaledGram, pattern: Pattern, options: Options) -> Repeated:
     """See `pruners.Pruner.repeated`."""
     U, _ = gram.inverse_factor
     pivots = U.diagonal()[:, None]
-    # entry (k, j): what column k makes up for a unit that is removed from column j
+    # entry (k, j): the change of column k that compensates for a unit removed from column j
     shares = (U / pivots).T.contiguous()
     return GraphedCallable(lambda Wt: _prune(Wt, shares, pivots, pattern, options.block), U.device)
 
@@ -60,7 +60,7 @@ def _prune(
     Wt: torch.Tensor, shares: torch.Tensor, pivots: torch.Tensor, pattern: Pattern, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Algorithm 1: (S, mask), both (out, in)."""
-    W = Wt.T.clone(memory_format=torch.contiguous_format)  # columns are worked on one at a time
+    W = Wt.T.clone(memory_format=torch.contiguous_format)  # a column of Wt is a contiguous row
     mask, span = torch.empty_like(W, dtype=torch.bool), block
     if isinstance(pattern, NM):
         span, block = pattern.m, max(block - block % pattern.m, pattern.m)
@@ -77,23 +77,23 @@ def _split(size: int, width: int) -> list[slice]:
 
 
 def _chooser(pattern: Pattern, shape: tuple[int, int], columns: slice):
-    """Scores (width, out) of some columns of a layer (out, in) -> their mask."""
+    """A function from the scores (width, out) of some columns of a layer (out, in) to their mask."""
     if isinstance(pattern, NM):
         return partial(_largest, n=pattern.n)
-    # running totals in proportion to the columns: the blocks add up to the layer's exact number
+    # Running totals in proportion to the columns: the blocks add up to exactly the layer's number.
     before, after = (pattern.kept(shape) * end // shape[1] for end in (columns.start, columns.stop))
     return partial(top_mask, kept=after - before)
 
 
 def _largest(scores: torch.Tensor, n: int) -> torch.Tensor:
-    """`NM.mask` for one group, in a few kernels: the `n` largest of (m, out) along the first dimension."""
+    """`NM.mask` of one group in a few kernels: the n largest of (m, out) along the first dimension."""
     first = torch.ones(len(scores), len(scores), dtype=torch.bool, device=scores.device).triu(1)[..., None]
     wins = torch.where(first, scores[:, None] >= scores, scores[:, None] > scores)
     return wins.sum(0) < n
 
 
 def _fix(W: torch.Tensor, shares: torch.Tensor, pivots: torch.Tensor, span: int, choose):
-    """Fixes a block of columns (width, out), in place: their mask, and what is removed from them."""
+    """Fixes a block of columns (width, out) in place; returns their mask and the removed entries."""
     mask, removed = torch.empty_like(W, dtype=torch.bool), torch.empty_like(W)
     for group in _split(len(W), span):
         if group.start:

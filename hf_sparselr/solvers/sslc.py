@@ -1,16 +1,15 @@
 """SSLC (arXiv 2510.26446): alternate a randomised SVD and pruning on the activation-weighted error.
 
-min ||X (W - S - L)^T||_F^2 with rank(L) <= r and a sparse S, where the most important weights (1%) are never pruned.
+It minimises ||X (W - S - L)^T||_F^2 with rank(L) <= r and a sparse S. The most important weights (1%) are never pruned.
 
-Choices where the paper's summary leaves them open, by their error on four real layers (2:4, 50%, 70%, rank 16):
-- Scaling: the low-rank step weighs the error with the full Gram matrix. Its diagonal alone gave 12 to 25% more on
-  three of the layers, -0.3 to 1.4% on the fourth.
-- Pruning compares |Wt - L|, the Wanda score of what L leaves, over the whole layer: by rows gave 0.1 to 3% more.
-- The important weights have the largest scores |Wt| of the dense layer and count towards the sparsity; under N:M
-  at most N of a group can be kept. They cost up to 0.4% of error.
-- 80 iterations: 40 gave 0.4 to 6% more, 160 0.2 to 3% less. The best iterate is kept.
-- Budget: rank and sparsity are the layer's own settings; nothing is split.
-- The randomised SVD sketches once, from the seed; later iterations start from the last basis.
+The paper's summary leaves some choices open (NOTES.md has the measurements):
+- The low-rank step weighs the error with the full Gram matrix.
+- Pruning compares |Wt - L|, the Wanda score of the remainder, over the whole layer.
+- The important weights are those with the largest scores |Wt| of the dense layer. They count towards the sparsity;
+  under N:M at most N of a group can be kept.
+- The best iterate is returned.
+- Rank and sparsity are those of the layer; no budget is split between them.
+- The randomised SVD sketches once, from the seed; later iterations start from the previous basis.
 """
 
 from dataclasses import dataclass
@@ -30,9 +29,9 @@ class Options:
     """Options of `method="sslc"`.
 
     Attributes:
-        iterations: of alternation.
+        iterations: of the alternation.
         important: share of the layer's weights, in [0, 1], that is never pruned.
-        compare: where scores compete under an unstructured pattern, "layer" or "row".
+        compare: where scores compete under an unstructured pattern: "layer" or "row".
     """
 
     iterations: int = 80
@@ -50,7 +49,7 @@ class Options:
 def solve(
     weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, options: Options, seed: int = 0
 ) -> Decomposition:
-    """Decomposes one layer; see `solvers.Solve`. The seed is that of the sketch.
+    """Decomposes one layer; see `registry.Solve`. The seed draws the sketch.
 
     Returns:
         The best iterate, with the `stats` of `alternate`.

@@ -1,7 +1,6 @@
 """Activation-weighted low rank alone: L = argmin tr((W - L) H (W - L)^T) over rank(L) <= r, and S = 0.
 
-The optimum that data-aware SVD methods aim at (SVD-LLM, arXiv 2403.07378, reaches it through a Cholesky factor of
-H), and the corner of the problem without a sparse part: a baseline.
+A baseline without a sparse part. SVD-LLM (arXiv 2403.07378) reaches the same optimum through a Cholesky factor of H.
 """
 
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ class Options:
 def solve(
     weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, options: Options, seed: int = 0
 ) -> Decomposition:
-    """Decomposes one layer; see `solvers.Solve`. S is empty; neither pattern nor seed is used.
+    """Decomposes one layer; see `registry.Solve`. S is empty; pattern and seed are not used.
 
     Raises:
         ValueError: the rank is 0.

@@ -1,7 +1,7 @@
-"""Wanda (arXiv 2306.11695): the largest |W_ij| ||X_j|| stay as they are.
+"""Wanda (arXiv 2306.11695): keeps the entries with the largest |W_ij| ||X_j||, unchanged.
 
-In scaled coordinates that score is |Wt|. Section 3 compares it within each output row, which the paper finds
-better than over the whole layer; both keep the same number of entries in total.
+In scaled coordinates that score is |Wt|. The paper (section 3) compares scores within each output row and finds this
+better than over the whole layer. Both keep the same number of entries in total.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class Options:
     """Options of `method="wanda"`.
 
     Attributes:
-        compare: where scores compete under an unstructured pattern, "row" (each output row, the paper's choice)
-            or "layer". Under N:M they compete in groups in any case.
+        compare: where scores compete under an unstructured pattern: "row" (each output row, the paper's choice) or
+            "layer". Under N:M they compete within groups in any case.
     """
 
     compare: str = "row"

@@ -2,4 +2,6 @@
 
 import importlib.util
 
-TRITON = importlib.util.find_spec("triton") is not None  # not a function: torch.compile would trace into it
+TRITON = (
+    importlib.util.find_spec("triton") is not None
+)  # a constant: torch.compile would trace into a function

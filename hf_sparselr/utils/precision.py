@@ -7,14 +7,18 @@ from contextlib import contextmanager
 import torch
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-LEVELS = {"fp32": "highest", "tf32": "high", "bf16": "high"}  # of the FP32 products beside those in BF16
-_OWN = {**LEVELS, "bf16": "medium"}  # of FP32 products that are themselves to be in a precision, off CUDA
-LARGE = 2**22  # weights: above, work on a layer is bound by arithmetic and memory; below, by launches
+# torch's names: LEVELS for the FP32 products that run beside products in a precision, _LEVELS_OF_PRODUCTS for FP32
+# products that are themselves to run in that precision (not on CUDA).
+LEVELS = {"fp32": "highest", "tf32": "high", "bf16": "high"}
+_LEVELS_OF_PRODUCTS = {**LEVELS, "bf16": "medium"}
+LARGE = (
+    2**22
+)  # weights. Arithmetic and memory limit the speed of larger layers, launches that of smaller ones.
 
 
 @contextmanager
 def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """Matrix products in "fp32", "tf32" or "bf16" (autocast)."""
+    """Runs matrix products in "fp32", "tf32" or "bf16" (autocast) inside the block."""
     if precision == "bf16":
         with torch.autocast(device.type, dtype=torch.bfloat16):
             yield
@@ -29,52 +33,52 @@ def coarsest(device: torch.device) -> str:
 
 
 def finer(precision: str, device: torch.device) -> str:
-    """The next one."""
+    """The next finer precision that the device has."""
     return "tf32" if precision == "bf16" and device.type == "cuda" else "fp32"
 
 
 @functools.cache
 def _cpu_has_bf16() -> bool:
-    """Whether products of BF16 are instructions: emulated, they are slower than those of FP32."""
+    """Whether the CPU has instructions for BF16 products; without them they are slower than FP32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def product(left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Tensor:
-    """left @ right of FP32 matrices in "fp32", "tf32" or "bf16": rounded factors, FP32 sums."""
+    """left @ right of FP32 matrices in "fp32", "tf32" or "bf16" (rounded factors, FP32 sums)."""
     if precision == "bf16" and left.is_cuda:
         return torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32)
-    with matmuls(_OWN[precision]):
+    with matmuls(_LEVELS_OF_PRODUCTS[precision]):
         return left @ right
 
 
 def subtract_product(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, precision: str
 ) -> torch.Tensor:
-    """total - left @ right, see `product`, in the place of `total`."""
+    """Subtracts left @ right from `total` in place; see `product`."""
     if precision == "bf16" and total.is_cuda:
         factors = left.bfloat16(), right.bfloat16()
         return torch.addmm(total, *factors, out_dtype=torch.float32, alpha=-1, out=total)
-    with matmuls(_OWN[precision]):
+    with matmuls(_LEVELS_OF_PRODUCTS[precision]):
         return total.addmm_(left, right, alpha=-1)
 
 
 @contextmanager
 def matmuls(precision: str) -> Iterator[None]:
-    """FP32 matrix products in full ("highest"), on the TF32 units of devices that have them ("high"), or on the BF16
-    units of a CPU that has them ("medium").
+    """Runs FP32 matrix products in full ("highest"), on TF32 units if there are any ("high"), or on the BF16 units of a
+    CPU that has them ("medium").
 
-    What the user has set does not matter inside and is back afterwards.
+    The user's settings are ignored inside the block and restored after it.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    own = [backend.fp32_precision for backend in backends]
+    settings = [backend.fp32_precision for backend in backends]
     try:
         common = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set for each backend by itself: there is no common name for that
+    except RuntimeError:  # the user set the backends differently, which has no common name
         common = "highest"
     torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(common)
-        for backend, before in zip(backends, own, strict=True):
+        for backend, before in zip(backends, settings, strict=True):
             backend.fp32_precision = before

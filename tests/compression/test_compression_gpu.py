@@ -15,7 +15,7 @@ from hf_sparselr.nn.linear import SparseLRLinear
 from hf_sparselr.solvers.gram import ScaledGram
 from hf_sparselr.solvers.registry import METHODS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = pytest.mark.gpu
 
 
 def tiny(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

@@ -20,7 +20,7 @@ from hf_sparselr.format.patterns import parse
 from hf_sparselr.integrations.transformers.sharding import FSDP2_TORCH
 from hf_sparselr.nn.linear import SparseLRLinear, packed_layers
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = pytest.mark.gpu
 
 RANK = 16
 IDS = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))

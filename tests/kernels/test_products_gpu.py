@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers.kernel_cases import CUDA, DEVICE, Problem, assert_near, draw, layer_of, problem
+from helpers.kernel_cases import DEVICE, Problem, assert_near, draw, layer_of, problem
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,7 +14,7 @@ from hf_sparselr.kernels import ops, packed_linears
 from hf_sparselr.kernels.support_index import index_of
 from hf_sparselr.kernels.timing import milliseconds
 
-pytestmark = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+pytestmark = pytest.mark.gpu
 
 
 def both_gradients(case: Problem, n: int, rows: int) -> list[list[torch.Tensor]]:
@@ -166,12 +166,8 @@ def test_large_blocks(out: int, n: int, kind: str, rows: int) -> None:
 
 # The sparse tensor cores
 
-needs_sparse = pytest.mark.skipif(
-    not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="seen on compute capability 9.0 only"
-)
 
-
-@needs_sparse
+@pytest.mark.gpu(capability=(9, 0))  # the only one it was tried on
 @pytest.mark.parametrize(
     ("out", "n", "rank"), [(64, 64, 0), (192, 1088, 64), (4096, 4096, 0), (576, 1536, 32)]
 )
@@ -191,7 +187,7 @@ def test_what_the_sparse_tensor_cores_read_is_what_torch_makes(out: int, n: int,
     assert torch.equal(actual.view(torch.int16), expected.view(torch.int16))
 
 
-@needs_sparse
+@pytest.mark.gpu(capability=(9, 0))  # the only one it was tried on
 @pytest.mark.parametrize(("rank", "bias", "forms"), [
     (0, True, ["sparse"]), (48, False, ["sparse"]), (64, True, ["sparse", "joined"]),
 ])  # fmt: skip
@@ -224,7 +220,7 @@ def test_products_on_the_sparse_tensor_cores(rows: int, rank: int, bias: bool, f
     assert_near(out, case.expected(x), torch.bfloat16)
 
 
-@needs_sparse
+@pytest.mark.gpu(capability=(9, 0))  # the only one it was tried on
 @pytest.mark.parametrize(("warm", "form"), [(True, "sparse"), (False, "folded")])
 def test_sparse_in_a_graph_only(warm: bool, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """cuSPARSELt is made for a thread before a capture in it, though the eager call does without."""
@@ -255,7 +251,7 @@ def test_sparse_in_a_graph_only(warm: bool, form: str, monkeypatch: pytest.Monke
     assert taken == ["folded"] * warm + [form]
 
 
-@needs_sparse
+@pytest.mark.gpu(capability=(9, 0))  # the only one it was tried on
 def test_where_the_sparse_tensor_cores_are_not_tried() -> None:
     from hf_sparselr.kernels.cuda.sparse_cores import sparse_plans
     from hf_sparselr.kernels.triton.decode import Packed
@@ -265,8 +261,7 @@ def test_where_the_sparse_tensor_cores_are_not_tried() -> None:
         assert not sparse_plans(draw(257, n, seed=6, dtype=dtype), Packed.of(*case.packed, None, n))
 
 
-@needs_sparse
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(count=2, capability=(9, 0))
 def test_the_sparse_tensor_cores_of_a_second_gpu() -> None:
     from hf_sparselr.kernels.cuda.sparse_cores import multiply_sparse, sparse_plans
     from hf_sparselr.kernels.triton.decode import Packed

@@ -42,7 +42,7 @@ def test_an_error_passes_through() -> None:
     assert phases.seconds == {}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_peaks_are_those_of_each_phase() -> None:
     phases = PhaseTimer(torch.device("cuda"))
     held = torch.cuda.memory_allocated()

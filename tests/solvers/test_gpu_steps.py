@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from helpers.kernel_cases import CUDA, DEVICE
+from helpers.kernel_cases import DEVICE
 
 from hf_sparselr.format.patterns import NM
 from hf_sparselr.solvers.gram import ScaledGram
 from hf_sparselr.solvers.threebasil.admm import Admm, _sparse
 
 gpu_steps = pytest.importorskip("hf_sparselr.solvers.threebasil.gpu_steps")
-needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(3, 4), NM(4, 8), NM(1, 2), NM(2, 16)]
 
@@ -48,7 +47,7 @@ def test_what_is_not_in_triton_is_left_to_torch() -> None:
     assert not any(map(gpu_steps.supports, (None, NM(5, 6), NM(2, 32))))
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("device", range(torch.cuda.device_count()))
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_replayed_iterations_are_those_of_torch(pattern: NM, device: int, monkeypatch) -> None:
@@ -67,7 +66,7 @@ def test_replayed_iterations_are_those_of_torch(pattern: NM, device: int, monkey
     assert torch.equal(in_triton.T, in_torch.T) and torch.equal(in_triton.mask, in_torch.mask)
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_a_machine_on_which_triton_fails_is_told(monkeypatch, caplog) -> None:
     def fail(*_) -> None:
         raise RuntimeError("no C compiler")

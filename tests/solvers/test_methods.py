@@ -92,7 +92,7 @@ def test_refinement_follows_every_method_and_keeps_its_zeros(name: str, sparsity
             assert not any(torch.equal(getattr(layer, part), getattr(before, part)) for part in parts)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("sparsity", ["2:4", 0.5])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gpu_agrees_with_the_cpu(name: str, sparsity) -> None:

@@ -83,7 +83,7 @@ def test_hassle_free_alternates_as_with_new_pruners(name: str, pattern: Pattern)
         assert torch.equal(getattr(result, field), getattr(expected, field))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_replayed_graphs_give_what_single_kernels_do(name: str, pattern: Pattern) -> None:

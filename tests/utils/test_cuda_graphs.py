@@ -9,7 +9,6 @@ import torch
 
 from hf_sparselr.utils.cuda_graphs import GraphedCallable
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -56,7 +55,7 @@ def test_a_training_step_is_the_same_step() -> None:
     torch.testing.assert_close(train(graphed=True), train(graphed=False), rtol=1e-5, atol=1e-6)
 
 
-@gpu
+@pytest.mark.gpu
 def test_what_looks_at_its_results_is_called_as_it_is(caplog) -> None:
     graphed = GraphedCallable(lambda x: x * float(x.sum()), DEVICE)
     with caplog.at_level(logging.INFO, "hf_sparselr"):
@@ -66,7 +65,7 @@ def test_what_looks_at_its_results_is_called_as_it_is(caplog) -> None:
     assert "not replayed as a CUDA graph" in caplog.text
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("calls", [1, 3])
 def test_what_a_replayed_function_holds_is_free_at_once(calls: int) -> None:
     held = torch.zeros(5, device=DEVICE)

@@ -1,4 +1,4 @@
-"""3BASiL (arXiv 2603.01376): ADMM over S, the low-rank part and their sum."""
+"""3BASiL (arXiv 2603.01376): ADMM over S, the low-rank part and a dense copy of S."""
 
 from .method import Options, decompose, solve, solve_group
 

@@ -1,12 +1,12 @@
-"""The iteration of 3BASiL (arXiv 2603.01376, section 3) for layers that share a Gram matrix, one product a step.
+"""The iteration of 3BASiL (arXiv 2603.01376, section 3) for layers that share a Gram matrix: one large product a step.
 
-With M = (G + rho I)^-1 and Z = rho (D + L - Wt) - V the dense copy's update (G + rho I)^-1 (G (Wt - L) - V + rho D) is
-Wt - L + Z M, because M G = I - rho M: one large product, and a correction that is small next to Wt, so that factors
-rounded to BF16 are accurate enough for it. What the copy leaves of Wt is E = L - Z M.
+Let M = (G + rho I)^-1 and Z = rho (D + L - Wt) - V. The published update of the dense copy,
+(G + rho I)^-1 (G (Wt - L) - V + rho D), equals Wt - L + Z M, because M G = I - rho M. It takes one large product. Z M
+is small next to Wt, so its factors may be rounded to BF16. The remainder of Wt is E = Wt - copy = L - Z M.
 
-D lives on the support and the dual V = rho (T - D) off it, so one matrix T = copy + V / rho holds both. Rows of all
-layers of a group are stacked: they share the product and the penalty, and only the low-rank step and unstructured
-supports look at single layers.
+D is zero off the support and the dual V = rho (T - D) is zero on it, so one matrix T = copy + V / rho holds both. The
+rows of all layers of a group are stacked: the layers share the product and the penalty. Only the low-rank step and
+unstructured supports look at single layers.
 """
 
 import math
@@ -23,7 +23,7 @@ from ..base import cholesky_qr, randomized_range_finder
 from ..gram import ScaledGram, shift_inverse, squared_error
 from . import cpu_steps
 
-LARGEST_SHIFT = 1.15  # a larger factor for rho takes a new factorisation
+LARGEST_SHIFT = 1.15  # a larger factor for rho needs a new factorisation
 ROUNDING = 5e-6  # share of the objective that rounding the product's factors may add
 
 
@@ -33,10 +33,10 @@ class _Layer:
     pattern: Pattern
     rank: int
     basis: torch.Tensor | None = None
-    threshold: float | None = None  # of the last support, on the CPU
+    threshold: float | None = None  # of the previous support: where the search on the CPU starts
 
     def project(self, scores: torch.Tensor, mask: torch.Tensor) -> None:
-        """Sets the mask to the support of the scores."""
+        """Writes the support of the scores (out, in) into the mask."""
         if scores.is_cuda or isinstance(self.pattern, NM):
             mask.copy_(self.pattern.near_mask(scores))
             return
@@ -51,11 +51,11 @@ class Admm:
     Args:
         weights: Wt (out_i, in) of every layer, FP32, scaled.
         gram: of their common input, on the same device.
-        patterns, ranks: one a layer.
+        patterns, ranks: one per layer.
         rho: first penalty.
-        seed: of the first low-rank bases.
-        precision: of the large product: "bf16", "tf32", "fp32" as far as the device has it, or "auto": the coarsest
-            whose rounding does not show, on CUDA for large layers.
+        seed: draws the first low-rank bases.
+        precision: of the large product: "bf16", "tf32" or "fp32", or a finer one if the device lacks it. "auto" takes
+            the coarsest one whose rounding does not show; on CUDA it keeps "fp32" for small layers.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class Admm:
         self._begin(rho)
 
     def retarget(self, weights: list[torch.Tensor], rho: float) -> None:
-        """A new start, as of a new object, on weights of the same shapes; it overwrites the weights of now."""
-        torch.cat(weights, out=self.W)  # graphs read it where it is
+        """Starts again, like a new object, on weights of the same shapes; overwrites the current weights."""
+        torch.cat(weights, out=self.W)  # in place: captured graphs read this memory
         self._begin(rho)
 
     def _begin(self, rho: float) -> None:
@@ -121,7 +121,7 @@ class Admm:
         self.L.zero_()
 
     def raise_rho(self, factor: float) -> None:
-        """Multiplies the penalty by a factor >= 1; V stays what it is."""
+        """Multiplies the penalty by a factor >= 1; V does not change."""
         delta = self.rho * (factor - 1)
         self._set_inverse(
             shift_inverse(self.M, self.rho, delta, self.precision)
@@ -147,17 +147,17 @@ class Admm:
         self._rho.fill_(rho)  # steps read it on the device
 
     def run(self, steps: int) -> None:
-        """Steps without a host synchronisation, on CUDA replayed as a graph once their kernels are compiled."""
+        """Runs steps without a host synchronisation; on CUDA as a graph, once their kernels are compiled."""
         first = self._steps == 0
         self._advance(steps)
         if self._steps >= self._next_check:
             self._next_check = 2 * self._steps
             if self._refine_precision():
                 if first:
-                    self._start(self.rho)  # as if it had never been coarser
+                    self._start(self.rho)  # as if the precision had never been coarser
                     self._advance(steps)
                 else:
-                    self._set_inverse(self.gram.inverse(self.rho))  # its shifts were rounded, too
+                    self._set_inverse(self.gram.inverse(self.rho))  # the shifts that made M were rounded, too
 
     def _advance(self, steps: int) -> None:
         if self.W.is_cuda and self._warm:
@@ -177,7 +177,7 @@ class Admm:
         self._graphs[steps].replay()
 
     def result(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """(D, mask, basis) of every layer, D exactly in its pattern."""
+        """Yields (D, mask, basis) of every layer; D is exactly in its pattern."""
         for layer in self.layers:
             yield *project(self.T[layer.rows], layer.pattern), layer.basis
 
@@ -203,7 +203,7 @@ class Admm:
         return self._fused(_correction)(self.T, self.mask, self.W, self.L, self._rho, self._factor.dtype)
 
     def _project(self, E: torch.Tensor) -> None:
-        """T and its support from what the copy leaves."""
+        """Updates T and its support from the remainder E = Wt - copy."""
         patterns = {layer.pattern for layer in self.layers}
         shared = patterns.pop() if len(patterns) == 1 else None
         pattern = shared if isinstance(shared, NM) else None
@@ -212,7 +212,7 @@ class Admm:
             layer.project(self.T[layer.rows].abs(), self.mask[layer.rows])
 
     def _mover(self, pattern: NM | None) -> Callable:
-        """`_sparse` in the fastest form for a pattern."""
+        """The fastest implementation of `_sparse` for a pattern."""
         if self._in_c:
             return cpu_steps.move
         if self.W.is_cuda and TRITON:
@@ -223,12 +223,12 @@ class Admm:
         return self._fused(_sparse)
 
     def _coefficients(self, E: torch.Tensor, layers: list[_Layer]) -> list[torch.Tensor]:
-        """P^T E, so that L = P P^T E, after one subspace step on E G E^T, for layers of one rank."""
+        """P^T E of layers of one rank, after one subspace step on E G E^T; then L = P P^T E."""
         parts = [E[layer.rows] for layer in layers]
         with self._products():
             seen = torch.cat([part.T @ layer.basis for part, layer in zip(parts, layers, strict=True)], 1)
             seen = (self.gram.matrix @ seen).split(layers[0].rank, 1)
-            spans = [part @ own for part, own in zip(parts, seen, strict=True)]
+            spans = [part @ columns for part, columns in zip(parts, seen, strict=True)]
         for layer, basis in zip(layers, cholesky_qr(spans), strict=True):
             layer.basis.copy_(basis)
         with self._products():
@@ -241,10 +241,10 @@ class Admm:
         return matmuls(LEVELS[self.precision])
 
     def _refine_precision(self) -> bool:
-        """Takes a finer precision as long as rounding shows, as it does with ill-conditioned Gram matrices.
+        """Takes a finer precision while rounding shows, as it does with ill-conditioned Gram matrices.
 
         Returns:
-            whether it did.
+            whether the precision changed.
         """
         before = self.precision
         while self.precision != "fp32" and self._rounding() > ROUNDING:
@@ -252,7 +252,7 @@ class Admm:
         return self.precision != before
 
     def _rounding(self) -> float:
-        """What rounding the factors of the product adds, as a share of the objective, on some of the rows."""
+        """The share of the objective that rounding the factors of the product adds, measured on some rows."""
         rows = slice(0, min(len(self.W), 256))
         T, mask, W, L = self.T[rows], self.mask[rows], self.W[rows], self.L[rows]
         Z = _correction(T, mask, W, L, self._rho, torch.float32)
@@ -263,7 +263,7 @@ class Admm:
 
 def _first_precision(precision: str, W: torch.Tensor) -> str:
     if precision == "auto" and W.is_cuda and W.numel() <= LARGE:
-        return "fp32"  # bound by launches
+        return "fp32"  # launches, not products, limit the speed of small layers
     if precision == "auto":
         return coarsest(W.device)
     return precision if W.is_cuda or precision == coarsest(W.device) else "fp32"
@@ -277,14 +277,14 @@ def _correction(
     rho: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Z = rho (D + L - W) - V, rounded to a dtype."""
+    """Z = rho (D + L - W) - V, rounded to a dtype; all (out, in)."""
     return torch.where(mask, T, -T).sub_(W).add_(L).mul_(rho).to(dtype)
 
 
 def _sparse(
     T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, E: torch.Tensor, pattern: NM | None
 ) -> None:
-    """T = W - E + V / rho and, under N:M, its support."""
+    """Sets T = W - E + V / rho and, under N:M, the mask to its support; all (out, in)."""
     T.masked_fill_(mask, 0.0).add_(W).sub_(E)
     if pattern is not None:
         mask.copy_(pattern.mask(T.abs()))
@@ -294,7 +294,7 @@ _COMPILED: dict = {}
 
 
 def _compiled(function: Callable) -> Callable:
-    """A step as one kernel; without Triton or a C compiler PyTorch says so and runs it as it is."""
+    """The function as one kernel. Without Triton or a C compiler PyTorch warns and runs it uncompiled."""
     if function not in _COMPILED:
         fused = torch.compile(function, dynamic=True)
         _COMPILED[function] = torch._dynamo.config.patch(suppress_errors=True)(fused)

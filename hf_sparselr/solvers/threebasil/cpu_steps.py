@@ -1,67 +1,20 @@
-"""The elementwise steps of `admm` on the CPU: one pass over memory each, in C.
+"""The elementwise steps of `admm` on the CPU in C (`cpu_steps.c`), each in one pass over memory.
 
-As torch operators they can take two to three times as long as the product of a step.
+The same steps as torch operators can take two to three times as long as the large product.
 """
 
 import ctypes
 import functools
+import importlib.resources
 
 import torch
 
 from ...format.patterns import NM
 from ...utils.c_compiler import load
 
-_SOURCE = r"""
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#define MOST 32 /* entries of a group, see patterns.MAX_M */
-#define SIDE 64
-
-void correction(const float *t, const uint8_t *mask, const float *w, const float *l, float rho, float *z,
-                int64_t size, int threads) {
-  _Pragma("omp parallel for simd schedule(static) num_threads(threads)")
-  for (int64_t i = 0; i < size; i++) z[i] = ((mask[i] ? t[i] : -t[i]) - w[i] + l[i]) * rho;
-}
-
-void move(float *t, const uint8_t *mask, const float *w, const float *e, int64_t size, int threads) {
-  _Pragma("omp parallel for simd schedule(static) num_threads(threads)")
-  for (int64_t i = 0; i < size; i++) t[i] = (mask[i] ? 0.0f : t[i]) + w[i] - e[i];
-}
-
-/* Groups lie side by side while they are ranked, so that a comparison is one for many of them. */
-static void rank_groups(const float *t, uint8_t *mask, int64_t groups, int n, int m) {
-  float size[MOST][SIDE];
-  int32_t rank[MOST][SIDE];
-  if (groups < SIDE) memset(size, 0, sizeof size), memset(rank, 0, sizeof rank);
-  for (int64_t g = 0; g < groups; g++)
-    for (int j = 0; j < m; j++) size[j][g] = fabsf(t[g * m + j]), rank[j][g] = 0;
-  for (int j = 1; j < m; j++)
-    for (int i = 0; i < j; i++)
-      for (int g = 0; g < SIDE; g++) {
-        int32_t first = size[i][g] >= size[j][g]; /* ties go to the lower index */
-        rank[j][g] += first;
-        rank[i][g] += 1 - first;
-      }
-  for (int64_t g = 0; g < groups; g++)
-    for (int j = 0; j < m; j++) mask[g * m + j] = rank[j][g] < n;
-}
-
-void move_groups(float *t, uint8_t *mask, const float *w, const float *e, int64_t size, int n, int m, int threads) {
-  int64_t side = (int64_t)SIDE * m;
-  _Pragma("omp parallel for schedule(static) num_threads(threads)")
-  for (int64_t first = 0; first < size; first += side) {
-    int64_t count = size - first < side ? size - first : side;
-    for (int64_t i = first; i < first + count; i++) t[i] = (mask[i] ? 0.0f : t[i]) + w[i] - e[i];
-    if (m == 4) rank_groups(t + first, mask + first, count / 4, n, 4);
-    else rank_groups(t + first, mask + first, count / m, n, m);
-  }
-}
-"""
-
 
 def available() -> bool:
-    """Whether the steps below run here; the first call may compile."""
+    """Whether a C compiler made the steps; the first call may compile."""
     return _library() is not None
 
 
@@ -88,7 +41,7 @@ def move(T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, E: torch.Tensor, 
 def _library() -> ctypes.CDLL | None:
     library = load(
         "steps",
-        _SOURCE,
+        importlib.resources.files(__package__).joinpath("cpu_steps.c").read_text(encoding="utf-8"),
         "layers are solved on the CPU without a compiled step, up to half as fast (%s): install a C compiler with "
         "OpenMP",
     )

@@ -1,6 +1,8 @@
-# ruff: noqa: RUF005 (the compiler of these functions knows tuples, but not unpacking)
-"""The step of `admm` that finds an N:M support, on a GPU: one pass over memory, where torch.compile makes several
-kernels (Triton)."""
+# ruff: noqa: RUF005 (Triton compiles tuples, but not unpacking)
+"""The step of `admm` that finds an N:M support as one Triton kernel: one pass over memory.
+
+torch.compile makes several kernels of the same step.
+"""
 
 import functools
 import logging
@@ -15,12 +17,12 @@ from ...kernels.triton.support import stack
 logger = logging.getLogger(__name__)
 
 _WARPS = 4
-_ENTRIES = 16  # of a thread: the largest M, and loads enough at a time to keep the memory busy
+_ENTRIES = 16  # per thread: the largest M, and enough loads in flight to keep the memory busy
 
 
 @triton.jit
 def _move(T, mask, W, E, size, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
-    WIDTH: tl.constexpr = max(M, 4)  # neighbours that a thread owns, so that no group needs another thread
+    WIDTH: tl.constexpr = max(M, 4)  # neighbours per thread: whole groups, so that threads share none
     lane, four = tl.arange(0, BLOCK // WIDTH)[:, None], tl.arange(0, 4)[None, :]
     place = tl.program_id(0).to(tl.int64) * BLOCK + (lane * WIDTH + four)
     moved, sizes, kept = (), (), ()
@@ -74,11 +76,11 @@ def move(T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, E: torch.Tensor, 
 
 @functools.cache
 def _compiles() -> bool:
-    """Whether Triton runs: its launches need a C compiler, without which `admm` works, too."""
+    """Whether Triton runs. It needs a C compiler; without one `admm` takes torch.compile's kernels."""
     T = torch.zeros(1, 4, device="cuda")
     try:
         move(T, T.bool(), T, T, NM(2, 4))
-    except Exception as error:  # of many kinds: a missing compiler, an old GPU
+    except Exception as error:  # many types: a missing compiler, an old GPU
         logger.warning("N:M layers are solved on the GPU without the step in Triton, slower (%s)", error)
         return False
     return True

@@ -1,27 +1,7 @@
 """3BASiL (arXiv 2603.01376, section 3): a 3-block ADMM finds the support of S, a refit its weights and B A.
 
-The schedule of the penalty, stopping and the refit; the iteration itself is in `admm`.
-
-What was tried, on four layers of a 22 M parameter Llama (q, o, up, down; 2:4, 50%, 70%; rank 16). The objective is
-relative to that of the authors' code, a geometric mean; iterations are those of all twelve.
-
-    rho 0.1, growth (1.1, 1.05, 1.02), as published     0.989    3560
-    rho 0.09, growth as published: "fast"               0.988    3740
-    rho 0.04, growth (1.1, 1.04, 1.015)                 0.975    5240
-    rho 0.03 or 0.02, growth as published               0.973    5140, 5620
-    rho 0.02, growth (1.12, 1.06, 1.02)                 0.983    4810
-    rho 0.03, growth (1.09, 1.045, 1.018): "default"    0.969    5730
-    rho 0.03, growth (1.05, 1.025, 1.01), tolerance 1e-4: "high"    0.943
-
-Dead ends. Over-relaxing the dense copy by 1.3 or 1.6 raises the objective by 1.3% or 4% (q, o), under-relaxing by 0.4
-to 0.8 lowers it by 0.7% at most. The exact low-rank fit in every step, as published, is no better than one warm-started
-subspace step (0.998 against 0.983 on q) and costs an eigendecomposition. Only random weights, whose spectrum has no
-gap, come out up to 1% worse by the step; rho 0.09 makes up for that. The refit has its gain in two rounds: all
-later ones together are below 1e-4. A first rho of 0.3 was 1 to 18% worse, so was a start from D = 0. A basis that moves
-in every second step only was 1 to 3% worse (o). Shifting the inverse by one product also where rho grows by 10% was
-0.07% worse here, and 10% worse for an ill-conditioned Gram matrix without damping. No dead end: factors of the large
-product rounded to BF16 change the mean by less than 0.0004, and no layer of a synthetic Llama-3-8B block came out more
-than 0.03% above FP32 on an H100.
+`admm` holds the iteration. This file holds the schedule of the penalty, the stopping rule and the refit. The room's
+NOTES.md has the measurements behind the schedules.
 """
 
 import math
@@ -41,7 +21,7 @@ from .admm import Admm
 from .textbook import TextbookAdmm
 
 MAX_RESTARTS = 3
-SETTLED = 1e-4  # share of the objective: a refit round that gains less is the last
+SETTLED = 1e-4  # share of the objective: a refit round that gains less is the last one
 
 
 @dataclass(frozen=True)
@@ -52,18 +32,18 @@ class Options:
         form: of the iteration: "one-product" (see `admm`), or "textbook", as published (see `textbook`).
         rho: first penalty, for a Gram matrix with unit diagonal.
         check_every: iterations between two looks at the support.
-        growth: factors for rho when the support changed by more than `thresholds[0]`, more than
-            `thresholds[1]`, or less.
-        thresholds: changed entries / kept entries since the last look.
-        tolerance: stop once the change is below this share ...
-        min_iterations: ... and at least so many iterations have run.
-        max_iterations: stop here in any case; `stats["converged"]` then is False.
-        refit_rounds: rounds of (low-rank fit, CG on the fixed support) at the end, at most: they end with one that
-            lowers the objective by less than 1e-4 of it.
-        cg_steps: conjugate gradient steps a round.
-        precision: of the large products: "bf16" (with FP32 sums), "tf32" (GPUs only), "fp32", or "auto", which takes
-            the coarsest of them whose rounding does not show in the objective: on GPUs for large layers, on CPUs with
-            instructions for BF16 for all.
+        growth: factors for rho when the support changed by more than `thresholds[0]`, by more than `thresholds[1]`, or
+            by less.
+        thresholds: changed entries / kept entries since the previous look.
+        tolerance: the iteration stops once the change is below this share and `min_iterations` have run.
+        min_iterations: see `tolerance`.
+        max_iterations: stop here in any case; `stats["converged"]` is then False.
+        refit_rounds: most rounds of (low-rank fit, conjugate gradients on the fixed support) at the end. A round that
+            lowers the objective by less than 1e-4 of it is the last.
+        cg_steps: conjugate gradient steps per round.
+        precision: of the large products: "bf16" (with FP32 sums), "tf32" (GPUs only), "fp32" or "auto". "auto" takes
+            the coarsest one whose rounding does not show in the objective: on GPUs for large layers, on CPUs with
+            BF16 instructions for all.
     """
 
     form: str = "one-product"
@@ -101,18 +81,11 @@ class Options:
 def solve(
     weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, options: Options, seed: int = 0
 ) -> Decomposition:
-    """Decomposes one layer.
-
-    Args:
-        weight: W (out, in), any float dtype.
-        gram: of the layer's inputs, on the same device.
-        pattern: of S.
-        rank: of B A, 0 for pure sparsity.
-        options: see `Options`.
-        seed: of the first low-rank basis.
+    """Decomposes one layer; see `registry.Solve`. The seed draws the first low-rank basis.
 
     Returns:
-        The best iterate, with `stats`: iterations, converged, rho, objective (scaled tr(E G E^T), damped).
+        The best iterate, with `stats`: iterations, converged, rho, precision, objective (scaled tr(E G E^T), damped)
+        and phases (seconds).
     """
     return solve_group([weight], gram, [pattern], [rank], options, seed)[0]
 
@@ -125,7 +98,7 @@ def solve_group(
     options: Options,
     seed: int = 0,
 ) -> list[Decomposition]:
-    """`solve` for layers with a common input, together: they share products, penalty and stopping."""
+    """`solve` for layers with a common input: they share products, penalty and stopping."""
     scaled_weights = [scaled(weight, gram) for weight in weights]
     results = []
     for Wt, (S, mask, basis, stats) in zip(
@@ -146,9 +119,14 @@ def decompose(
     seed: int,
     admm: Admm | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict]]:
-    """`solve_group` in scaled coordinates: (S, mask, basis, stats), where B A is basis @ (basis^T (Wt - S)).
+    """`solve_group` in scaled coordinates.
 
-    `admm` is one for weights of these shapes, patterns and ranks: it is used again, with its graphs.
+    Args:
+        weights: Wt (out_i, in) of every layer.
+        admm: an iteration on weights of the same shapes, patterns and ranks, to be used again with its CUDA graphs.
+
+    Yields:
+        (S, mask, basis, stats) of every layer, where B A is basis @ (basis^T (Wt - S)).
     """
     if options.form == "textbook" and len(weights) > 1:
         for Wt, pattern, rank in zip(weights, patterns, ranks, strict=True):
@@ -177,7 +155,7 @@ def decompose(
 
 
 def _iterate(admm: Admm | TextbookAdmm, options: Options, phases: PhaseTimer) -> dict:
-    """Steps under the schedule of `options` until the support stands still."""
+    """Runs steps under the schedule of `options` until the support stands still; returns stats."""
     last_mask, raised, restarts, iteration = admm.mask.clone(), False, 0, 0
     while iteration < options.max_iterations:
         steps = min(options.check_every, options.max_iterations - iteration)
@@ -190,7 +168,7 @@ def _iterate(admm: Admm | TextbookAdmm, options: Options, phases: PhaseTimer) ->
             break
         if change == 0 and not raised and restarts < MAX_RESTARTS:
             restarts += 1
-            admm.restart(admm.rho / 5)  # so stiff that nothing moves: start again, softer
+            admm.restart(admm.rho / 5)  # the penalty is so stiff that nothing moves
             continue
         level = 0 if change > options.thresholds[0] else 1 if change > options.thresholds[1] else 2
         with phases("factorisation"):
@@ -201,7 +179,7 @@ def _iterate(admm: Admm | TextbookAdmm, options: Options, phases: PhaseTimer) ->
 
 
 def _refit(Wt, S, mask, basis, G, options: Options):
-    """Alternates the low-rank fit given S and CG on S given its support: the objective never rises."""
+    """Alternates the low-rank fit given S and conjugate gradients on S given its support; keeps the best."""
     last, L = math.inf, torch.zeros_like(Wt)
     for round_ in range(options.refit_rounds + 1):
         if round_:
@@ -224,8 +202,8 @@ def refine_on_support(
 ) -> torch.Tensor:
     """Conjugate gradient steps on min tr((target - S) G (target - S)^T) over the entries in `mask`.
 
-    Rows are independent problems, so each has its own step sizes. G has unit diagonal: the Jacobi
-    preconditioner is the identity. A row stays where it is once its direction has no curvature beyond rounding.
+    Rows are independent problems, so each has its own step sizes. G has a unit diagonal, so the Jacobi preconditioner
+    is the identity. A row stops once its direction has no curvature beyond rounding.
 
     Args:
         S: (out, in) start, zero outside the mask.
@@ -245,7 +223,7 @@ def refine_on_support(
     for _ in range(steps):
         curved = (direction @ G) * mask
         curvature = (direction * curved).sum(1, keepdim=True)
-        flat = curvature <= rounding * direction.square().sum(1, keepdim=True)  # singular G, or done
+        flat = curvature <= rounding * direction.square().sum(1, keepdim=True)  # singular G, or converged
         alpha = (norm / curvature.clamp(min=precision.tiny)).masked_fill(flat, 0.0)
         S = S + alpha * direction
         residual = residual - alpha * curved

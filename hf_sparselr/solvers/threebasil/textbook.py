@@ -1,8 +1,8 @@
 """3BASiL's iteration as published (arXiv 2603.01376, section 3): the form to reproduce and to compare with.
 
-Every step solves for the dense copy, (G + rho I)^-1 (G (Wt - L) - V + rho D), with two large FP32 products, factorises
-G + rho I anew for every rho, and takes the low-rank block in closed form from the singular vectors of E G^(1/2).
-`admm` reaches the same fixed points with one product.
+Every step computes the dense copy (G + rho I)^-1 (G (Wt - L) - V + rho D) by two large FP32 products. Every new rho
+takes a new factorisation of G + rho I. The low-rank block comes in closed form from the singular vectors of E G^(1/2).
+`admm` reaches the same fixed points with one product a step.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from ..gram import ScaledGram
 
 
 class TextbookAdmm:
-    """The interface of `admm.Admm`, for one layer."""
+    """The interface of `admm.Admm`, for a single layer."""
 
     precision = "fp32"
 
@@ -34,7 +34,7 @@ class TextbookAdmm:
         self.V, self.L = torch.zeros_like(self.W), torch.zeros_like(self.W)
 
     def raise_rho(self, factor: float) -> None:
-        """Multiplies the penalty; V stays what it is."""
+        """Multiplies the penalty; V does not change."""
         self.rho *= factor
         self.inverse = self.gram.inverse(self.rho)
 
@@ -43,7 +43,7 @@ class TextbookAdmm:
             self._step()
 
     def result(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """(D, mask, basis)."""
+        """Yields (D, mask, basis)."""
         yield self.D, self.mask, self.basis
 
     def _step(self) -> None:
