@@ -27,7 +27,7 @@ SAMPLE_BATCH = 256  # windows that the dense model writes at a time
 
 
 def load_calibration(model: PreTrainedModel, config: SparseLRConfig, name: str) -> list[torch.Tensor] | None:
-    """Token windows for a model, which may still be on the meta device; None for "self".
+    """Token windows for a model, which may still be on the meta device. None for "self": only the weights can write those.
 
     Raises:
         ValueError, OSError: see `calibration.load_windows`.
@@ -129,7 +129,7 @@ def distill_in_memory(
 
 
 def _tokenizer(name: str) -> Any:
-    """The tokenizer beside a model, or None: then sources that need one say so."""
+    """The tokenizer beside a model, or None. A source that needs one raises an error of its own."""
     if not name:
         return None
     try:
