@@ -27,7 +27,7 @@ SAMPLE_BATCH = 256  # windows that the dense model writes at a time
 
 
 def load_calibration(model: PreTrainedModel, config: SparseLRConfig, name: str) -> list[torch.Tensor] | None:
-    """Token windows for a model, which may still be on the meta device. None for "self": only the weights can write those.
+    """Token windows for a model, which may still be on the meta device. None for "self": those need the weights.
 
     Raises:
         ValueError, OSError: see `calibration.load_windows`.
