@@ -1,14 +1,17 @@
 """The benchmarks run end to end, on tiny shapes; what they print is checked, not how fast it is."""
 
+import itertools
 import json
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import tiny
 from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
-from hf_sparselr.bench import methods
+from hf_sparselr.bench import generate, methods
 from hf_sparselr.bench.methods import markdown
 from hf_sparselr.bench.presets import PRESETS
 from hf_sparselr.cli import main
@@ -182,7 +185,17 @@ def test_compress(tiny_preset, tmp_path, capsys) -> None:
     assert 0 < result["profile"]["share"] < 1
 
 
-def test_generate(tiny_preset, tmp_path, capsys) -> None:
+def test_generate(tiny_preset, tmp_path, capsys, monkeypatch) -> None:
+    """By a clock that ticks once a pass: rates are tokens a pass."""
+    passes, forward = itertools.count(1), LlamaForCausalLM.forward
+    clock = SimpleNamespace(now=0, perf_counter=lambda: clock.now)
+
+    def ticking(*args, **kwargs):
+        clock.now = next(passes)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", ticking)
+    monkeypatch.setattr(generate, "time", clock)
     file = tmp_path / "result.json"
     options = [
         "--preset",
@@ -202,8 +215,11 @@ def test_generate(tiny_preset, tmp_path, capsys) -> None:
     results = json.loads(file.read_text())
     assert list(results) == ["dense", "2:4", "0.7"]
     assert results["0.7"]["weights"] < results["2:4"]["weights"] < results["dense"]["weights"]
-    assert all(result["decode"] > 0 and result["prefill"] > 0 for result in results.values())
-    assert "decode tok/s" in capsys.readouterr().out
+    assert all((result["prefill"], result["decode"]) == (8, 1) for result in results.values())
+    printed = capsys.readouterr().out.splitlines()
+    assert "decode tok/s" in printed[0] and [
+        line.split()[:4] for line in printed if line.startswith("0.7")
+    ] == [["0.7", "8", "1.0", "1.00"]]
 
 
 def test_generate_needs_both_checkpoints(capsys) -> None:
