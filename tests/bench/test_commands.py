@@ -233,3 +233,28 @@ def test_synthetic_inputs_are_correlated(tiny_preset) -> None:
     embedding = synthetic_model("smollm2-135m", 1, "cpu").get_input_embeddings().weight.float()
     values = torch.linalg.svdvals(embedding)
     assert values[0] > 3 * values[-1]
+
+
+def test_kernels(tmp_path, capsys: pytest.CaptureFixture) -> None:
+    options = [
+        "--shapes",
+        "24x36",
+        "--rows",
+        "1",
+        "3",
+        "--patterns",
+        "2:4",
+        "0.7",
+        "--rank",
+        "2",
+        "--dtype",
+        "float32",
+    ]
+    more = ["--repeats", "2", "--device", "cpu", "--json", str(tmp_path / "out.json")]
+    assert main(["bench", "kernels", *options, *more]) == 0
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [(r["pattern"], r["rows"]) for r in results] == [("2:4", 1), ("2:4", 3), ("0.7", 1), ("0.7", 3)]
+    assert all(r["error"] < 1e-5 and r["speedup"] > 0 for r in results)
+    assert "24x36" in capsys.readouterr().out
+    assert main(["bench", "kernels", "--shapes", "24"]) != 0
+    assert "--shapes='24'" in capsys.readouterr().err
