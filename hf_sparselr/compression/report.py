@@ -1,10 +1,32 @@
 """What a compression run did: one row a layer, one row a block, printed and saved as JSON."""
 
 import json
+import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from ..format.staging import write_text
+from ..utils.public_names import hub_id, public_source
 
 FILE_NAME = "sparselr_report.json"
+
+logger = logging.getLogger("hf_sparselr")
+
+# What a report file may say of every field; a field that says something else is left out.
+_TYPES = {
+    "settings": dict,
+    "layers": list,
+    "blocks": list,
+    "allocation": dict,
+    "distill": (dict, type(None)),
+    "sizes": dict,
+    "base_model": (str, type(None)),
+    "perplexity": dict,
+    "seconds": (int, float),
+    "peak_memory": (int, type(None)),
+}
 
 
 @dataclass
@@ -20,7 +42,9 @@ class Report:
         blocks: a dict a block: name, tm (loss_before, loss_after, ...; None without refinement), seconds, phases
             ({phase: seconds}), peaks ({phase: bytes on the GPU}).
         sizes: bytes of the model dense and packed, {"dense": ..., "packed": ...}.
-        base_model: the dense model's name.
+        base_model: the dense model's name, as it was given.
+        base_on_hub: it was loaded from the Hub. Only then it is written to files.
+        from_file: the report was read from a checkpoint: its text is shown, and nothing is looked up for it.
         perplexity: measured perplexities, {"dense": ..., "compressed": ...}, or {}.
         seconds: the whole run.
         peak_memory: bytes on the GPU, None on the CPU.
@@ -36,32 +60,60 @@ class Report:
     perplexity: dict = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory: int | None = None
+    base_on_hub: bool = False
+    from_file: bool = False
 
     def save(self, directory: str | Path) -> Path:
-        """Writes `sparselr_report.json` into a directory."""
+        """Writes `sparselr_report.json` into a directory, without paths, in one step."""
         path = Path(directory) / FILE_NAME
-        path.write_text(json.dumps(vars(self), indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.public(), indent=1, allow_nan=False) + "\n")
         return path
+
+    def public(self) -> dict:
+        """What is written: JSON values (numbers that are not finite become null), no paths."""
+        content = {name: getattr(self, name) for name in _TYPES}
+        content["base_model"] = hub_id(self.base_model) if self.base_on_hub else None
+        content["settings"] = {name: value for name, value in self.settings.items() if name != "save_id"}
+        if "calibration" in self.settings:
+            content["settings"]["calibration"] = public_source(self.settings["calibration"])
+        return _plain(content)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Report | None":
-        """The report beside a checkpoint, or None where there is none."""
+        """The report beside a checkpoint, or None where there is none that can be read; never raises for its content.
+
+        Fields of a later version, and fields with a value of the wrong type, are left out with a warning.
+        """
         path = Path(directory) / FILE_NAME
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            logger.warning("%s cannot be read; the model has no report: %r", path, error)
+            return None
+        if not isinstance(stored, dict):
+            logger.warning("%s holds no report: expected a JSON object", path)
+            return None
+        known = {name: value for name, value in stored.items() if name in _TYPES and _fits(name, value)}
+        if left := sorted(stored.keys() - known.keys()):
+            logger.warning("%s: fields that this version cannot read are left out: %s", path, ", ".join(left))
+        known.setdefault("settings", {})
+        return cls(**known, base_on_hub=hub_id(known.get("base_model")) is not None, from_file=True)
 
     def __str__(self) -> str:
         rows = [("layer", "shape", "pattern", "rank", "zeros", "error", "iterations", "seconds")]
         for row in self.layers:
             rows.append(
                 (
-                    row["name"],
-                    "x".join(map(str, row["shape"])),
-                    row["pattern"],
-                    str(row["rank"]),
-                    f"{row['sparsity']:.4f}",
-                    f"{row['relative_error']:.5f}",
-                    str(row.get("iterations", "-")),
-                    f"{row['seconds']:.2f}",
+                    cell(row, "name"),
+                    shape_cell(row),
+                    cell(row, "pattern"),
+                    cell(row, "rank"),
+                    cell(row, "sparsity", ".4f"),
+                    cell(row, "relative_error", ".5f"),
+                    cell(row, "iterations"),
+                    cell(row, "seconds", ".2f"),
                 )
             )
         return "\n".join([table(rows), *([self.allocation_line()] if self.allocation else [])])
@@ -80,6 +132,20 @@ class Report:
             f"{line}; {parameters['allocated']:,} parameters kept, {parameters['uniform']:,} if uniform; summed error "
             f"of trial solves {error['allocated']:.5f}, {error['uniform']:.5f} if uniform"
         )
+
+
+def cell(row: dict, key: str, spec: str = "") -> str:
+    """A value of a row as text; "-" where there is none, or not the number that was expected."""
+    value = row.get(key)
+    if value is None or (spec and (isinstance(value, bool) or not isinstance(value, (int, float)))):
+        return "-"
+    return format(value, spec) if spec else str(value)
+
+
+def shape_cell(row: dict, times: str = "x") -> str:
+    """The shape of a layer's row as text."""
+    shape = row.get("shape")
+    return times.join(map(str, shape)) if isinstance(shape, (list, tuple)) else "-"
 
 
 def settings_line(settings: dict) -> str:
@@ -131,3 +197,27 @@ def plot(report: Report, directory: str | Path) -> Path:
     path = Path(directory) / "sparselr_report.png"
     figure.savefig(path, dpi=150)
     return path
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a report file gives a field a value of its type; rows and sizes are looked at more closely."""
+    if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
+        return False
+    if name in ("layers", "blocks"):
+        return all(isinstance(row, dict) for row in value)
+    if name in ("sizes", "perplexity"):
+        return all(isinstance(size, (int, float, type(None))) for size in value.values())
+    return True
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON knows it: numbers that are not finite become None, unknown objects their text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return _plain(value.item()) if hasattr(value, "item") else str(value)

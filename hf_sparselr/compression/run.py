@@ -12,6 +12,7 @@ from ..config.sparselr_config import SparseLRConfig
 from ..data import calibration as sources
 from ..data.self_generation import sample_from_model
 from ..utils.phase_timer import PhaseTimer
+from ..utils.public_names import loaded_from_hub
 from .activations import work_device
 from .distillation import copy_sharing_blocks, distill, on_device, takes_batches
 from .model_structure import context_length, find_stacks
@@ -84,6 +85,7 @@ def compress_in_memory(
     if teacher is not None:
         distill_in_memory(model, teacher, config, windows, report)
     report.base_model = base.config.name_or_path or None
+    report.base_on_hub = loaded_from_hub(base.config) is not None
     report.sizes = {"dense": dense_bytes, "packed": _bytes(model)}
     return report
 

@@ -45,6 +45,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         TypeError, ValueError: naming the field, the value and what is allowed.
     """)
     __signature__ = _SIGNATURE
+    save_id: str | None = None  # of the checkpoint whose config.json this was read from (format/seal.py)
 
     if not TYPE_CHECKING:  # type checkers read the arguments from `Fields`
 
@@ -73,11 +74,14 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             TypeError, ValueError: as the constructor, or for a format version that is newer.
         """
         fields = dict(config_dict)
+        save_id = fields.pop("save_id", None)
         check_choice("quant_method", fields.pop("quant_method", QUANT_METHOD), (QUANT_METHOD,))
         if "format_version" in fields:
             _check_version(fields.pop("format_version"))
             fields = _known_fields(fields)
-        return super().from_dict(fields, return_unused_kwargs, **kwargs)
+        made = super().from_dict(fields, return_unused_kwargs, **kwargs)
+        (made[0] if return_unused_kwargs else made).save_id = save_id
+        return made
 
     @property
     def method_options(self) -> Any:
@@ -224,6 +228,8 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         for name, options in groups.items():
             stored[name] = dict(options) if isinstance(options, dict) else dataclasses.asdict(options)
         kind = {"quant_method": self.quant_method, "format_version": self.format_version}
+        if self.save_id is not None:
+            kind["save_id"] = self.save_id
         return copy.deepcopy({name: _jsonable(value) for name, value in {**kind, **stored}.items()})
 
     def stored(self) -> "SparseLRConfig":
@@ -258,7 +264,9 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         return clone
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, SparseLRConfig) and self.to_dict() == other.to_dict()
+        if not isinstance(other, SparseLRConfig):
+            return False
+        return {**self.to_dict(), "save_id": None} == {**other.to_dict(), "save_id": None}
 
     def __iter__(self):
         yield from self.to_dict().items()

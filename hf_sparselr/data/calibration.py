@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..utils.public_names import public_source
 from .sources import C4, COLUMNS, FILES, INSTEAD, column_of, is_dataset, load_split, read_files
 
 CUSTOM = "custom"  # what config.json says of files and of data in memory
@@ -44,10 +45,9 @@ class _Draw:
 def describe(calibration: Any) -> str:
     """The name that config.json records for a source: "self" or a Hub data set; "custom" for files and data.
 
-    Paths stay private.
+    Paths stay private, those of data set folders too.
     """
-    private = not isinstance(calibration, str) or calibration.startswith(FILES)
-    return CUSTOM if private else calibration
+    return public_source(calibration)
 
 
 def check_source(calibration: Any) -> None:

@@ -2,6 +2,10 @@
 
 import torch
 
+from .patterns import NM
+
+_BITS = torch.tensor([byte.bit_count() for byte in range(256)], device="cpu")
+
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     """bool (out, in) -> uint8 (out, ceil(in / 8)), least significant bit first."""
@@ -24,6 +28,27 @@ def unpack(packed: torch.Tensor, values: torch.Tensor, in_features: int) -> torc
     """The dense matrix (out, in), in the dtype of the values."""
     mask = unpack_mask(packed, in_features)
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
+
+
+def count_kept(packed: torch.Tensor, in_features: int, pattern: NM | None = None) -> tuple[int, bool]:
+    """How many entries a packed mask keeps, and whether it obeys an N:M pattern.
+
+    Where groups do not cross bytes, the frequencies of the 256 bytes tell both.
+
+    Args:
+        packed: uint8 (out, ceil(in / 8)), on the CPU, without bits beyond the inputs.
+        pattern: its m divides `in_features`; None obeys anything.
+    """
+    frequencies = torch.bincount(packed.flatten(), minlength=256)
+    kept = int((frequencies * _BITS).sum())
+    if pattern is None:
+        return kept, True
+    if 8 % pattern.m == 0:
+        every_byte = unpack_mask(torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None], 8)
+        allowed = (every_byte.unflatten(1, (-1, pattern.m)).sum(-1) <= pattern.n).all(-1)
+        return kept, not frequencies[~allowed].any()
+    rows = max(1, 2**24 // in_features)  # what is unpacked at a time
+    return kept, all(pattern.allows(unpack_mask(part, in_features)) for part in packed.split(rows))
 
 
 def _shifts(device: torch.device) -> torch.Tensor:

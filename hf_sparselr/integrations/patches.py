@@ -5,18 +5,23 @@ from .patching import Patch
 PATCHES: dict[str, tuple[Patch, ...]] = {
     # by the module of the host after whose import they are applied
     "transformers.modeling_utils": (
-        # transformers has no hook for files beside a checkpoint, and no way to hand a quantizer `state_dict=`.
+        # transformers writes into the folder, file by file, has no hook for files beside a checkpoint, and no way to
+        # hand a quantizer `state_dict=`.
         Patch(
             "transformers.modeling_utils:PreTrainedModel.save_pretrained",
             "hub.saving:save_pretrained",
-            lost="compressed models are saved without report and model card, and state_dict= is ignored",
+            lost="compressed models are saved file by file, without seal, report and model card, and state_dict= is "
+            "ignored",
             around=True,
         ),
-        # push_to_hub puts transformers' default card over ours between saving and uploading.
+        # push_to_hub puts transformers' default card over ours between saving and uploading, and leaves weight files
+        # of an earlier push in the repository, which would be read instead.
         Patch(
             "transformers.modeling_utils:PreTrainedModel._upload_modified_files",
-            "hub.saving:complete_before_upload",
-            lost="compressed models are pushed with the default model card and without their report",
+            "hub.saving:upload",
+            lost="compressed models are pushed with the default model card and without their report, and old weight "
+            "files stay in the repository",
+            around=True,
         ),
         # transformers' hot swap is a load_adapter under a name in use, which looks at no config.
         Patch(

@@ -29,7 +29,8 @@ class Patch:
             declares, by the host's names and with the host's defaults filled in.
         lost: what no longer happens if the host has no such target; logged once.
         around: False: `ours` runs before the host's function, and may raise. True: `ours` runs in its place, gets
-            the host's call as its first argument (a function without arguments), and returns the result.
+            the host's call as its first argument, and returns the result. The call is a function whose keyword
+            arguments change arguments of the host's call.
     """
 
     target: str
@@ -92,12 +93,32 @@ def _wrap(call: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         ours, names = loaded
         chosen = {name: value for name, value in given.items() if name in names}
         if patch.around:
-            return ours(functools.partial(call, *args, **kwargs), **chosen)
+            return ours(functools.partial(_call, call, signature, args, kwargs), **chosen)
         ours(**chosen)
         return call(*args, **kwargs)
 
     setattr(patched, _MARK, patch.target)
     return patched
+
+
+def _call(
+    call: Callable[..., Any],
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    **changes: Any,
+) -> Any:
+    """Calls the host's function with some arguments changed, whether they were passed by position or by name."""
+    if not changes:
+        return call(*args, **kwargs)
+    bound = signature.bind(*args, **kwargs)
+    given = {name: changes.pop(name) if name in changes else value for name, value in bound.arguments.items()}
+    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    new = {name: changes.pop(name) for name in list(changes) if name in signature.parameters}
+    if changes and rest is not None:
+        new[rest] = {**given.get(rest, {}), **changes}
+    bound.arguments = {**given, **new}
+    return call(*bound.args, **bound.kwargs)
 
 
 def _load(patch: Patch, host: inspect.Signature) -> tuple[Callable[..., Any], frozenset[str]] | None:

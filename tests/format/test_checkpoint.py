@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hf_sparselr.format.bitmask import pack, pack_mask, unpack, unpack_mask
-from hf_sparselr.format.checkpoint import FormatError, check_layer, group_layers, read_headers
+from hf_sparselr.format.checkpoint import (
+    FormatError,
+    check_layer,
+    check_masks,
+    group_layers,
+    read_headers,
+)
 
 DTYPES = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 OUT, IN, RANK = 3, 10, 2
@@ -82,6 +88,7 @@ def check(path, tensors: dict, bias: bool = True) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     layers = group_layers(read_headers([str(path)]))
     check_layer("m.up", layers["m.up"], OUT, IN, bias)
+    check_masks(layers, {"m.up": IN}, {})
 
 
 @pytest.fixture
@@ -175,7 +182,7 @@ def test_blames_the_shard_that_holds_the_tensor(tmp_path) -> None:
     save_file(values, files[1])
     layers = group_layers(read_headers(map(str, files)))
     with pytest.raises(FormatError, match=r"m\.up\.values holds") as caught:
-        check_layer("m.up", layers["m.up"], OUT, IN, bias=True)
+        check_masks(layers, {"m.up": IN}, {})
     assert str(files[1]) in str(caught.value)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import html
 import json
 import logging
 import os
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ...compression.report import Report
+from ...compression.report import Report, cell, shape_cell
 from ...config.sparselr_config import SparseLRConfig
 from ...format.patterns import NM
+from ...utils.public_names import hub_id, public_source
 
 logger = logging.getLogger("hf_sparselr")
 
@@ -42,6 +43,7 @@ _CALIBRATIONS = {
     "self": "text sampled from the dense model",
     "custom": "own data (files, or given in memory)",
 }
+_LONGEST = 200  # characters of a text that comes from a file
 # end of a model class's name -> the Hub's name for its task, the class that loads it
 _TASKS = {
     "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
@@ -68,15 +70,16 @@ def model_card(
         report: what the run did; None leaves out sizes, perplexity, layers and base model.
         repo_id: where the card will be: "user/name", or None for a directory.
         licence: an identifier, or the fields license, license_name and license_link of a card. None: what the card
-            of the base model says, if it is found (no error if it is not).
+            of the base model says, if it is found (no error if it is not). Nothing is looked up for a report that
+            was read from a checkpoint.
         architecture: the model's class name; gives the pipeline tag and the class in the loading example.
     """
     report = report or Report(config.to_dict())
     if licence is None:
-        licence = licence_of(report.base_model)
+        licence = base_licence(report)
     fields = {"license": licence} if isinstance(licence, str) else licence
     task, loader = _task(architecture)
-    base = hub_id(report.base_model)
+    base = _published_base(report)
     data = ModelCardData(
         base_model=base,
         base_model_relation="quantized" if base else None,
@@ -118,15 +121,14 @@ def tags_of(config: SparseLRConfig) -> list[str]:
     return ["sparselr", "compressed", "sparse", pattern, *(["low-rank"] if config.has_factors else [])]
 
 
-def hub_id(name: str | None) -> str | None:
-    """The name if it is a Hub id; None for a directory, whose path is nobody else's business."""
-    if not name or os.path.exists(name):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
+def base_licence(report: Report) -> dict[str, str]:
+    """The licence fields of the dense model's card; empty for a report that was read from a checkpoint."""
+    is_known = report.base_on_hub or os.path.isdir(report.base_model or "")
+    return licence_of(report.base_model) if is_known and not report.from_file else {}
+
+
+def _published_base(report: Report) -> str | None:
+    return hub_id(report.base_model) if report.base_on_hub else None
 
 
 def licence_of(name: str | None) -> dict[str, str]:
@@ -165,7 +167,7 @@ def licence_fields(card: ModelCard) -> dict[str, str]:
 
 
 def _sections(config: SparseLRConfig, report: Report, repo_id: str | None, loader: str) -> list[str]:
-    base = hub_id(report.base_model)
+    base = _published_base(report)
     title = (repo_id or base or "Compressed model").rpartition("/")[2]
     origin = f"[{base}](https://huggingface.co/{base})" if base else "A transformers model"
     sections = [
@@ -180,7 +182,7 @@ def _sections(config: SparseLRConfig, report: Report, repo_id: str | None, loade
     if report.sizes:
         sections.append(f"## Size\n\n{_sizes(report.sizes)}")
     if report.perplexity:
-        rows = [(name, _number(value)) for name, value in report.perplexity.items()]
+        rows = [(_text(name), _number(value)) for name, value in report.perplexity.items()]
         sections.append(f"## Perplexity\n\n{_table([('Model', 'Perplexity'), *rows])}")
     if report.layers:
         sections.append(_layers(report.layers))
@@ -216,8 +218,8 @@ def _usage(config: SparseLRConfig, source: str, loader: str) -> str:
 
 
 def _settings(config: SparseLRConfig, report: Report) -> list[tuple[str, str]]:
-    calibration = config.to_dict()["calibration"]
-    calibration = _CALIBRATIONS.get(calibration, calibration)
+    calibration = public_source(config.to_dict()["calibration"])
+    calibration = _CALIBRATIONS.get(calibration, _text(calibration))
     rows = [
         ("Method", _METHODS.get(config.method, config.method)),
         *_asked(config),
@@ -225,9 +227,11 @@ def _settings(config: SparseLRConfig, report: Report) -> list[tuple[str, str]]:
         ("Calibration", f"{calibration}, {config.num_samples} windows of up to {config.seq_len} tokens"),
         ("Seed", str(config.seed)),
     ]
-    rows += [(f"Override `{name}`", f"`{json.dumps(value)}`") for name, value in config.overrides.items()]
+    rows += [
+        (f"Override {_code(name)}", _code(json.dumps(value))) for name, value in config.overrides.items()
+    ]
     if report.allocation:
-        rows.append(("Allocation", report.allocation_line()))
+        rows.append(("Allocation", _text(report.allocation_line())))
     if report.seconds:
         rows.append(("Time", f"{report.seconds / 60:.1f} min"))
     if report.peak_memory:
@@ -245,16 +249,16 @@ def _sizes(sizes: dict[str, int]) -> str:
     dense = sizes.get("dense")
     rows = [("Model", "Bytes", "Share of dense")]
     for name, size in sizes.items():
-        rows.append((name, f"{size:,}", f"{size / dense:.1%}" if dense else "-"))
+        rows.append((_text(name), f"{size:,}", f"{size / dense:.1%}" if dense else "-"))
     return _table(rows)
 
 
 def _layers(layers: list[dict]) -> str:
     rows = [("Layer", "Shape", "Pattern", "Rank", "Zeros in S", "Relative error")]
     for row in layers:
-        shape = " x ".join(map(str, row["shape"]))
-        cells = (f"`{row['name']}`", shape, row["pattern"], str(row["rank"]))
-        rows.append((*cells, f"{row['sparsity']:.2%}", f"{row['relative_error']:.5f}"))
+        cells = (_code(cell(row, "name")), *map(_text, (shape_cell(row, " x "), cell(row, "pattern"))))
+        numbers = (cell(row, "rank"), cell(row, "sparsity", ".2%"), cell(row, "relative_error", ".5f"))
+        rows.append((*cells, *map(_text, numbers)))
     return (
         "## Layers\n\nThe relative error is tr(E H Eᵀ) / tr(W H Wᵀ), with the error E of a weight W and the Gram "
         "matrix H of the layer's calibration inputs, before refinement.\n\n"
@@ -262,8 +266,19 @@ def _layers(layers: list[dict]) -> str:
     )
 
 
+def _text(value: str) -> str:
+    """Text from a file as Markdown that shows it and does nothing else, in one line."""
+    line = " ".join(str(value).split())[:_LONGEST]
+    return re.sub(r"([\\`*_\[\]#~])", r"\\\1", html.escape(line, quote=False))
+
+
+def _code(value: str) -> str:
+    """Text from a file as a code span, in one line."""
+    return f"`{' '.join(str(value).split())[:_LONGEST].replace('`', chr(39))}`"
+
+
 def _number(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else _text(value)
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> str:

@@ -1,23 +1,30 @@
-"""Model card and report beside a checkpoint, on disk and on the Hub.
+"""Saving and publishing a compressed model: one transaction, with model card and report beside the checkpoint.
 
-`save_pretrained` and `push_to_hub` of a compressed model write both (see `integrations.patches`).
+integrations/patches.py puts `save_pretrained` and `upload` around transformers' methods; format/README.md lists the
+files that they write.
 """
 
 import contextlib
-import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
 
 from ...compression.report import FILE_NAME, Report
 from ...config.sparselr_config import SparseLRConfig
-from .model_card import README, hub_id, is_generated, licence_fields, licence_of, model_card, tags_of
+from ...format.checkpoint import read_headers
+from ...format.seal import seal
+from ...format.staging import Staging, stale, write_text
+from ...nn.linear import packed_layers
+from ..transformers.adapters import reject_adapters
+from ..transformers.checks import changed_ranks, check_saved
+from ..transformers.names import would_fuse
+from .model_card import README, base_licence, is_generated, licence_fields, licence_of, model_card, tags_of
 
-__all__ = ["complete_before_upload", "model_card", "save_pretrained", "write_extras"]
+__all__ = ["model_card", "save_pretrained", "upload", "write_extras"]
 
 logger = logging.getLogger("hf_sparselr")
 
@@ -31,14 +38,21 @@ def write_extras(model: Any, directory: str | os.PathLike) -> None:
         model: a compressed transformers model.
         directory: it exists, and holds the checkpoint.
     """
-    _write(model, Path(directory))
+    _write(model, Path(directory), Path(directory) / README)
 
 
-def _write(model: Any, directory: Path, repo_id: str | None = None, keep_card: bool = True) -> None:
+def _write(
+    model: Any, directory: Path, readme: Path, repo_id: str | None = None, keep_card: bool = True
+) -> None:
+    """Writes report and card into a directory.
+
+    Args:
+        readme: the card that is there already, if it exists.
+        keep_card: a card that was not generated stays.
+    """
     report = _report_of(model)
     if report is not None:
-        dataclasses.replace(report, base_model=hub_id(report.base_model)).save(directory)
-    readme = directory / README
+        report.save(directory)
     try:
         old = ModelCard.load(readme) if readme.is_file() else None
     except Exception as error:
@@ -47,19 +61,19 @@ def _write(model: Any, directory: Path, repo_id: str | None = None, keep_card: b
     config = model.hf_quantizer.quantization_config
     # Without a report a new card would say less than the one that is there.
     if old is not None and keep_card and (report is None or not is_generated(old)):
-        if _add_tags(old, tags_of(config)):
-            old.save(readme)
+        if _add_tags(old, tags_of(config)) or readme.parent != directory:
+            write_text(directory / README, str(old))
         return
     architecture = (model.config.architectures or [type(model).__name__])[0]
     card = model_card(config, report, repo_id, _carried_licence(model, report, old), architecture)
     _add_tags(card, old.data.tags if old is not None else None)
-    card.save(readme)
+    write_text(directory / README, str(card))
 
 
 def _report_of(model: Any) -> Report | None:
     """The model's report; for one from the Hub, which transformers loads without it, the report beside it there."""
     report = getattr(model, "sparselr_report", None)
-    name = hub_id(model.config.name_or_path)
+    name = model.hf_quantizer.hub_name
     snapshot = getattr(model.hf_quantizer, "_directory", None)
     if report is not None or name is None or snapshot is None:
         return report
@@ -73,8 +87,10 @@ def _report_of(model: Any) -> Report | None:
 
 def _carried_licence(model: Any, report: Report | None, old: ModelCard | None) -> dict[str, str]:
     """From the base model, else from where the compressed model was loaded, else from the card it replaces."""
-    base = report.base_model if report is not None else None
-    found = licence_of(base) or licence_of(model.config.name_or_path)
+    found = base_licence(report) if report is not None else {}
+    name = model.config.name_or_path
+    if not found and (os.path.isdir(name or "") or name == model.hf_quantizer.hub_name):
+        found = licence_of(name)
     return found or (licence_fields(old) if old is not None else {})
 
 
@@ -86,6 +102,9 @@ def _add_tags(card: ModelCard, tags: list[str] | None) -> bool:
     return bool(missing)
 
 
+# -- saving
+
+
 def _is_ours(model: Any) -> bool:
     """A compressed model that is about to be saved whole: with adapters, transformers saves only those."""
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
@@ -93,46 +112,109 @@ def _is_ours(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _passing_on(model: Any, state_dict: dict | None):
-    """Shows our quantizer the state dict given to `save_pretrained`; transformers does not pass it on."""
+def _passing_on(model: Any, state_dict: dict | None, staging: Staging | None = None) -> Iterator[None]:
+    """Shows our quantizer what was given to `save_pretrained`; transformers does not pass it on."""
     quantizer = getattr(model, "hf_quantizer", None)
     if not hasattr(quantizer, "given_state"):  # another method's
         yield
         return
-    quantizer.given_state = state_dict
+    quantizer.given_state, quantizer.staging = state_dict, staging
     try:
         yield
     finally:
-        quantizer.given_state = None
+        quantizer.given_state = quantizer.staging = None
 
 
 def save_pretrained(
-    call: Callable[[], Any],
+    call: Callable[..., Any],
     self: Any,
     save_directory: str | os.PathLike,
     is_main_process: bool,
     state_dict: dict | None,
     push_to_hub: bool,
+    variant: str | None,
+    distributed_checkpoint: bool = False,
+    repo_id: str | None = None,
 ) -> Any:
-    """Around `PreTrainedModel.save_pretrained`: a compressed model gets its report and card."""
-    with _passing_on(self, state_dict):
-        result = call()
-    if not _is_ours(self) or push_to_hub:  # an upload has written them
-        return result
-    if self.should_save_on_this_rank(is_main_process) and os.path.isdir(save_directory):
-        write_extras(self, save_directory)
+    """Around `PreTrainedModel.save_pretrained`: a compressed model is saved as a transaction.
+
+    Raises:
+        ValueError: before anything is written, naming what stands in the way.
+        FormatError: the files that were written do not hold the model; nothing was changed.
+    """
+    if not _is_ours(self) or not self.should_save_on_this_rank(is_main_process):
+        with _passing_on(self, state_dict):
+            return call()
+    directory = Path(save_directory)
+    if directory.is_file():
+        raise ValueError(f"save_directory={str(directory)!r} is a file: expected a folder")
+    if distributed_checkpoint:
+        raise ValueError("distributed_checkpoint=True is not supported for sparselr models: leave it out")
+    reject_adapters(self, "save")
+    changes = {"save_original_format": False} if would_fuse(self, packed_layers(self)) else {}
+    if push_to_hub:
+        changes["repo_id"] = repo_id or directory.name
+    with Staging(directory, variant) as staging, _passing_on(self, state_dict, staging):
+        result = call(save_directory=str(staging.folder), **changes)
+        if not staging.committed:  # else an upload has done it
+            _commit(self, staging)
     if self.name_or_path is None:  # compressed in memory; adapters name their base after it
-        self.name_or_path = str(save_directory)
+        self.name_or_path = str(directory)
     return result
 
 
-def complete_before_upload(
-    self: Any, working_dir: str | os.PathLike, repo_id: str, token: bool | str | None
-) -> None:
-    """Before `PreTrainedModel._upload_modified_files`: the report and card of a compressed model."""
+def upload(
+    call: Callable[..., Any],
+    self: Any,
+    working_dir: str | os.PathLike,
+    repo_id: str,
+    commit_message: str | None,
+    token: bool | str | None,
+    create_pr: bool,
+    revision: str | None,
+    commit_description: str | None,
+) -> Any:
+    """Around `PreTrainedModel._upload_modified_files`: report and card of a compressed model, and all in one commit.
+
+    The commit also removes the repository's weight files that are not among the new ones.
+    """
     if not _is_ours(self):
-        return
+        return call()
     # A README.md here that the Hub does not have yet is transformers' default.
     keep = HfApi().file_exists(repo_id, README, token=token)
-    _write(self, Path(working_dir), repo_id, keep_card=keep)
-    self.name_or_path = repo_id
+    staging = self.hf_quantizer.staging
+    if staging is not None:  # within save_pretrained(push_to_hub=True)
+        names, directory, variant = _commit(self, staging, repo_id, keep), staging.directory, staging.variant
+    else:
+        directory, variant = Path(working_dir), None
+        _write(self, directory, directory / README, repo_id, keep_card=keep)
+        names = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
+    api = HfApi(token=token)
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    present = api.list_repo_files(repo_id, revision=revision)
+    operations = [CommitOperationAdd(Path(name).as_posix(), directory / name) for name in sorted(names)]
+    operations += [CommitOperationDelete(name) for name in stale(present, names, variant)]
+    result = api.create_commit(
+        repo_id,
+        operations,
+        commit_message=commit_message or "Upload model",
+        commit_description=commit_description,
+        create_pr=create_pr,
+        revision=revision,
+    )
+    self.name_or_path = self.hf_quantizer.hub_name = repo_id
+    return result
+
+
+def _commit(model: Any, staging: Staging, repo_id: str | None = None, keep_card: bool = True) -> list[str]:
+    """Completes, checks and seals the files of a save, and moves them into place; their names."""
+    uploaded = staging.folder / README  # transformers puts the Hub's card there, or its default
+    own = staging.directory / README
+    _write(model, staging.folder, uploaded if repo_id and keep_card else own, repo_id)
+    files = sorted(map(str, staging.folder.glob("*.safetensors")))
+    stored = check_saved(model, read_headers(files))
+    config = model.hf_quantizer.quantization_config
+    ranks = changed_ranks(config, packed_layers(model))
+    config.save_id = seal(staging.folder, files, {stored[name]: rank for name, rank in ranks.items()})
+    return staging.commit()

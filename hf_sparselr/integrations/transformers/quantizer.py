@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -20,9 +18,15 @@ from ...compression.model_structure import linear_layers
 from ...compression.plan import plan_layers
 from ...compression.report import Report
 from ...config.sparselr_config import QUANT_METHOD, SparseLRConfig
-from ...format.checkpoint import SENTINEL, Entry, FormatError, check_layer, group_layers, read_headers
+from ...format.checkpoint import SENTINEL, Entry, FormatError, group_layers, layer_rank, read_headers
+from ...format.seal import METADATA, room
+from ...format.staging import Staging
 from ...nn.linear import SparseLRLinear, packed_layers
 from ...nn.shared_input import link_shared_inputs
+from ...utils.public_names import loaded_from_hub
+from .adapters import reject_adapters
+from .checks import check_checkpoint
+from .names import spare
 
 
 class SparseLRQuantizer(HfQuantizer):
@@ -34,6 +38,8 @@ class SparseLRQuantizer(HfQuantizer):
 
     requires_calibration = False  # True would make transformers refuse dense checkpoints
     given_state: dict | None = None  # the `state_dict` of the running save_pretrained (see `hub`)
+    staging: Staging | None = None  # where the running save_pretrained writes
+    hub_name: str | None = None  # the repository that the model was loaded from, or pushed to last
     is_qat_trainable = False  # `train_mode` sets it: until then Trainer refuses a model without adapters
     quantization_config: SparseLRConfig
 
@@ -88,27 +94,24 @@ class SparseLRQuantizer(HfQuantizer):
         """Replaces the linear layers that the checkpoint holds packed by empty modules of the right shapes."""
         if not files:
             raise FormatError("a compressed checkpoint is read from .safetensors files, but none were given")
-        entries = read_headers(files)
-        names = _names_in_model(model, entries)
-        stored_layers, layers, packed = group_layers(entries), linear_layers(model), {}
-        for stored, parts in stored_layers.items():
-            name = names[stored]
-            if name not in layers:
-                where = next(iter(parts.values())).file
-                raise FormatError(
-                    f"{where}: tensor {stored}.mask is unexpected: the model has no such linear layer"
-                )
-            packed[name] = parts
-            check_layer(stored, parts, *weight_shape(layers[name]), bias=layers[name].bias is not None)
-        _check_complete(model, layers, packed, entries, names)
+        entries, layers = read_headers(files), linear_layers(model)
+        packed = check_checkpoint(model, self.quantization_config, entries)
         for name, parts in packed.items():
             model.set_submodule(name, _empty_layer(model, name, layers[name], parts))
         # The zero-element `weight` entries are for readers without this package.
-        model._keys_to_ignore_on_load_unexpected |= {
-            rf"{re.escape(name)}\.{SENTINEL}$" for name in (*packed, *stored_layers)
-        }
+        sentinels = {*packed, *group_layers(entries)}
+        model._keys_to_ignore_on_load_unexpected |= {rf"{re.escape(name)}\.{SENTINEL}$" for name in sentinels}
         self._dtypes = {name: _stored_dtype(model, name, p.dtype) for name, p in model.named_parameters()}
         self._directory = Path(files[0]).parent
+        self._packed, self._prefix = sentinels, model.base_model_prefix
+
+    def update_weight_conversions(self, weight_conversions: list, model: nn.Module | None = None) -> list:
+        """Keeps the tensors of packed layers from being fused or split; `model` is not passed before 5.23."""
+        return (
+            spare(weight_conversions, self._packed, self._prefix)
+            if self.pre_quantized
+            else weight_conversions
+        )
 
     # -- after the weights are read
 
@@ -132,6 +135,7 @@ class SparseLRQuantizer(HfQuantizer):
             module.kernel = self.quantization_config.kernel
         link_shared_inputs(model)
         model.sparselr_report = Report.load(self._directory)
+        self.hub_name = loaded_from_hub(model.config)
         return model
 
     # -- saving and the rest of the interface
@@ -146,11 +150,12 @@ class SparseLRQuantizer(HfQuantizer):
         for name, module in packed_layers(model).items():
             # A slice of one element: empty tensors of their own would all look tied to one another.
             state[f"{name}.{SENTINEL}"] = torch.zeros(1, dtype=module.dtype)[:0]
-        return state, {}
+        return state, {METADATA: room(state)}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        reject_adapters(model, "dequantize")
         for name, module in packed_layers(model).items():
-            model.set_submodule(name, module.to_dense().to(dtype))
+            model.set_submodule(name, module.to_dense().to(dtype).requires_grad_(True))
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -185,37 +190,11 @@ def attach(model: nn.Module, config: SparseLRConfig, report: Report) -> nn.Modul
     return model
 
 
-def _names_in_model(model: nn.Module, entries: dict[str, Entry]) -> dict[str, str]:
-    """Names of the modules in the file -> in the model: prefixes and renamings differ between classes."""
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    state = model.state_dict()
-
-    def rename(module: str) -> str:
-        key, _ = rename_source_key(f"{module}.weight", renamings, [], model.base_model_prefix, state)
-        return key.removesuffix(".weight")
-
-    return {module: rename(module) for module in {name.rpartition(".")[0] for name in entries}}
-
-
-def _check_complete(
-    model, layers: dict, packed: dict, entries: dict[str, Entry], names: dict[str, str]
-) -> None:
-    """A linear layer that is neither packed nor dense in the files would silently start from random weights."""
-    if any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(model)):
-        return  # dense names in such files are not the model's; transformers reports what it misses
-    sizes = {module: entries[f"{module}.weight"].shape for module in names if f"{module}.weight" in entries}
-    present = {names[module] for module, size in sizes.items() if size != (0,)}
-    for name in layers:
-        if name not in packed and name not in present:
-            where = Path(next(iter(entries.values())).file).parent
-            raise FormatError(f"{where}: tensor {name}.mask is missing")
-
-
 def _empty_layer(model: nn.Module, name: str, dense: nn.Module, parts: dict[str, Entry]) -> SparseLRLinear:
     return SparseLRLinear(
         *reversed(weight_shape(dense)),
         nonzeros=parts["values"].shape[0],
-        rank=parts["A"].shape[0] if "A" in parts else 0,
+        rank=layer_rank(parts),
         bias=dense.bias is not None,
         transposed=isinstance(dense, Conv1D),
         device="meta",

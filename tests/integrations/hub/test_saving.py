@@ -47,6 +47,7 @@ def full_report(base_model: str | None = "someone/base-1b") -> Report:
         layers=[{**LAYER, "relative_error": 0.0123, "seconds": 1.0}],
         sizes={"dense": 2000, "packed": 1500},
         base_model=base_model,
+        base_on_hub=True,
         perplexity={"dense": 10.0, "compressed": 11.25},
         seconds=90.0,
     )

@@ -17,6 +17,7 @@ from transformers import (
 
 from hf_sparselr import compress
 from hf_sparselr.format.checkpoint import FormatError
+from hf_sparselr.format.seal import seal
 from hf_sparselr.nn.linear import packed_layers
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -210,6 +211,9 @@ def rewrite(ragged, tmp_path):
         tensors = load_file(tmp_path / "model.safetensors")
         change(tensors)
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        seal(
+            tmp_path, [tmp_path / "model.safetensors"], {}
+        )  # the change is to be found without the seal's help
         return tmp_path
 
     return write

@@ -1,0 +1,180 @@
+"""Checks of a packed checkpoint against the model that is loaded from it, before the weights are read."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ...compression.linear_layers import weight_shape
+from ...compression.model_structure import linear_layers
+from ...config.sparselr_config import SparseLRConfig
+from ...format.checkpoint import (
+    SENTINEL,
+    Entry,
+    FormatError,
+    check_layer,
+    check_masks,
+    group_layers,
+    layer_rank,
+)
+from ...format.patterns import NM, Pattern
+from ...format.seal import SAVE_ID, check_seal, read_seal
+from ...nn.linear import SparseLRLinear
+from ...solvers.registry import PRECOMPUTED
+from .names import StoredNames, check_dense, is_written_by, missing_tensor, writing_class
+
+if TYPE_CHECKING:  # transformers imports this module before it has the class
+    from transformers import PreTrainedModel
+
+Parts = dict[str, Entry]
+
+
+def check_checkpoint(
+    model: "PreTrainedModel", config: SparseLRConfig, entries: Mapping[str, Entry]
+) -> dict[str, Parts]:
+    """Checks a whole checkpoint: names, shapes, dtypes, masks, ranks, and that its files belong together.
+
+    Reads headers and masks only. What the weights are worth, `inspect --verify` tells.
+
+    Args:
+        model: a skeleton with dense linear layers.
+        config: of the checkpoint.
+        entries: all tensors of its files.
+
+    Returns:
+        The packed layers by their names in the model: {name: {"mask": entry, "values": entry, ...}}.
+
+    Raises:
+        FormatError: naming the file, and the tensor if it is one.
+    """
+    if not entries:
+        raise FormatError("the files of the checkpoint hold no tensors")
+    stored, layers = group_layers(entries), linear_layers(model)
+    names = StoredNames(model, _tensor_names(model), entries, stored)
+    named = {layer: names.layer(layer) for layer in stored}
+    for layer, parts in stored.items():
+        dense = layers.get(named[layer])
+        if dense is None:
+            where = next(iter(parts.values())).file
+            raise FormatError(
+                f"{where}: tensor {layer}.mask is unexpected: the model has no such linear layer"
+            )
+        check_layer(layer, parts, *weight_shape(dense), bias=dense.bias is not None)
+    _check_names(model, entries, stored, names)
+    shapes = {layer: weight_shape(layers[name]) for layer, name in named.items()}
+    asked = {layer: _asked(config, layer, named[layer], shapes[layer], model) for layer in stored}
+    patterns = {layer: found[0] for layer, found in asked.items() if found and isinstance(found[0], NM)}
+    check_masks(stored, {layer: shape[1] for layer, shape in shapes.items()}, patterns)
+    seals = {entry.file: None for entry in entries.values()}
+    ranks = check_seal(entries, {file: read_seal(file) for file in seals}, getattr(config, SAVE_ID, None))
+    _check_ranks(stored, config, asked, ranks)
+    return {named[layer]: parts for layer, parts in stored.items()}
+
+
+def check_saved(model: "PreTrainedModel", entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Checks that files which were just written hold every packed layer of a model.
+
+    Returns:
+        The packed layers' names in the files: {name in the model: stored name}.
+
+    Raises:
+        FormatError: a layer is not there, or has other shapes.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLRLinear)}
+    stored = group_layers(entries)
+    names = StoredNames(model, _tensor_names(model), entries, stored)
+    found = {names.layer(layer): layer for layer in stored}
+    for name, layer in layers.items():
+        if name not in found:
+            raise FormatError(
+                f"tensor {name}.mask did not reach the files under a name that leads back to it"
+            )
+        parts = stored[found[name]]
+        check_layer(found[name], parts, layer.out_features, layer.in_features, bias=layer.bias is not None)
+        if layer_rank(parts) != layer.rank or parts["values"].shape != layer.values.shape:
+            raise FormatError(f"tensor {found[name]}.values in the files is not {name}.values of the model")
+    return {name: found[name] for name in layers}
+
+
+def changed_ranks(config: SparseLRConfig, layers: Mapping[str, SparseLRLinear]) -> dict[str, int]:
+    """Layers whose rank is not the one that the config gives them, after adapters were merged: {name: rank}."""
+    if not _fixes_ranks(config):
+        return {}
+    asked = {
+        name: config.layer_settings(name, (layer.out_features, layer.in_features))
+        for name, layer in layers.items()
+    }
+    return {
+        name: layer.rank for name, layer in layers.items() if asked[name] and asked[name][1] != layer.rank
+    }
+
+
+def _tensor_names(model: nn.Module) -> list[str]:
+    """Names of all tensors of a model, with a `weight` for packed layers."""
+    packed = (name for name, module in model.named_modules() if isinstance(module, SparseLRLinear))
+    return [*model.state_dict(), *(f"{name}.{SENTINEL}" for name in packed)]
+
+
+def _check_names(
+    model: "PreTrainedModel", entries: Mapping[str, Entry], stored: Iterable[str], names: StoredNames
+) -> None:
+    """Missing, unexpected and wrongly typed tensors, against the class that wrote the checkpoint.
+
+    A class with another head lacks some tensors and has others, so the checkpoint is checked against a skeleton of
+    the class that wrote it. Where that is not known, only linear layers of the blocks are looked for.
+    """
+    packed = {names.layer(layer) for layer in stored}
+    if is_written_by(model):
+        return check_dense(model, packed, entries, names)
+    present = {
+        target.rpartition(".")[0]
+        for name, targets in names.targets.items()
+        for target in targets
+        if name in entries and name.rpartition(".")[0] not in stored
+    }
+    for name in linear_layers(model):
+        if name not in packed and name not in present:
+            raise missing_tensor(model, f"{name}.{SENTINEL}", entries)
+    writer = writing_class(model)
+    if writer is not None:
+        with torch.device("meta"):
+            skeleton = writer(copy.deepcopy(model.config))
+        names = StoredNames(skeleton, _tensor_names(skeleton), entries, stored)
+        check_dense(skeleton, {names.layer(layer) for layer in stored}, entries, names)
+
+
+def _asked(
+    config: SparseLRConfig, stored: str, name: str, shape: tuple[int, int], model: "PreTrainedModel"
+) -> tuple[Pattern, int] | None:
+    """Pattern and rank that the config gives a layer, whose name may have differed in the class that wrote it.
+
+    None where that leaves more than one answer.
+    """
+    prefix = f"{model.base_model_prefix}."
+    names = (
+        {stored, name} if is_written_by(model) else {stored, name, name.removeprefix(prefix), prefix + name}
+    )
+    found = {config.layer_settings(each, shape) for each in names}
+    return found.pop() if len(found) == 1 else None
+
+
+def _fixes_ranks(config: SparseLRConfig) -> bool:
+    """Whether the config alone gives every layer its rank."""
+    return config.allocation == "uniform" and config.method != PRECOMPUTED
+
+
+def _check_ranks(
+    stored: Mapping[str, Parts],
+    config: SparseLRConfig,
+    asked: Mapping[str, tuple[Pattern, int] | None],
+    changed: Mapping[str, int],
+) -> None:
+    for layer, parts in stored.items():
+        expected = changed.get(layer, asked[layer][1] if asked[layer] and _fixes_ranks(config) else None)
+        if expected is not None and layer_rank(parts) != expected:
+            file = parts["A" if "A" in parts else "values"].file
+            raise FormatError(
+                f"{file}: tensor {layer}.A has rank {layer_rank(parts)}, but the config says {expected}"
+            )

@@ -1,0 +1,185 @@
+"""Names of tensors in the files of a checkpoint and in the model: transformers renames and fuses tensors on the way.
+
+Packed tensors are renamed like any others, but never fused or split: three masks are no mask of a fused layer.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from ...compression.model_structure import linear_layers
+from ...format.checkpoint import DTYPES, FLOATS, SENTINEL, Entry, FormatError
+
+if TYPE_CHECKING:  # transformers imports this module before it has the class
+    from transformers import PreTrainedModel
+
+
+class StoredNames:
+    """What the tensors of a checkpoint are called in a model, by the rules with which transformers loads them.
+
+    Attributes:
+        targets: {stored name: names of the model's tensors that it becomes}. Several where it is split, and the same
+            one for several that are fused.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", tensors: Iterable[str], stored: Iterable[str], layers: Iterable[str]
+    ):
+        """
+        Args:
+            model: the model, or its skeleton.
+            tensors: names of the model's tensors, with a `weight` for every linear layer.
+            stored: names of the tensors in the files.
+            layers: the packed layers in the files, whose tensors are not fused.
+        """
+        conversions, layers = get_model_conversion_mapping(model), set(layers)
+        stored = {*stored, *(f"{layer}.{SENTINEL}" for layer in layers)}
+        renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
+        converters = [step for step in conversions if isinstance(step, WeightConverter)]
+        self._known, self._prefix = dict.fromkeys(tensors, True), model.base_model_prefix
+        self.targets = {}
+        for name in sorted(stored, key=dot_natural_key):  # some renamings rely on this order
+            packed = name.rpartition(".")[0] in layers
+            self.targets[name] = self._targets(name, renamings, [] if packed else converters)
+
+    def layer(self, stored: str) -> str:
+        """The model's name of a packed layer."""
+        return self.targets[f"{stored}.{SENTINEL}"][0].removesuffix(f".{SENTINEL}")
+
+    def _targets(self, name: str, renamings: list, converters: list) -> list[str]:
+        target, pattern = rename_source_key(name, renamings, converters, self._prefix, self._known)
+        if target not in self._known and name in self._known:
+            return [name]
+        if pattern is None:
+            return [target]
+        converter = next(step for step in converters if pattern in step.source_patterns)
+        first, *others = converter.target_patterns
+        return [target, *(target.replace(first, other) for other in others)]
+
+
+class Sparing:
+    """Stands for the compiled pattern of a `WeightConverter`, and matches no tensor of the packed layers."""
+
+    def __init__(self, pattern: re.Pattern, layers: set[str]) -> None:
+        self.pattern, self.layers = pattern, layers
+
+    @property
+    def groupindex(self) -> Mapping[str, int]:
+        return self.pattern.groupindex
+
+    def search(self, name: str) -> re.Match | None:
+        return None if name.rpartition(".")[0] in self.layers else self.pattern.search(name)
+
+
+def spare(conversions: list, layers: Iterable[str], prefix: str) -> list:
+    """Keeps converters from the tensors of packed layers, which have these names in the model."""
+    for step in conversions:
+        if isinstance(step, WeightConverter):
+            scopes = {"", f"{prefix}.", f"{step.scope_prefix}.", f"{prefix}.{step.scope_prefix}."}
+            names = {layer.removeprefix(scope) for layer in layers for scope in scopes}
+            names |= {f"{prefix}.{layer}" for layer in layers}
+            step.compiled_sources = Sparing(step.compiled_sources, names)
+    return conversions
+
+
+def would_fuse(model: "PreTrainedModel", layers: Iterable[str]) -> bool:
+    """Whether transformers would fuse or split tensors of packed layers on saving, to restore original names."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    converters = [step.reverse_transform() for step in conversions if isinstance(step, WeightConverter)]
+    return any(step.rename_source_key(f"{layer}.{SENTINEL}")[1] for step in converters for layer in layers)
+
+
+def check_dense(
+    model: "PreTrainedModel", packed: set[str], entries: Mapping[str, Entry], names: StoredNames
+) -> None:
+    """Checks that the files hold every dense tensor of the model, no other tensors, and of the right kind of dtype.
+
+    Args:
+        model: the model or its skeleton; packed layers may still be dense in it.
+        packed: names of its packed layers.
+        entries: all tensors of the files.
+        names: of the same model and files.
+
+    Raises:
+        FormatError: naming file and tensor.
+    """
+    state = {
+        name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in packed
+    }
+    found, unexpected = set(), {}
+    for stored, entry in entries.items():
+        targets = names.targets[stored]
+        if targets[0].rpartition(".")[0] in packed:
+            continue
+        known = [target for target in targets if target in state]
+        found.update(known)
+        if not known:
+            unexpected[targets[0]] = stored
+        _check_dtype(stored, entry, [state[target].dtype for target in known])
+    missing = state.keys() - found
+    for tied, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if {tied, source} & found:
+            missing -= {tied, source}
+    info = SimpleNamespace(missing_keys=missing, unexpected_keys=set(unexpected))
+    model._adjust_missing_and_unexpected_keys(info)
+    if info.missing_keys:
+        raise missing_tensor(model, min(info.missing_keys), entries)
+    for name in sorted(info.unexpected_keys):
+        stored = unexpected[name]
+        raise FormatError(
+            f"{entries[stored].file}: tensor {stored} is unexpected: the model has no such tensor"
+        )
+
+
+def writing_class(model: "PreTrainedModel") -> "type[PreTrainedModel] | None":
+    """The class that wrote a checkpoint, where it is not the model's own: its head may differ. None if unknown."""
+    names = model.config.architectures or [None]
+    cls = getattr(transformers, str(names[0]), None)
+    same_config = getattr(cls, "config_class", None) is type(model).config_class
+    return cls if same_config and cls is not type(model) else None
+
+
+def is_written_by(model: "PreTrainedModel") -> bool:
+    """Whether the model's class wrote the checkpoint whose config it has."""
+    return type(model).__name__ in (model.config.architectures or [])
+
+
+def _check_dtype(stored: str, entry: Entry, dtypes: list[torch.dtype]) -> None:
+    for dtype in dtypes:
+        if dtype.is_floating_point and entry.dtype not in FLOATS:
+            raise FormatError(
+                f"{entry.file}: tensor {stored} has dtype {entry.dtype}, expected one of {', '.join(FLOATS)}"
+            )
+        if not dtype.is_floating_point and not dtype.is_complex and DTYPES.get(entry.dtype) is not dtype:
+            raise FormatError(f"{entry.file}: tensor {stored} has dtype {entry.dtype}, expected {dtype}")
+
+
+def missing_tensor(model: "PreTrainedModel", name: str, entries: Mapping[str, Entry]) -> FormatError:
+    """The error for a dense tensor that is not there; a linear layer may be packed instead."""
+    layer = name.rpartition(".")[0]
+    found = (
+        f"{layer}.mask is missing, and so is {name}"
+        if layer in linear_layers(model)
+        else f"{name} is missing"
+    )
+    return FormatError(f"{_place(entries)}: tensor {found}")
+
+
+def _place(entries: Mapping[str, Entry]) -> Any:
+    """The file if there is one, else their folder."""
+    files = {entry.file for entry in entries.values()}
+    return next(iter(files)) if len(files) == 1 else Path(next(iter(files))).parent
