@@ -106,6 +106,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_inspect)
     parser.add_argument("path", help="a directory or a Hub id")
+    parser.add_argument("--verify", action="store_true", help="read all tensors and compare their checksums")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -172,7 +173,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from .entrypoints.inspect import inspect_checkpoint
 
-    inspection = inspect_checkpoint(args.path)
+    inspection = inspect_checkpoint(args.path, args.verify)
     print(json.dumps(dataclasses.asdict(inspection), indent=1) if args.json else inspection)
 
 

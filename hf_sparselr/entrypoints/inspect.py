@@ -1,4 +1,4 @@
-"""What a compressed checkpoint holds, read from config.json and the headers of its files."""
+"""`inspect_checkpoint`: the content of a compressed checkpoint, from config.json and the headers of its files."""
 
 import json
 import math
@@ -11,8 +11,20 @@ from huggingface_hub import snapshot_download
 
 from ..compression.report import table
 from ..config.sparselr_config import QUANT_METHOD, SparseLRConfig
-from ..format.checkpoint import PAYLOAD, Entry, FormatError, group_layers, read_headers
-from ..format.patterns import Pattern, Unstructured
+from ..format.checkpoint import (
+    CONFIG,
+    PAYLOAD,
+    SETTINGS,
+    Entry,
+    FormatError,
+    check_layer,
+    check_masks,
+    group_layers,
+    layer_rank,
+    read_headers,
+)
+from ..format.patterns import NM, Pattern, Unstructured
+from ..format.seal import check_seal, damaged_tensors, read_seal
 from ..solvers.registry import PRECOMPUTED
 
 _WEIGHTS = "model.safetensors"
@@ -31,6 +43,8 @@ class Inspection:
             bytes (packed, with factors and bias), dense_bytes (weight and bias in the same dtype).
         totals: {"layers", "rest", "model"}, each {"packed": bytes, "dense": bytes}; the rest of the model is stored
             as it was.
+        save_id: of the save that wrote the files, None where they have none.
+        verified: the bytes of all tensors were read and are those that were saved.
     """
 
     path: str
@@ -38,11 +52,14 @@ class Inspection:
     settings: dict
     layers: list[dict]
     totals: dict[str, dict[str, int]]
+    save_id: str | None = None
+    verified: bool = False
 
     def __str__(self) -> str:
         settings = [f"  {name}: {json.dumps(value)}" for name, value in self.settings.items()]
         head = [f"{self.path}: sparse plus low-rank, format version {self.format_version}", *settings]
-        return "\n".join([*head, "", self._layer_table(), "", self._totals_table()])
+        end = ["", "verified: every tensor is as it was saved"] if self.verified else []
+        return "\n".join([*head, "", self._layer_table(), "", self._totals_table(), *end])
 
     def _layer_table(self) -> str:
         rows = [("layer", "shape", "pattern", "nonzeros", "zeros", "rank", "dtype", "bytes", "dense bytes")]
@@ -72,56 +89,101 @@ class Inspection:
         return table(rows)
 
 
-def inspect_checkpoint(path: str | os.PathLike) -> Inspection:
+def inspect_checkpoint(path: str | os.PathLike, verify: bool = False) -> Inspection:
     """Reads what a compressed checkpoint holds; of the weights only the files' headers.
+
+    Looks at the files that transformers would load, and checks that they belong together.
 
     Args:
         path: a directory, or a Hub id, whose config and weights are downloaded.
+        verify: also read all tensors, and compare them with the checksums of the save.
 
     Raises:
-        ValueError: the checkpoint is not compressed, of a newer format, or incomplete; naming the file.
+        ValueError: the checkpoint is not compressed, of a newer format, incomplete, made of files of several saves,
+            or damaged; naming the file, and the tensor if it is one.
         OSError: there is no such directory or Hub repository, or no config.json in it.
     """
     directory = _directory(os.fspath(path))
-    config = _config(directory)
-    files = _weight_files(directory)
+    model_config = _json(directory / CONFIG)
+    config = _config(directory, model_config)
+    files = [str(file) for file in _weight_files(directory, model_config)]
     entries = read_headers(files)
-    layers = [_layer(name, parts, config) for name, parts in group_layers(entries).items()]
+    stored = group_layers(entries)
+    layers = [_layer(name, parts, config) for name, parts in stored.items()]
+    seals = {file: read_seal(file) for file in files}
+    check_seal(entries, seals, config.save_id)
+    if verify:
+        _verify(files, stored, layers, config)
     packed = sum(layer["bytes"] for layer in layers)
     dense = sum(layer["dense_bytes"] for layer in layers)
-    rest = sum(map(_payload, files)) - packed
+    rest = sum(map(_payload, map(Path, files))) - packed
     totals = {
         "layers": {"packed": packed, "dense": dense},
         "rest": {"packed": rest, "dense": rest},
         "model": {"packed": packed + rest, "dense": dense + rest},
     }
-    return Inspection(os.fspath(path), config.format_version, config.to_dict(), layers, totals)
+    save_id = next((seal.save for seal in seals.values() if seal), None)
+    version, settings = config.format_version, config.to_dict()
+    return Inspection(os.fspath(path), version, settings, layers, totals, save_id, verify)
+
+
+def _verify(files: list[str], stored: Mapping[str, Mapping[str, Entry]], layers: list[dict], config) -> None:
+    """Raises FormatError for the first file with damaged tensors, or without checksums, and for wrong masks."""
+    for file in files:
+        damaged = damaged_tensors(file)
+        if damaged is None:
+            raise FormatError(f"{file}: has no checksums to verify: hf_sparselr did not save it")
+        if damaged:
+            more = f" ({len(damaged) - 1} more are)" if len(damaged) > 1 else ""
+            raise FormatError(f"{file}: tensor {damaged[0]} is damaged: it is not what was saved{more}")
+    asked = {name: config.layer_pattern(name) for name in stored}
+    patterns = {name: pattern for name, pattern in asked.items() if isinstance(pattern, NM)}
+    check_masks(stored, {layer["name"]: layer["shape"][1] for layer in layers}, patterns)
 
 
 def _directory(path: str) -> Path:
     if os.path.isdir(path):
         return Path(path)
-    return Path(snapshot_download(path, allow_patterns=["config.json", "model*.safetensors", _INDEX]))
+    return Path(snapshot_download(path, allow_patterns=[CONFIG, "model*.safetensors", _INDEX]))
 
 
-def _config(directory: Path) -> SparseLRConfig:
-    file = directory / "config.json"
-    stored = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
+def _json(file: Path) -> dict:
+    text = file.read_bytes()
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file}: not a JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{file}: expected a JSON object")
+    return content
+
+
+def _config(directory: Path, model_config: dict) -> SparseLRConfig:
+    file = directory / CONFIG
+    stored = model_config.get(SETTINGS) or {}
+    if not isinstance(stored, dict):
+        raise FormatError(f"{file}: {SETTINGS} is no JSON object")
     method = stored.get("quant_method")
     if method != QUANT_METHOD:
-        found = f"quant_method={method!r}" if method else "no quantization_config"
+        found = f"quant_method={method!r}" if method else f"no {SETTINGS}"
         raise ValueError(
             f"{file}: {found}, expected quant_method={QUANT_METHOD!r}: not a compressed checkpoint"
         )
     return SparseLRConfig.from_dict(stored)
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / _INDEX
-    names = {_WEIGHTS}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    files = [directory / name for name in sorted(names)]
+def _weight_files(directory: Path, model_config: dict) -> list[Path]:
+    """The files that transformers loads: a whole one before shards, whatever else is there."""
+    name = model_config.get("transformers_weights") or _WEIGHTS
+    if not (directory / name).is_file() and (directory / _INDEX).is_file():
+        name = _INDEX
+    names = [name]
+    if name.endswith(".index.json"):
+        weight_map = _json(directory / name).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise FormatError(f"{directory / name}: expected a weight_map from tensors to files")
+        names = sorted(set(map(str, weight_map.values())))
+    files = [directory / name for name in names]
     for file in files:
         if not file.is_file():
             raise FormatError(f"{file} is missing: a compressed checkpoint is stored in .safetensors files")
@@ -139,10 +201,15 @@ def _layer(name: str, parts: Mapping[str, Entry], config: SparseLRConfig) -> dic
     for part in ("mask", "values"):
         if part not in parts:
             raise FormatError(f"{next(iter(parts.values())).file}: tensor {name}.{part} is missing")
+    if len(parts["mask"].shape) != 2:
+        raise FormatError(f"{parts['mask'].file}: tensor {name}.mask has shape {parts['mask'].shape}")
+    if len(parts["values"].shape) != 1:
+        raise FormatError(f"{parts['values'].file}: tensor {name}.values has shape {parts['values'].shape}")
     pattern = config.layer_pattern(name)
     out_features, in_features = shape = _shape(parts, pattern)
+    check_layer(name, parts, out_features, in_features, "bias" in parts)
     nonzeros = parts["values"].shape[0]
-    zeros = 1 - nonzeros / (out_features * in_features)
+    zeros = 1 - nonzeros / (out_features * in_features or 1)
     if isinstance(pattern, Unstructured) and (config.allocation != "uniform" or config.method == PRECOMPUTED):
         pattern = Unstructured(zeros)  # the config knows the mean only
     bias = out_features if "bias" in parts else 0
@@ -152,7 +219,7 @@ def _layer(name: str, parts: Mapping[str, Entry], config: SparseLRConfig) -> dic
         "pattern": str(pattern or "-"),
         "nonzeros": nonzeros,
         "zeros": zeros,
-        "rank": parts["A"].shape[0] if "A" in parts else 0,
+        "rank": layer_rank(parts),
         "dtype": parts["values"].dtype,
         "bytes": sum(math.prod(parts[part].shape) * _width(parts[part]) for part in PAYLOAD if part in parts),
         "dense_bytes": (out_features * in_features + bias) * _width(parts["values"]),
@@ -165,7 +232,7 @@ def _shape(parts: Mapping[str, Entry], pattern: Pattern | None) -> tuple[int, in
     Where the config does not know the layer's number of nonzeros, `in` counts as a multiple of 8.
     """
     out_features, columns = parts["mask"].shape
-    if "A" in parts:
+    if "A" in parts and len(parts["A"].shape) == 2:
         return out_features, parts["A"].shape[1]
     widest = 8 * columns
     for in_features in range(widest, widest - 8, -1):

@@ -2,8 +2,11 @@
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 _CONFIG_NAME = re.compile(r"[\w.-]+")
@@ -21,8 +24,15 @@ def hub_id(name: str | None) -> str | None:
 
 
 def loaded_from_hub(config: Any) -> str | None:
-    """The Hub id that a model's config was loaded from, or None: a name alone may be a path, or made up."""
-    return hub_id(config.name_or_path) if getattr(config, "_commit_hash", None) else None
+    """The Hub id that a model was loaded from, or None.
+
+    Its name alone may be a path of another folder, or made up. So a snapshot of it must be in the Hub's cache.
+    """
+    name = hub_id(config.name_or_path)
+    if name is None:
+        return None
+    snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "snapshots")
+    return name if any(snapshots.glob("*/config.json")) else None
 
 
 def public_source(source: Any) -> str:

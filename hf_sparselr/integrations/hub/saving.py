@@ -133,8 +133,8 @@ def save_pretrained(
     state_dict: dict | None,
     push_to_hub: bool,
     variant: str | None,
+    kwargs: dict[str, Any],
     distributed_checkpoint: bool = False,
-    repo_id: str | None = None,
 ) -> Any:
     """Around `PreTrainedModel.save_pretrained`: a compressed model is saved as a transaction.
 
@@ -153,7 +153,7 @@ def save_pretrained(
     reject_adapters(self, "save")
     changes = {"save_original_format": False} if would_fuse(self, packed_layers(self)) else {}
     if push_to_hub:
-        changes["repo_id"] = repo_id or directory.name
+        changes["repo_id"] = kwargs.get("repo_id", directory.name)
     with Staging(directory, variant) as staging, _passing_on(self, state_dict, staging):
         result = call(save_directory=str(staging.folder), **changes)
         if not staging.committed:  # else an upload has done it

@@ -23,7 +23,7 @@ from ...format.seal import METADATA, room
 from ...format.staging import Staging
 from ...nn.linear import SparseLRLinear, packed_layers
 from ...nn.shared_input import link_shared_inputs
-from ...utils.public_names import loaded_from_hub
+from ...utils.public_names import hub_id
 from .adapters import reject_adapters
 from .checks import check_checkpoint
 from .names import spare
@@ -135,7 +135,9 @@ class SparseLRQuantizer(HfQuantizer):
             module.kernel = self.quantization_config.kernel
         link_shared_inputs(model)
         model.sparselr_report = Report.load(self._directory)
-        self.hub_name = loaded_from_hub(model.config)
+        self.hub_name = hub_id(
+            model.config.name_or_path
+        )  # a folder of this name would have been read instead
         return model
 
     # -- saving and the rest of the interface
