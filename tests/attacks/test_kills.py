@@ -3,6 +3,7 @@
 The numbers of the whole attack (marker slow) are in hf_sparselr/format/README.md.
 """
 
+import contextlib
 import os
 import shutil
 import sys
@@ -73,10 +74,8 @@ def save_in_a_fork(model, folder: Path, size: str, number: int, action: Callable
         code = 1
         try:
             interruption = Interruption(folder, number, action)
-            try:
+            with contextlib.suppress(OSError):
                 model.save_pretrained(folder, max_shard_size=size)
-            except OSError:
-                pass
             code = 9 if interruption.count >= number else 0
         finally:
             os._exit(code)
