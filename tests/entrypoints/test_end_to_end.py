@@ -16,7 +16,9 @@ from hf_sparselr.format.patterns import parse
 from hf_sparselr.nn.linear import packed_layers
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
-LENGTH = 256
+LENGTH = 128
+FP32 = torch.float32  # the quickstart runs in BF16, which is slow on a CPU without instructions for it
+QUICK = {"rho": 0.1, "check_every": 3, "growth": (1.2, 1.1, 1.05), "min_iterations": 30, "max_iterations": 90}
 
 
 def texts(*names: str) -> list[str]:
@@ -25,18 +27,19 @@ def texts(*names: str) -> list[str]:
 
 def test_compress_save_reload_and_fine_tune(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    ids = torch.tensor(tokenizer("\n\n".join(texts("argparse", "shutil", "textwrap")))["input_ids"])
-    held_out = ids[: 32 * LENGTH].view(32, LENGTH)
-    dense = perplexity(AutoModelForCausalLM.from_pretrained(MODEL), held_out)
+    ids = torch.tensor(tokenizer("\n\n".join(texts("textwrap")))["input_ids"])
+    held_out = ids[: 8 * LENGTH].view(8, LENGTH)
+    dense = perplexity(AutoModelForCausalLM.from_pretrained(MODEL, dtype=FP32), held_out)
     config = hf_sparselr.SparseLRConfig(
         rank=8,
-        calibration=texts("ast", "inspect", "typing"),
+        calibration=texts("ast", "typing", "inspect"),
         tokenizer=tokenizer,
-        num_samples=16,
+        num_samples=32,
         seq_len=LENGTH,
+        method_options=QUICK,
         tm={"passes": 2, "lr": 1e-4},
     )
-    model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config, dtype=FP32)
     compressed = perplexity(model, held_out)
     assert dense < compressed < 1.5 * dense
     assert all(row["tm"]["loss_after"] < row["tm"]["loss_before"] for row in model.sparselr_report.blocks)
@@ -47,7 +50,7 @@ def test_compress_save_reload_and_fine_tune(tmp_path):
     stored, original = (
         sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (tmp_path / "packed", MODEL)
     )
-    assert stored < 0.75 * original
+    assert stored < 0.75 * 2 * original  # which is in BF16
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert perplexity(model, held_out) == compressed
 
@@ -56,9 +59,7 @@ def test_compress_save_reload_and_fine_tune(tmp_path):
     }
     peft_model = get_peft_model(model, hf_sparselr.lora_config(model))
     assert perplexity(peft_model, held_out) == pytest.approx(compressed, rel=1e-3)
-    train = torch.tensor(
-        tokenizer("\n\n".join(texts("subprocess", "tempfile", "optparse", "ftplib")))["input_ids"]
-    )
+    train = torch.tensor(tokenizer("\n\n".join(texts("optparse", "ftplib")))["input_ids"])
     windows = train[: 64 * LENGTH].view(64, LENGTH)
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "trainer"),
