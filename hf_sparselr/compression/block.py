@@ -37,11 +37,13 @@ class BlockInputs:
         hidden: hidden states that passed the compressed blocks before it.
         dense_hidden: the same in the dense model, or None where no target of transformer matching needs them.
         calls: the other arguments.
+        kept_back: so many batches at the end are kept back from refinement, to judge it.
     """
 
     hidden: list[torch.Tensor]
     dense_hidden: list[torch.Tensor] | None
     calls: list[Call]
+    kept_back: int = 0
 
 
 @dataclass
@@ -100,9 +102,8 @@ def compress_block(
         )
         if targets is not None:
             with phases("TM"):
-                tm = _match(
-                    name, working, hidden, targets, calls, config.seed, resolve_precision(config.tm, block)
-                )
+                options = resolve_precision(config.tm, block)
+                tm = _match(name, working, hidden, targets, calls, config.seed, options, inputs.kept_back)
         del targets
     with phases("propagation"):
         dtypes = {key: tensor.dtype for key, tensor in _floats(block)}
@@ -176,6 +177,7 @@ def _match(
     calls: list[Call],
     seed: int,
     options: TMOptions,
+    kept_back: int,
 ) -> dict:
     bar = transformers_logging.tqdm(
         total=options.passes, desc="  transformer matching", leave=False, unit="pass"
@@ -185,7 +187,7 @@ def _match(
         bar.update()
         bar.set_postfix(loss=f"{loss:.4f}")
 
-    stats = match_block(block, hidden, targets, calls, options, seed, on_pass)
+    stats = match_block(block, hidden, targets, calls, options, seed, on_pass, kept_back)
     bar.close()
     logger.info(
         f"{name}: transformer matching took the block's squared error from {stats['loss_before']:.3e} to "

@@ -27,7 +27,7 @@ from .model_structure import find_stacks
 from .training_loop import Groups, Training, group_batches, restore, snapshot, train
 from .working_linear import WorkingLinear, trainable
 
-PROBE_WINDOWS = 8  # on which the loss before and after is measured
+JUDGING_WINDOWS = 8  # on which the loss before and after is measured, where none are kept back
 BETAS = (0.9, 0.95)
 
 
@@ -46,6 +46,7 @@ def distill(
     seed: int,
     device: torch.device,
     on_pass: Callable[[float], None] = lambda loss: None,
+    kept_back: list[torch.Tensor] | None = None,
 ) -> dict:
     """Trains a packed model in place; its tensors keep their dtypes, devices and support.
 
@@ -55,23 +56,25 @@ def distill(
         batches: token ids (batch, length).
         seed: of the order of the steps.
         on_pass: called after every pass with its mean loss.
+        kept_back: batches that are not trained on. The result is kept only if it is better on them than the start.
+            None judges it on the first of `batches`.
 
     Returns:
-        losses (nats a prediction, one a pass), loss_before, loss_after (on the first batches), passes, seconds.
+        losses (nats a prediction, one a pass), loss_before, loss_after (on the judging batches), passes, seconds.
     """
     started = time.perf_counter()
     layers = packed_layers(model)
     dtypes = {name: tensor.dtype for name, tensor in named_tensors(model)}
-    probe = batches[: max(1, PROBE_WINDOWS // len(batches[0]))]
+    judging = kept_back or batches[: max(1, JUDGING_WINDOWS // len(batches[0]))]
     with _original_places(model), eval_mode(model), _checkpointing(model, options.checkpointing):
         try:
             groups = _unpack(model, layers, device, options)
             parameters = [parameter for group in groups.values() for parameter in group]
             start = snapshot(parameters)
-            before = _mean_loss(model, teacher, probe, options, device)
+            before = _mean_loss(model, teacher, judging, options, device)
             losses = _train(model, teacher, groups, batches, options, seed, on_pass).losses
             _round(model, dtypes)
-            after = _mean_loss(model, teacher, probe, options, device)
+            after = _mean_loss(model, teacher, judging, options, device)
             if not after < before:  # NaN included
                 restore(parameters, start)
                 after = before

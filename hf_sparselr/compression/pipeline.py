@@ -23,6 +23,7 @@ from .model_structure import find_stacks
 from .plan import Layer
 from .precomputed import Precomputed
 from .report import Report
+from .training_loop import hold_back
 
 Sink = Callable[[str, nn.Module], None]  # (dotted name of the block, finished block)
 
@@ -55,7 +56,7 @@ def run(
     reference = precomputed.reference if precomputed else model
     _check_weights(model, plan)
     report = Report(config.to_dict())
-    batches = make_batches(windows, _micro_batch(config))
+    batches, kept_back = _batches(windows, config)
     stacks = find_stacks(model)
     bar = transformers_logging.tqdm(
         total=sum(map(len, stacks.values())), desc="Compressing blocks", unit="block"
@@ -66,7 +67,7 @@ def run(
         plan, report.allocation = allocate(config, plan, dense_groups(model, plan, config, batches))
         for name, stack in stacks.items():
             recording = capture_block_inputs(model, stack, batches)
-            inputs = BlockInputs(recording.inputs, None, [])
+            inputs = BlockInputs(recording.inputs, None, [], kept_back)
             if _needs_dense_stream(config):
                 inputs.dense_hidden = recording.inputs
                 if precomputed:
@@ -110,6 +111,15 @@ def make_batches(windows: list[torch.Tensor], size: int) -> list[torch.Tensor]:
             batches.append([])
         batches[-1].append(window)
     return [torch.stack(batch) for batch in batches]
+
+
+def _batches(windows: list[torch.Tensor], config: SparseLRConfig) -> tuple[list[torch.Tensor], int]:
+    """Batches of all windows, and how many at the end hold the windows that are kept back from refinement."""
+    size, trained = _micro_batch(config), len(windows)
+    if config.refine_steps:
+        trained -= hold_back(windows)
+    kept_back = make_batches(windows[trained:], size)
+    return make_batches(windows[:trained], size) + kept_back, len(kept_back)
 
 
 def _micro_batch(config: SparseLRConfig) -> int:

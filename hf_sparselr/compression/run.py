@@ -20,6 +20,7 @@ from .pipeline import make_batches, replace_in, run
 from .plan import Layer
 from .precomputed import Precomputed
 from .report import Report
+from .training_loop import hold_back
 
 logger = logging.getLogger("hf_sparselr")
 
@@ -102,6 +103,8 @@ def distill_in_memory(
     device = work_device(config.device, model.device)
     phases = PhaseTimer(device)
     with phases("distillation"), on_device(teacher, device, options):
+        trained = len(windows) - hold_back(windows)
+        windows, kept_back = windows[:trained], windows[trained:]
         if options.self_samples:
             tokenizer = config.tokenizer or _tokenizer(teacher.config.name_or_path)
             windows = windows + sample_from_model(
@@ -119,8 +122,16 @@ def distill_in_memory(
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}")
 
-        batches = make_batches(windows, size)
-        report.distill = distill(model, teacher, batches, options, config.seed, device, on_pass)
+        report.distill = distill(
+            model,
+            teacher,
+            make_batches(windows, size),
+            options,
+            config.seed,
+            device,
+            on_pass,
+            make_batches(kept_back, size),
+        )
         bar.close()
     report.seconds += phases.seconds["distillation"]
     report.peak_memory = max(report.peak_memory or 0, *phases.peaks.values(), 0) or None

@@ -26,7 +26,7 @@ class Training:
 
     Attributes:
         losses: the mean loss of every pass that ended with a finite one.
-        best_pass: the pass with the least loss, from 1; 0 where no pass had a finite one.
+        best_pass: the best of these passes, from 1; 0 where there is none.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -44,6 +44,7 @@ def train(
     seed: int,
     on_pass: Callable[[float], None],
     keep_best: bool,
+    judge: Callable[[], float] | None = None,
 ) -> Training:
     """Trains parameters of a module in place with Adam and a cosine schedule.
 
@@ -58,13 +59,14 @@ def train(
         seed: of the order of the steps.
         on_pass: called after every pass with its mean loss.
         keep_best: leave the state after the best pass. Otherwise the last one stays.
+        judge: the loss of a state, by which the best pass is chosen; None takes the mean loss of the pass.
     """
     parameters = [parameter for group in groups.values() for parameter in group]
     device = parameters[0].device
     optimizer, schedule = make_optimizer(groups, options, options.passes * len(steps), betas)
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros((), device=device)
-    result, best = Training(), None
+    result, best, least = Training(), None, math.inf
 
     def step(batches: list[Any]) -> None:
         divisor = size(batches)
@@ -83,8 +85,9 @@ def train(
             mean = float(total) / len(steps)
             if not math.isfinite(mean):
                 break
-            if not result.losses or mean < min(result.losses):
-                result.best_pass = number
+            loss = judge() if judge and keep_best else mean
+            if loss < least:
+                result.best_pass, least = number, loss
                 best = snapshot(parameters) if keep_best else None
             result.losses.append(mean)
             on_pass(mean)
@@ -157,3 +160,11 @@ def restore(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
     """Copies the values of a snapshot back."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.data.copy_(value)
+
+
+def hold_back(windows: list[Any]) -> int:
+    """How many windows at the end of a list refinement does not train on, but is judged by: a sixteenth, of 8 or more.
+
+    The loss on trained windows falls also where the model gets worse on others.
+    """
+    return max(1, len(windows) // 16) if len(windows) >= 8 else 0

@@ -36,6 +36,7 @@ def match_block(
     options: TMOptions,
     seed: int,
     on_pass: Callable[[float], None] = lambda loss: None,
+    kept_back: int = 0,
 ) -> dict:
     """Trains a block whose layers are `WorkingLinear`, in place, and leaves its best state in it.
 
@@ -46,21 +47,30 @@ def match_block(
         calls: the block's other arguments, see `capture_block_inputs`.
         seed: of the order of the steps.
         on_pass: called after every pass with its mean loss, relative to `loss_before`.
+        kept_back: so many batches at the end are not trained on. The best state is the best one on them. With 0, it is
+            judged on the batches that it is trained on.
 
     Returns:
-        loss_before, loss_after (mean squared errors), best_pass (0: the start), passes, seconds.
+        loss_before, loss_after (mean squared errors on the judging batches), best_pass (0: the start), passes, seconds.
     """
     started = time.perf_counter()
     groups = trainable(block)
     parameters = [parameter for group in groups.values() for parameter in group]
     # Needed only if all goes wrong, so a large copy waits in main memory.
     start = snapshot(parameters, "cpu" if is_large(parameters) else None)
-    before = after = mean_squared_error(block, inputs, targets, calls, options.precision)
+    batches = list(zip(inputs, targets, calls, strict=True))
+    trained = batches[: len(batches) - kept_back]
+    judging = batches[len(trained) :] or trained
+
+    def judge() -> float:
+        return mean_squared_error(block, judging, options.precision)
+
+    before = after = judge()
     best_pass, passes = 0, 0
     if before > 0:
-        training = _train(block, inputs, targets, calls, options, seed, before, on_pass)
+        training = _train(block, trained, options, seed, before, on_pass, judge if kept_back else None)
         best_pass, passes = training.best_pass, len(training.losses)
-        after = mean_squared_error(block, inputs, targets, calls, options.precision)
+        after = judge()
     if not after < before:  # NaN included
         restore(parameters, start)
         after, best_pass = before, 0
@@ -73,11 +83,10 @@ def match_block(
     }
 
 
-def _train(block, inputs, targets, calls, options: TMOptions, seed: int, scale: float, on_pass):
+def _train(block, batches, options: TMOptions, seed: int, scale: float, on_pass, judge):
     """Losses are relative to `scale`, so that gradients stay far above Adam's epsilon when the error is small."""
     device = next(block.parameters()).device
-    batches = list(zip(inputs, targets, calls, strict=True))
-    indices = group_batches([len(batch) for batch in inputs], options.batch_size)
+    indices = group_batches([len(x) for x, _, _ in batches], options.batch_size)
     steps = [[batches[index] for index in group] for group in indices]
 
     def size(step: list) -> float:
@@ -92,23 +101,29 @@ def _train(block, inputs, targets, calls, options: TMOptions, seed: int, scale: 
         return loss.detach()
 
     return train(
-        block, trainable(block), steps, size, backward, options, BETAS, seed, on_pass, keep_best=True
+        block,
+        trainable(block),
+        steps,
+        size,
+        backward,
+        options,
+        BETAS,
+        seed,
+        on_pass,
+        keep_best=True,
+        judge=judge,
     )
 
 
 @torch.no_grad()
 def mean_squared_error(
-    block: nn.Module,
-    inputs: list[torch.Tensor],
-    targets: list[torch.Tensor],
-    calls: list[Call],
-    precision: str = "fp32",
+    block: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor, Call]], precision: str = "fp32"
 ) -> float:
-    """Mean of (block(x) - target)^2 over all batches."""
+    """Mean of (block(x) - target)^2 over batches (x, target, call)."""
     device = next(block.parameters()).device
     total = torch.zeros((), device=device, dtype=torch.float64)
-    for x, target, call in zip(inputs, targets, calls, strict=True):
+    for x, target, call in batches:
         with arithmetic(device, precision):
             out = replay(block, x, call)
         total += (out.float() - target.to(device)).square().sum(dtype=torch.float64)
-    return float(total) / sum(target.numel() for target in targets)
+    return float(total) / sum(target.numel() for _, target, _ in batches)

@@ -92,7 +92,8 @@ def test_lowers_the_error_and_keeps_the_zeros(rank: int, precision: str) -> None
     _, inputs, targets, calls = dense_block()
     stats = match(block, replace(FAST, precision=precision))
     assert stats["loss_after"] < 0.95 * stats["loss_before"]
-    assert stats["loss_after"] == mean_squared_error(block, inputs, targets, calls, precision)
+    batches = list(zip(inputs, targets, calls, strict=True))
+    assert stats["loss_after"] == mean_squared_error(block, batches, precision)
     assert stats["passes"] == FAST.passes and 1 <= stats["best_pass"] <= FAST.passes
     for name, parts in solved(rank).items():
         layer = block.get_submodule(name)
@@ -157,6 +158,38 @@ def test_reports_the_loss_of_every_pass_relative_to_the_start(batch_size: int) -
     stats = match(compressed_block(), options, batch=1, on_pass=losses.append)
     assert losses == pytest.approx([1.0] * FAST.passes, rel=1e-3)
     assert stats["passes"] == len(losses)
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+def test_windows_kept_back_decide(spoil: bool) -> None:
+    """The last batch, here a copy of the first, is not trained on. Its targets decide whether training was of use."""
+    block = compressed_block()
+    before = state(block)
+    _, inputs, targets, calls = (
+        [*part, part[0]] if isinstance(part, list) else part for part in dense_block(1)
+    )
+    batches = list(zip(inputs, targets, calls, strict=True))
+    if spoil:  # only the start gives these outputs
+        with torch.no_grad():
+            targets = [*targets[:-1], replay(block, inputs[-1], calls[-1]) * 1.0001]
+    stats = match_block(block, inputs, targets, calls, FAST, 0, kept_back=1)
+    assert same(state(block), before) == spoil
+    assert (stats["best_pass"] == 0) == spoil
+    if not spoil:
+        assert stats["loss_after"] == mean_squared_error(block, batches[-1:]) < stats["loss_before"]
+
+
+def test_windows_kept_back_are_not_trained_on() -> None:
+    results = []
+    for scale in (1.0, 1.01):
+        block = compressed_block()
+        _, inputs, targets, calls = dense_block(1)
+        match_block(block, inputs, [*targets[:-1], targets[-1] * scale], calls, FAST, 0, kept_back=1)
+        results.append(state(block))
+    moved = compressed_block()
+    match_block(moved, *dense_block(1)[1:], FAST, 0)
+    assert torch.allclose(results[0]["mlp.up_proj.S"], results[1]["mlp.up_proj.S"], atol=1e-6)
+    assert not torch.allclose(results[0]["mlp.up_proj.S"], moved.get_submodule("mlp.up_proj").S, atol=1e-5)
 
 
 def test_stops_at_the_first_pass_without_a_finite_loss() -> None:
