@@ -1,6 +1,6 @@
 """Every function of another library that this package wraps, and why. Imports only the standard library."""
 
-from .patching import Patch
+from .patching import Patch, apply
 
 PATCHES: dict[str, tuple[Patch, ...]] = {
     # by the module of the host after whose import they are applied
@@ -72,3 +72,9 @@ PATCHES: dict[str, tuple[Patch, ...]] = {
         ),
     ),
 }
+
+
+def apply_all(host: str) -> None:
+    """Applies the patches of a host that has been imported."""
+    for patch in PATCHES.get(host, ()):
+        apply(patch)

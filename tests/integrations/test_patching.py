@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from hf_sparselr.integrations.autoload import HOSTS
 from hf_sparselr.integrations.patches import PATCHES
 from hf_sparselr.integrations.patching import Patch, apply
 
@@ -138,3 +139,7 @@ def test_the_installed_hosts_have_every_target(listed, caplog):
     declared = list(inspect.signature(ours).parameters)[listed.around :]
     assert set(declared) <= set(inspect.signature(function).parameters)
     assert listed.lost
+
+
+def test_every_patch_belongs_to_a_host_that_is_watched():
+    assert set(PATCHES) <= HOSTS

@@ -34,6 +34,9 @@ class SparseLRQuantizer(HfQuantizer):
 
     requires_calibration = False  # True would make transformers refuse dense checkpoints
     given_state: dict | None = None  # the `state_dict` of the running save_pretrained (see `hub`)
+    new_modules: frozenset[str] = (
+        frozenset()
+    )  # what from_pretrained did not find in the checkpoint (see `heads`)
     is_qat_trainable = False  # `train_mode` sets it: until then Trainer refuses a model without adapters
     quantization_config: SparseLRConfig
 
@@ -113,12 +116,16 @@ class SparseLRQuantizer(HfQuantizer):
     # -- after the weights are read
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from .heads import new_modules  # imports PreTrainedModel, whose module imports the quantizers
+
+        self.new_modules = new_modules(model)
         if not self.pre_quantized:
             from ...compression.run import compress_in_memory
 
             config = self.quantization_config
             report = compress_in_memory(model, self._plan, config, self._windows)
-            return attach(model, config.stored(), report)
+            attach(model, config.stored(), report).hf_quantizer.new_modules = self.new_modules
+            return model
         for name, parameter in model.named_parameters():
             # 5.17 gives tensors whose key was renamed the file's dtype.
             if (
