@@ -16,9 +16,8 @@ from types import ModuleType
 
 # Our module that registers classes with a host.
 _REGISTERING = {"transformers.quantizers": "hf_sparselr.integrations.transformers.quantizer"}
-HOSTS = frozenset(
-    {*_REGISTERING, "transformers.modeling_utils", "peft"}
-)  # the keys of `patches.PATCHES`, too
+# With the keys of `patches.PATCHES`, which is imported only when a host has been.
+HOSTS = frozenset({*_REGISTERING, "transformers.modeling_utils", "transformers.trainer_utils", "peft"})
 
 
 def watch() -> None:

@@ -18,6 +18,10 @@ def scale(x, by=2, **extra):
 class Tool:
     def use(self, times=1):
         return times
+
+    @classmethod
+    def make(cls, x=1):
+        return cls, x
 '''
 OURS = """
 calls = []
@@ -26,6 +30,10 @@ def check(x, by, unit="m"):
     if x < 0:
         raise ValueError("x is negative")
     calls.append((x, by, unit))
+
+def refuse(x):
+    if x < 0:
+        raise ValueError("x is negative")
 
 def around(call, self, times):
     return [call(), times]
@@ -91,6 +99,14 @@ def test_wrong_arguments_raise_the_hosts_own_error(host):
 def test_a_method_is_wrapped_around(host):
     assert apply(patch("toolbox.inner:Tool.use", "around", around=True))
     assert host.Tool().use() == [1, 1] and host.Tool().use(times=4) == [4, 4]
+
+
+def test_a_classmethod_is_called_as_before(host):
+    assert apply(patch("toolbox.inner:Tool.make", "refuse"))
+    for owner in (host.Tool, host.Tool()):
+        assert owner.make(3) == (host.Tool, 3)
+    with pytest.raises(ValueError, match="negative"):
+        host.Tool.make(x=-1)
 
 
 def test_wrapping_twice_changes_nothing(host):
