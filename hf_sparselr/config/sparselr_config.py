@@ -247,13 +247,6 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             if self.was_given(name) and value != theirs[name]
         }
 
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """transformers copies these onto the config of an already compressed checkpoint.
-
-        The whole config travels, so that the quantizer can refuse one that contradicts the checkpoint.
-        """
-        return {"_requested": self}
-
     def get(self, key: str, default: Any = None) -> Any:
         """transformers treats a loaded config as a dict in places."""
         return getattr(self, key, default)

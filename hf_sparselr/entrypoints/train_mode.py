@@ -2,9 +2,11 @@
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..integrations.peft.lora_layer import SparseLRLoraLayer
+from ..integrations.transformers.heads import heads
 from ..integrations.transformers.sharding import check_sharding
 from ..nn.linear import SparseLRLinear
 from ..utils.validation import check_choice
@@ -26,7 +28,8 @@ def train_mode(model: nn.Module, mode: str = "factors") -> nn.Module:
         model: a compressed model, changed in place. Around one with adapters, only "factors" is possible.
         mode: "factors": A and B of all compressed layers, or, on a PEFT model, the active adapters that replace
             them (see `lora_config`). "factors+norms": also all parameters with one dimension: norms and biases.
-            "full": all floating-point parameters, S's nonzeros among them.
+            Both train the task's heads, too, and what was newly initialised when the model was loaded; on a PEFT
+            model, what the adapter saves of these. "full": all floating-point parameters, S's nonzeros among them.
 
     Returns:
         The model.
@@ -61,10 +64,13 @@ def _own_parameters(model: nn.Module, mode: str) -> list[nn.Parameter]:
     if mode == "full":
         return floats
     factors = [factor for layer in layers if layer.rank for factor in (layer.A, layer.B)]
+    if not factors:
+        return []
+    whole = [p for head in heads(model).values() for p in head.parameters() if p.is_floating_point()]
     if mode == "factors":
-        return factors
+        return factors + whole
     values = {id(layer.values) for layer in layers}
-    return factors + [p for p in floats if p.ndim == 1 and id(p) not in values]
+    return factors + whole + [p for p in floats if p.ndim == 1 and id(p) not in values]
 
 
 def _adapter_factors(model: nn.Module, mode: str) -> list[nn.Parameter]:
@@ -75,4 +81,9 @@ def _adapter_factors(model: nn.Module, mode: str) -> list[nn.Parameter]:
         )
     layers = [module for module in model.modules() if isinstance(module, SparseLRLoraLayer)]
     pairs = [(layer, name) for layer in layers for name in layer.active_adapters if name in layer.replacing]
-    return [module[name].weight for layer, name in pairs for module in (layer.lora_A, layer.lora_B)]
+    if not pairs:
+        return []
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    copies = [wrapper.modules_to_save[name] for wrapper in wrappers for name in wrapper.active_adapters]
+    factors = [module[name].weight for layer, name in pairs for module in (layer.lora_A, layer.lora_B)]
+    return factors + [p for copy in copies for p in copy.parameters() if p.is_floating_point()]

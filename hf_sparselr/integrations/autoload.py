@@ -2,34 +2,29 @@
 
 Neither has an entry point for plugins, and a compressed checkpoint cannot be loaded without its quantizer. So
 `import torch` runs an entry point of ours (see `entry_point`), which puts a finder on `sys.meta_path`. The finder lets
-the import system tell us when a host has been imported. This module imports only the standard library: `import torch`
-must neither get slower nor breakable.
+the import system tell us when a host has been imported. Until then only quick parts of the standard library are
+loaded: `import torch` must neither get slower nor breakable.
 """
 
 import importlib
 import importlib.util
-import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from . import patching
-from .patches import PATCHES
-
-logger = logging.getLogger("hf_sparselr")
-
-# host -> our module that registers classes with it
+# Our module that registers classes with a host.
 _REGISTERING = {"transformers.quantizers": "hf_sparselr.integrations.transformers.quantizer"}
-_HOSTS = {*_REGISTERING, *PATCHES}
+# With the keys of `patches.PATCHES`, which is imported only when a host has been.
+HOSTS = frozenset({*_REGISTERING, "transformers.modeling_utils", "transformers.trainer_utils", "peft"})
 
 
 def watch() -> None:
     """Registers with each host as soon as its import ends; hosts that are imported already are left alone."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    for host in _HOSTS:
+    for host in HOSTS:
         # transformers.quantizers imports torch, and so the entry point, in the middle of its own import.
         spec = getattr(sys.modules.get(host), "__spec__", None)
         if getattr(spec, "_initializing", False):
@@ -39,7 +34,7 @@ def watch() -> None:
 def install() -> None:
     """Registers with the hosts that are imported, and with the others once they are."""
     watch()
-    for host in _HOSTS:
+    for host in HOSTS:
         spec = getattr(sys.modules.get(host), "__spec__", None)
         if spec is not None and not getattr(spec, "_initializing", False):
             _register(host)
@@ -49,10 +44,13 @@ def _register(host: str) -> None:
     try:
         if host in _REGISTERING:
             importlib.import_module(_REGISTERING[host])
+        patches = importlib.import_module(f"{__package__}.patches")
+        patches.apply_all(host)
     except Exception as error:  # the host must work even where our side does not
+        import logging
+
+        logger = logging.getLogger("hf_sparselr")
         logger.warning("hf_sparselr could not register itself with %s: %r", host, error)
-    for patch in PATCHES.get(host, ()):
-        patching.apply(patch)
 
 
 class _WatchedSpec(ModuleSpec):
@@ -81,7 +79,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if self._searching or fullname not in _HOSTS:
+        if self._searching or fullname not in HOSTS:
             return None
         self._searching = True  # find_spec below asks every finder, this one too
         try:

@@ -1,9 +1,26 @@
 """Every function of another library that this package wraps, and why. Imports only the standard library."""
 
-from .patching import Patch
+from .patching import Patch, apply
 
 PATCHES: dict[str, tuple[Patch, ...]] = {
     # by the module of the host after whose import they are applied
+    "transformers.quantizers": (
+        # A config passed for a compressed checkpoint: transformers ignores most of it, and says so wrongly.
+        Patch(
+            "transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs",
+            "transformers.stored_config:merge_configs",
+            lost="a quantization_config passed for a compressed checkpoint is ignored, its kernel too",
+            around=True,
+        ),
+    ),
+    "transformers.trainer_utils": (
+        # Trainer's refusal of a model without anything to train knows adapters only.
+        Patch(
+            "transformers.trainer_utils:validate_quantization_for_training",
+            "transformers.training:check_trainable",
+            lost="Trainer's refusal of a compressed model does not name lora_config and train_mode",
+        ),
+    ),
     "transformers.modeling_utils": (
         # transformers writes into the folder, file by file, has no hook for files beside a checkpoint, and no way to
         # hand a quantizer `state_dict=`.
@@ -62,6 +79,13 @@ PATCHES: dict[str, tuple[Patch, ...]] = {
             "peft.guards:check_intruders",
             lost="reducing the intruder dimensions of an adapter that replaces factors goes unnoticed",
         ),
+        # The function knows methods by name, and casts the models of others to FP32.
+        Patch(
+            "peft.utils.other:prepare_model_for_kbit_training",
+            "peft.training:prepare_for_kbit_training",
+            lost="prepare_model_for_kbit_training casts compressed layers to FP32",
+            around=True,
+        ),
         # PEFT's card names no base and no way to open it.
         Patch(
             "peft:PeftModel.create_or_update_model_card",
@@ -77,3 +101,9 @@ PATCHES: dict[str, tuple[Patch, ...]] = {
         ),
     ),
 }
+
+
+def apply_all(host: str) -> None:
+    """Applies the patches of a host that has been imported."""
+    for patch in PATCHES.get(host, ()):
+        apply(patch)

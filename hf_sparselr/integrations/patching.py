@@ -24,7 +24,7 @@ class Patch:
     """What runs at a function of another library (the host).
 
     Attributes:
-        target: "module:function" or "module:Class.method" of the host.
+        target: "module:function" or "module:Class.method" of the host. A classmethod stays bound to that class.
         ours: "module:function" below `hf_sparselr.integrations`. It gets those arguments of the host's call that it
             declares, by the host's names and with the host's defaults filled in.
         lost: what no longer happens if the host has no such target; logged once.
@@ -52,7 +52,8 @@ def apply(patch: Patch) -> bool:
         if _is_patched(call, patch):
             return True
         wrapped = _wrap(call, patch)
-        setattr(owner, name, wrapped)
+        bound = isinstance(inspect.getattr_static(owner, name), classmethod | staticmethod)
+        setattr(owner, name, staticmethod(wrapped) if bound else wrapped)
     except Exception as error:
         _say_lost(patch, error)
         return False

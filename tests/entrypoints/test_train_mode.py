@@ -309,9 +309,16 @@ def data() -> list[dict]:
 
 def test_trainer_wants_a_mode_before_it_takes_a_bare_model(packed: Path, tmp_path: Path) -> None:
     model = load(packed)
-    with pytest.raises(ValueError, match="purely quantized"):
+    with pytest.raises(ValueError, match=r"hf_sparselr\.train_mode.*hf_sparselr\.lora_config"):
         Trainer(model=model, args=arguments(tmp_path), train_dataset=data())
     Trainer(model=hf_sparselr.train_mode(model), args=arguments(tmp_path), train_dataset=data())
+
+
+def test_trainer_takes_adapters_however_they_were_added(packed: Path, tmp_path: Path) -> None:
+    inside = load(packed)
+    inside.add_adapter(hf_sparselr.lora_config(inside))
+    for model in (inside, hf_sparselr.as_peft_model(load(packed))):
+        Trainer(model=model, args=arguments(tmp_path), train_dataset=data()).train()
 
 
 @pytest.mark.parametrize("mode", MODES)

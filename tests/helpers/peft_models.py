@@ -47,6 +47,16 @@ def compressed_model(
     return model.to(dtype).eval()
 
 
+def pack_blocks(model: nn.Module, rank: int = 4) -> nn.Module:
+    """Packs, in place, every linear layer below a ModuleList."""
+    blocks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    inside = tuple(f"{name}." for name in blocks)
+    dense = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and n.startswith(inside)]
+    for seed, (name, module) in enumerate(dense):
+        model.set_submodule(name, compressed_linear(module, rank, seed))
+    return model
+
+
 def dense_twin(model: nn.Module) -> nn.Module:
     """The same function from ordinary dense layers, as a reference for what PEFT does to those."""
     twin = copy.deepcopy(model)

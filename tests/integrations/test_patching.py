@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from hf_sparselr.integrations.autoload import HOSTS
 from hf_sparselr.integrations.patches import PATCHES
 from hf_sparselr.integrations.patching import Patch, apply
 
@@ -17,6 +18,10 @@ def scale(x, by=2, **extra):
 class Tool:
     def use(self, times=1):
         return times
+
+    @classmethod
+    def make(cls, x=1):
+        return cls, x
 '''
 OURS = """
 calls = []
@@ -25,6 +30,10 @@ def check(x, by, unit="m"):
     if x < 0:
         raise ValueError("x is negative")
     calls.append((x, by, unit))
+
+def refuse(x):
+    if x < 0:
+        raise ValueError("x is negative")
 
 def around(call, self, times):
     return [call(), times]
@@ -92,6 +101,14 @@ def test_a_method_is_wrapped_around(host):
     assert host.Tool().use() == [1, 1] and host.Tool().use(times=4) == [4, 4]
 
 
+def test_a_classmethod_is_called_as_before(host):
+    assert apply(patch("toolbox.inner:Tool.make", "refuse"))
+    for owner in (host.Tool, host.Tool()):
+        assert owner.make(3) == (host.Tool, 3)
+    with pytest.raises(ValueError, match="negative"):
+        host.Tool.make(x=-1)
+
+
 def test_wrapping_twice_changes_nothing(host):
     first = patch("toolbox.inner:Tool.use", "around", around=True)
     assert apply(first) and apply(first)
@@ -138,3 +155,7 @@ def test_the_installed_hosts_have_every_target(listed, caplog):
     declared = list(inspect.signature(ours).parameters)[listed.around :]
     assert set(declared) <= set(inspect.signature(function).parameters)
     assert listed.lost
+
+
+def test_every_patch_belongs_to_a_host_that_is_watched():
+    assert set(PATCHES) <= HOSTS

@@ -50,6 +50,7 @@ def check_injection(
             f"holds no compressed layers {', '.join(others[:4])}: load the adapter on the model it was made for"
         )
     _check_modules_to_save(getattr(config, "modules_to_save", None), model)
+    _check_parameters(getattr(config, "target_parameters", None), layers)
     if targeted & layers.keys():
         _check_method(config)
     if config.peft_type == PeftType.LORA:
@@ -92,6 +93,17 @@ def _check_modules_to_save(modules_to_save: Iterable[str] | None, model: nn.Modu
                 f"modules_to_save selects {name}, which is or holds a compressed layer: train its factors "
                 "(hf_sparselr.lora_config), or the whole model without PEFT (hf_sparselr.train_mode)"
             )
+
+
+def _check_parameters(target_parameters: Iterable[str] | None, layers: dict[str, SparseLRLinear]) -> None:
+    for target in target_parameters or ():
+        for name, layer in layers.items():
+            parameters = ["weight", *dict(layer.named_parameters(recurse=False))]
+            if any(f".{name}.{parameter}".endswith(f".{target}") for parameter in parameters):
+                raise ValueError(
+                    f"target_parameters={target!r} selects a parameter of {name}, a compressed layer, whose weight is "
+                    "stored packed: LoRA takes the layer as a whole, so put it into target_modules"
+                )
 
 
 def check_weighting(

@@ -6,6 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from ..transformers.heads import heads, task_type
 from .guards import _compressed_layers
 from .lora_layer import REPLACING
 
@@ -43,8 +44,10 @@ def lora_config(model: nn.Module, **lora_kwargs) -> LoraConfig:
 
     Args:
         model: a compressed transformers model. Layers of rank 0 get no adapter.
-        **lora_kwargs: other fields of LoraConfig, for example `lora_dropout`. `task_type` defaults to what the
-            model generates.
+        **lora_kwargs: other fields of LoraConfig, for example `lora_dropout`. `task_type` defaults to the model's
+            task, where PEFT has a name for it. `modules_to_save` is extended by the task's heads (a classifier,
+            say) and by modules that were newly initialised when the model was loaded: they train, too, and are
+            saved with the adapter.
 
     Raises:
         ValueError: an argument that is derived from the model or has no effect, no layer with low-rank factors, or
@@ -65,9 +68,8 @@ def lora_config(model: nn.Module, **lora_kwargs) -> LoraConfig:
     ranks = {name: layer.rank for name, layer in _compressed_layers(model).items() if layer.rank}
     if not ranks:
         raise ValueError("the model holds no compressed layer with low-rank factors: use peft.LoraConfig")
-    if hasattr(model, "can_generate") and model.can_generate():
-        encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-        lora_kwargs.setdefault("task_type", "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM")
+    lora_kwargs.setdefault("task_type", task_type(model))
+    saved = [*(lora_kwargs.pop("modules_to_save", None) or ()), *heads(model)]
     largest = max(ranks.values())
     # Without the same pattern for alpha, the layers of a smaller rank would be scaled up.
     pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != largest}
@@ -78,6 +80,7 @@ def lora_config(model: nn.Module, **lora_kwargs) -> LoraConfig:
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         target_modules=list(ranks),
+        modules_to_save=list(dict.fromkeys(saved)) or None,
         **lora_kwargs,
     )
     _check_targets(config, model, set(ranks))

@@ -40,16 +40,12 @@ class SparseLRQuantizer(HfQuantizer):
     given_state: dict | None = None  # the `state_dict` of the running save_pretrained (see `hub`)
     staging: Staging | None = None  # where the running save_pretrained writes
     hub_name: str | None = None  # the repository that the model was loaded from, or pushed to last
+    new_modules: frozenset[str] = frozenset()  # those that no checkpoint held (see `heads`)
     is_qat_trainable = False  # `train_mode` sets it: until then Trainer refuses a model without adapters
     quantization_config: SparseLRConfig
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        config = self.quantization_config
-        requested = vars(config).pop("_requested", None)
         if self.pre_quantized:
-            self._reject_other_settings(requested)
-            if requested:
-                config.kernel = requested.kernel  # how to run, not what is stored
             return
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if places & {"disk"} or ("cpu" in places and len(places) > 1):
@@ -57,17 +53,6 @@ class SparseLRQuantizer(HfQuantizer):
                 f"device_map={device_map!r} offloads weights, which cannot be compressed while loading: load without "
                 "offloading, or use hf_sparselr.compress(name, config, output_dir=...), which keeps the model on the "
                 "CPU and works on one block at a time on the GPU"
-            )
-
-    def _reject_other_settings(self, requested: SparseLRConfig | None) -> None:
-        differences = requested.differences(self.quantization_config) if requested else {}
-        if differences:
-            shown = ", ".join(
-                f"{k}={mine!r} (stored: {stored!r})" for k, (mine, stored) in differences.items()
-            )
-            raise ValueError(
-                f"the checkpoint is already compressed with other settings: {shown}; load it without "
-                "quantization_config, or compress the original dense model"
             )
 
     # -- before the weights are read
@@ -116,12 +101,16 @@ class SparseLRQuantizer(HfQuantizer):
     # -- after the weights are read
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from .heads import new_modules  # imports PreTrainedModel, whose module imports the quantizers
+
+        self.new_modules = new_modules(model)
         if not self.pre_quantized:
             from ...compression.run import compress_in_memory
 
             config = self.quantization_config
             report = compress_in_memory(model, self._plan, config, self._windows)
-            return attach(model, config.stored(), report)
+            attach(model, config.stored(), report).hf_quantizer.new_modules = self.new_modules
+            return model
         for name, parameter in model.named_parameters():
             # 5.17 gives tensors whose key was renamed the file's dtype.
             if (
@@ -216,8 +205,6 @@ def _register() -> None:
         return
     auto.register_quantization_config(QUANT_METHOD)(SparseLRConfig)
     auto.register_quantizer(QUANT_METHOD)(SparseLRQuantizer)
-    # Lets a config passed for a packed checkpoint reach `validate_environment` (see get_loading_attributes).
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, SparseLRConfig)
 
 
 _register()

@@ -158,9 +158,28 @@ def test_modules_to_save_does_not_copy_compressed_layers(name):
     assert [n for n, _ in model.named_modules()] == names
 
 
-def test_lora_on_the_packed_tensors_is_refused():
-    with pytest.raises(ValueError, match="takes LoRA as a module"):
-        get_peft_model(compressed_model(), LoraConfig(target_parameters=["q_proj.values"], target_modules=[]))
+@pytest.mark.parametrize("name", ["mlp.up_proj.weight", "q_proj.values", "layers.0.mlp.up_proj.A", "weight"])
+@pytest.mark.parametrize("modules", [[], ["v_proj"]])
+def test_lora_on_the_tensors_of_a_compressed_layer_is_refused(name, modules):
+    model = compressed_model()
+    with pytest.raises(ValueError, match=f"target_parameters='{name}' selects .* put it into target_modules"):
+        get_peft_model(model, LoraConfig(target_parameters=[name], target_modules=modules))
+    assert not lora_layers(model)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_preparing_for_training_as_a_quantized_model(checkpointing):
+    model = compressed_model(torch.bfloat16)
+    before = base_tensors(model)
+    prepared = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    assert prepared is model and model.is_gradient_checkpointing == checkpointing
+    assert not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.uint8}
+    assert all_equal(base_tensors(model), before) and not hasattr(model, "quantization_method")
+    adapted = get_peft_model(model, additive()).train()
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    grads = {n for n, p in adapted.named_parameters() if p.grad is not None}
+    assert grads == {n for n, p in adapted.named_parameters() if "lora_" in n}
 
 
 # --- several adapters

@@ -11,11 +11,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
     CompileConfig,
     GenerationConfig,
 )
 
-from hf_sparselr import compress
+from hf_sparselr import SparseLRConfig, compress
 from hf_sparselr.format.checkpoint import FormatError
 from hf_sparselr.format.seal import seal
 from hf_sparselr.nn.linear import packed_layers
@@ -319,7 +320,7 @@ def test_a_newer_format_is_refused(rewrite):
 # --- configs that do not fit -------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.filterwarnings("error:You passed `quantization_config`")
 def test_a_config_beside_a_packed_checkpoint_must_agree(packed):
     path, expected = packed
     same = {"overrides": {"k_proj": {"rank": 0}}}
@@ -331,6 +332,20 @@ def test_a_config_beside_a_packed_checkpoint_must_agree(packed):
     ):
         with pytest.raises(ValueError, match=rf"already compressed with other settings: {field} \(stored: "):
             load(path, quantization_config=tiny.settings(**same, **changes))
+
+
+@pytest.mark.filterwarnings("error:You passed `quantization_config`")
+def test_a_kernel_is_chosen_while_loading(packed):
+    path, expected = packed
+    model = load(path, quantization_config=SparseLRConfig(kernel="dense"))
+    assert {layer.kernel for layer in packed_layers(model).values()} == {"dense"}
+    assert torch.allclose(tiny.logits(model), expected, atol=1e-2)
+    assert model.config.quantization_config.rank == tiny.settings().rank
+
+
+def test_the_config_of_another_method_is_refused(packed):
+    with pytest.raises(ValueError, match="BitsAndBytesConfig"):
+        load(packed[0], quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
 def test_offloading_while_compressing_is_refused(dense, tmp_path):
