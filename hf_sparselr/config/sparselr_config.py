@@ -41,6 +41,10 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
     Args:
         {arguments}
 
+    Attributes:
+        format_version: of the checkpoint format.
+        save_id: of the save that a config was read from, else None. It joins config.json and the weight files.
+
     Raises:
         TypeError, ValueError: naming the field, the value and what is allowed.
     """)
@@ -56,6 +60,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             super().__init__(**{n: FIELDS[n].kind.check(n, value) for n, value in bound.arguments.items()})
             self.quant_method = QUANT_METHOD
             self.format_version = FORMAT_VERSION
+            self.save_id: str | None = None
             self._resolve_budget()
             self._build_options()
             self._check()
@@ -76,6 +81,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         check_choice("quant_method", fields.pop("quant_method", QUANT_METHOD), (QUANT_METHOD,))
         if "format_version" in fields:
             _check_version(fields.pop("format_version"))
+            kwargs["save_id"] = fields.pop("save_id", None)
             fields = _known_fields(fields)
         return super().from_dict(fields, return_unused_kwargs, **kwargs)
 
@@ -223,8 +229,10 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         groups["method_options"] = self._method_options
         for name, options in groups.items():
             stored[name] = dict(options) if isinstance(options, dict) else dataclasses.asdict(options)
-        kind = {"quant_method": self.quant_method, "format_version": self.format_version}
-        return copy.deepcopy({name: _jsonable(value) for name, value in {**kind, **stored}.items()})
+        head = {"quant_method": self.quant_method, "format_version": self.format_version}
+        if self.save_id is not None:
+            head["save_id"] = self.save_id
+        return copy.deepcopy({name: _jsonable(value) for name, value in {**head, **stored}.items()})
 
     def stored(self) -> "SparseLRConfig":
         """A copy as it comes back from config.json, without tokenizer, data and device, for the same kernel."""
@@ -258,7 +266,10 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         return clone
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, SparseLRConfig) and self.to_dict() == other.to_dict()
+        """Whether the settings are equal, whichever save they were read from."""
+        if not isinstance(other, SparseLRConfig):
+            return False
+        return {**self.to_dict(), "save_id": None} == {**other.to_dict(), "save_id": None}
 
     def __iter__(self):
         yield from self.to_dict().items()
