@@ -1,7 +1,7 @@
-"""Non-uniform allocation: each layer's sparsity and rank, at the parameters that uniform settings would keep.
+"""Non-uniform allocation: each layer's sparsity and rank, with as many parameters as uniform settings keep.
 
-`allocate` takes the uniform plan and the dense model's weights and Gram matrices, one block at a time, and returns
-the plan with other settings. What `overrides` set for a layer stays. Only scores and curves outlive a block.
+`allocate` takes the uniform plan and the dense model's weights and Gram matrices, one block at a time. It returns the
+plan with other settings. Settings from `overrides` stay. Only scores and curves outlive a block.
 """
 
 import itertools
@@ -34,8 +34,8 @@ class DenseGroup:
         weights: {layer name: W (out, in), FP32}.
         gram: H (in, in), FP32.
         scaled: H damped and scaled, for solvers.
-        output_loss: (layer name, weight (out, in)) -> |f'(x) - f(x)|^2 / |f(x)|^2, the share of the block's output f(x)
-            that is lost with that weight in the place of W, on some of the calibration windows.
+        output_loss: (layer name, weight (out, in)) -> |f'(x) - f(x)|^2 / |f(x)|^2 on some of the calibration windows,
+            where f(x) is the block's output and f'(x) its output with that weight in the place of W.
     """
 
     block: str
@@ -63,7 +63,7 @@ def _uniform(config: "SparseLRConfig", plan: Plan, groups: Iterable[DenseGroup])
 
 
 def _owl(config: "SparseLRConfig", plan: Plan, groups: Iterable[DenseGroup]) -> tuple[Plan, dict]:
-    """OWL (arXiv 2310.05175): blocks whose Wanda scores have more outliers stay denser."""
+    """OWL (arXiv 2310.05175): a block whose Wanda scores have more outliers stays denser."""
     options: OwlOptions = config.allocation_options
     blocks, outliers, sizes = {}, Counter(), Counter()
     for group in groups:
@@ -113,13 +113,13 @@ def owl_sparsities(
 
 @dataclass(frozen=True)
 class Point:
-    """Settings that a layer may get, and the error they leave.
+    """Settings that a layer may get, and its error with them.
 
     Attributes:
         shape: of the layer, (out, in).
         kept: nonzeros of S.
         rank: of B A.
-        error: what `spend` sums over layers.
+        error: of the layer; `spend` sums it over layers.
     """
 
     shape: Shape
@@ -135,11 +135,8 @@ class Point:
 def _global(config: "SparseLRConfig", plan: Plan, groups: Iterable[DenseGroup]) -> tuple[Plan, dict]:
     """One parameter budget for the model, spent where the measured errors fall fastest.
 
-    A layer's error is what its block's output loses (`DenseGroup.output_loss`), relative to that output, because this
-    is what layers of all kinds and depths do to the model in the same measure: on a model of 42 layers at 70% it
-    predicts the divergence of the model's predictions, one layer compressed at a time, up to a common factor and 22%
-    (standard deviation of the logarithm). Relative to the layer's own output the figure is 76%, relative to what the
-    block adds to its input 59%, and perplexity got worse with either.
+    A layer's error is the loss of its block's output (`DenseGroup.output_loss`): of the measures that were tried, it
+    predicts best how much the layer changes the model's predictions (see NOTES.md).
     """
     curves, uniform = {}, {}
     for group in groups:
@@ -164,7 +161,7 @@ def _global(config: "SparseLRConfig", plan: Plan, groups: Iterable[DenseGroup]) 
 
 
 def candidates(layer: "Layer", own: Mapping, shape: Shape, options: GlobalOptions) -> list[tuple[int, int]]:
-    """The grid of (nonzeros, rank) to measure: floor, uniform setting and ceiling of what may move.
+    """The grid of (nonzeros, rank) to measure: floor, uniform setting and ceiling of each number that may move.
 
     Args:
         own: the layer's override, whose fields do not move.
@@ -191,7 +188,7 @@ def _pattern(pattern: Pattern, point: Point) -> Pattern:
 def _trial(
     config: "SparseLRConfig", layer: "Layer", kept: int, rank: int, weight: torch.Tensor, group: DenseGroup
 ) -> Point:
-    """Solves a layer in a few iterations of 3BASiL (exactly, if it has no S), and measures what the block loses."""
+    """Solves a layer in a few iterations of 3BASiL, or exactly if it has no S, and measures the block's loss."""
     shape, iterations = tuple(weight.shape), config.allocation_options.iterations
     pattern = _pattern(layer.pattern, Point(shape, kept, rank, 0.0))
     if not kept:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from ..config.options import TMOptions
@@ -126,8 +127,13 @@ def layers_of(name: str, block: nn.Module, plan: dict[str, Layer]) -> dict[str, 
 
 
 def working_copy(block: nn.Module, device: torch.device) -> nn.Module:
-    """A copy in FP32 on a device, in eval mode: an error then leaves the block as it was."""
-    block = copy.deepcopy(block).to(device).eval()
+    """A copy in FP32 on a device, in eval mode: an error then leaves the block as it was.
+
+    The copy keeps the model's config objects: models read them while they run, and users set them later.
+    """
+    configs = {id(value): value for part in block.modules() for value in vars(part).values()}
+    configs = {key: value for key, value in configs.items() if isinstance(value, PreTrainedConfig)}
+    block = copy.deepcopy(block, configs).to(device).eval()
     for _, tensor in _floats(block):
         tensor.data = tensor.data.float()
     return block

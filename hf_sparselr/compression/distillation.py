@@ -1,6 +1,6 @@
 """Distillation: a compressed model is trained against its dense self's logits, as a whole.
 
-Minimises the Kullback-Leibler divergence KL(dense || compressed) of next-token distributions over the nonzeros of S,
+Minimises the Kullback-Leibler divergence KL(dense || compressed) of predicted distributions over the nonzeros of S,
 the factors, the norms and the biases. Zeros stay zero. The dense model's logits are computed batch by batch beside
 the compressed model's and never stored.
 """
@@ -57,7 +57,7 @@ def distill(
         on_pass: called after every pass with its mean loss.
 
     Returns:
-        losses (nats a token, one a pass), loss_before, loss_after (on the first batches), passes, seconds.
+        losses (nats a prediction, one a pass), loss_before, loss_after (on the first batches), passes, seconds.
     """
     started = time.perf_counter()
     layers = packed_layers(model)
@@ -87,20 +87,22 @@ def distill(
 
 
 def _train(model, teacher, groups: Groups, batches, options: DistillOptions, seed: int, on_pass) -> Training:
-    def size(step: list[torch.Tensor]) -> int:
-        return sum(batch.numel() for batch in step)
+    count = _predictions(teacher, batches[0], options)
 
-    def backward(batch: torch.Tensor, tokens: int) -> torch.Tensor:
-        return add_gradients(model, teacher, batch, tokens, options)
+    def size(step: list[torch.Tensor]) -> int:
+        return sum(map(count, step))
+
+    def backward(batch: torch.Tensor, size: int) -> torch.Tensor:
+        return add_gradients(model, teacher, batch, size, options)
 
     steps = _steps(batches, options.batch_size)
     return train(model, groups, steps, size, backward, options, BETAS, seed, on_pass, keep_best=False)
 
 
 def add_gradients(
-    model: nn.Module, teacher: nn.Module, ids: torch.Tensor, tokens: int, options: DistillOptions
+    model: nn.Module, teacher: nn.Module, ids: torch.Tensor, size: int, options: DistillOptions
 ) -> torch.Tensor:
-    """Adds the gradient of a batch's divergence / `tokens` to the model's parameters, and returns that quotient.
+    """Adds the gradient of a batch's summed divergence / `size` to the model's parameters, and returns that quotient.
 
     Args:
         model, teacher: on one device.
@@ -117,8 +119,8 @@ def add_gradients(
             for row in range(len(ids)):  # FP32 copies of all logits could be larger than the model
                 mine = F.log_softmax(student[row].float(), -1)
                 theirs = F.log_softmax(target[row].float(), -1)
-                loss += (theirs.exp() * (theirs - mine)).sum() / tokens
-                gradient[row] = (mine.exp() - theirs.exp()) / tokens
+                loss += (theirs.exp() * (theirs - mine)).sum() / size
+                gradient[row] = (mine.exp() - theirs.exp()) / size
         student.backward(gradient)
     return loss
 
@@ -136,7 +138,28 @@ def _mean_loss(model, teacher, batches, options: DistillOptions, device) -> floa
                 log_target=True,
                 reduction="sum",
             )
-    return float(total) / sum(batch.numel() for batch in batches)
+    return float(total) / sum(map(_predictions(teacher, batches[0], options), batches))
+
+
+@torch.no_grad()
+def _predictions(
+    teacher: nn.Module, batch: torch.Tensor, options: DistillOptions
+) -> Callable[[torch.Tensor], int]:
+    """How many distributions a model predicts for a batch: one a token, or one a row (sequence classification)."""
+    device = next(teacher.parameters()).device
+    with arithmetic(device, options.precision):
+        by_token = _logits(teacher, batch[:1].to(device)).ndim > 2
+    return lambda batch: batch.numel() if by_token else len(batch)
+
+
+@torch.no_grad()
+def takes_batches(model: nn.Module, window: torch.Tensor) -> bool:
+    """Whether a model predicts for several windows at a time. Classifiers without a padding token refuse it."""
+    try:
+        _logits(model, torch.stack([window, window]))
+    except ValueError:
+        return False
+    return True
 
 
 def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

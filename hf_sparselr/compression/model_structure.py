@@ -3,9 +3,14 @@
 Nothing here names an architecture: blocks are found by structure.
 """
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from .linear_layers import is_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -43,3 +48,18 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in blocks.named_modules()
         if is_linear(module)
     }
+
+
+def context_length(model: "PreTrainedModel") -> int | None:
+    """The most tokens that a model can take at a time, or None where its config names no limit.
+
+    Some models count positions from behind the index of their padding token: a table of position embeddings that has a
+    padding index leaves that many rows unused.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()
+    for module in model.modules() if limit else ():
+        is_table = isinstance(module, nn.Embedding) and module is not tokens
+        if is_table and module.num_embeddings == limit and module.padding_idx is not None:
+            return limit - module.padding_idx - 1
+    return limit

@@ -31,7 +31,9 @@ class Layer:
 
 
 def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
-    """What the config asks for, layer by layer. Needs shapes only: works on the meta device.
+    """The layers that a config chooses, with their settings: {dotted name: layer}, in order of definition.
+
+    It needs shapes only, so it works on the meta device. It is made once for a run and passed on.
 
     Raises:
         ValueError: a pattern that matches nothing, a layer that fits neither pattern nor rank, experts that would

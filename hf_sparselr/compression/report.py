@@ -15,13 +15,13 @@ class Report:
         settings: the config as stored in config.json.
         layers: a dict a layer: name, shape, pattern, rank, sparsity (share of zeros), relative_error
             (tr(E H E^T) / tr(W H W^T) on the calibration inputs, before refinement), iterations, seconds, ...
-        allocation: what a non-uniform allocation measured and chose, {} for a uniform one.
+        allocation: measurements and choices of a non-uniform allocation, {} for a uniform one.
         distill: losses (a pass), loss_before, loss_after, passes, seconds; None without distillation.
         blocks: a dict a block: name, tm (loss_before, loss_after, ...; None without refinement), seconds, phases
             ({phase: seconds}), peaks ({phase: bytes on the GPU}).
         sizes: bytes of the model dense and packed, {"dense": ..., "packed": ...}.
         base_model: the dense model's name.
-        perplexity: what was measured, {"dense": ..., "compressed": ...}, empty where nothing was.
+        perplexity: measured perplexities, {"dense": ..., "compressed": ...}, or {}.
         seconds: the whole run.
         peak_memory: bytes on the GPU, None on the CPU.
     """
@@ -67,7 +67,7 @@ class Report:
         return "\n".join([table(rows), *([self.allocation_line()] if self.allocation else [])])
 
     def allocation_line(self) -> str:
-        """What a non-uniform allocation chose, in a line."""
+        """The choices of a non-uniform allocation, in a line."""
         zeros, ranks = ([row[field] for row in self.layers] for field in ("sparsity", "rank"))
         line = (
             f"{self.settings['allocation']}: {min(zeros):.2%} to {max(zeros):.2%} zeros, "
@@ -83,7 +83,7 @@ class Report:
 
 
 def settings_line(settings: dict) -> str:
-    """What was asked of sparsity and rank, in a few words."""
+    """The sparsity and rank of the settings, in a few words."""
     if settings.get("compression") is None:
         return f"sparsity {settings['sparsity']}, rank {settings['rank']}"
     return f"compression {settings['compression']}, rank ratio {settings['rank_ratio']}"

@@ -13,8 +13,8 @@ from ..data import calibration as sources
 from ..data.self_generation import sample_from_model
 from ..utils.phase_timer import PhaseTimer
 from .activations import work_device
-from .distillation import copy_sharing_blocks, distill, on_device
-from .model_structure import find_stacks
+from .distillation import copy_sharing_blocks, distill, on_device, takes_batches
+from .model_structure import context_length, find_stacks
 from .pipeline import make_batches, replace_in, run
 from .plan import Layer
 from .precomputed import Precomputed
@@ -27,7 +27,7 @@ SAMPLE_BATCH = 256  # windows that the dense model writes at a time
 
 
 def load_calibration(model: PreTrainedModel, config: SparseLRConfig, name: str) -> list[torch.Tensor] | None:
-    """Token windows for a model, which may still be on the meta device; None for "self".
+    """Token windows for a model, which may still be on the meta device. None for "self": those need the weights.
 
     Raises:
         ValueError, OSError: see `calibration.load_windows`.
@@ -110,7 +110,7 @@ def distill_in_memory(
                 seed=config.seed + 1,
                 batch_size=SAMPLE_BATCH,
             )
-        size = math.gcd(config.batch_size, options.batch_size)
+        size = math.gcd(config.batch_size, options.batch_size) if takes_batches(teacher, windows[0]) else 1
         bar = transformers_logging.tqdm(total=options.passes, desc="Distilling", unit="pass")
 
         def on_pass(loss: float) -> None:
@@ -124,12 +124,12 @@ def distill_in_memory(
     report.peak_memory = max(report.peak_memory or 0, *phases.peaks.values(), 0) or None
     logger.info(
         f"distillation took the divergence from the dense model from {report.distill['loss_before']:.4f} to "
-        f"{report.distill['loss_after']:.4f} nats a token in {report.distill['seconds']:.1f} s"
+        f"{report.distill['loss_after']:.4f} nats a prediction in {report.distill['seconds']:.1f} s"
     )
 
 
 def _tokenizer(name: str) -> Any:
-    """The tokenizer beside a model, or None: then sources that need one say so."""
+    """The tokenizer beside a model, or None. A source that needs one raises an error of its own."""
     if not name:
         return None
     try:
@@ -144,7 +144,7 @@ def _seq_len(model: PreTrainedModel, config: SparseLRConfig) -> int:
 
 def _bounded(length: int, model: PreTrainedModel) -> int:
     """A window's length, bounded by the model's context."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model)
     return min(length, limit) if limit else length
 
 

@@ -14,9 +14,9 @@ class GraphedCallable:
     """Calls a function; on CUDA, from the second call with arguments of the same shapes on, replays a graph of it.
 
     Args:
-        function: works on the device, without looking at results; what it reads and changes beside its arguments stays
-            where it is in memory. One that cannot be captured is called as it is.
-        device: where.
+        function: works on the device and does not look at results. Tensors that it reads or changes beside its
+            arguments stay at their addresses. A function that cannot be captured is called as it is.
+        device: on which the function works. On any other than CUDA the function is called as it is.
     """
 
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
@@ -26,7 +26,7 @@ class GraphedCallable:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, *args: Any) -> Any:
-        """What the function returns, in new tensors. Arguments are nested containers of tensors and constants."""
+        """The function's result, in new tensors. Arguments are nested containers of tensors and constants."""
         if self._stream is None:
             return self._function(*args)
         leaves, structure = tree_flatten(args)
@@ -34,7 +34,7 @@ class GraphedCallable:
         if key in self._calls:
             self._calls[key] = self._calls[key] or self._captured(leaves, structure)
             return self._calls[key](leaves)
-        # The first call is no graph's: it makes what is made once, such as an optimiser's state.
+        # The first call is not captured: it makes what is made once, such as an optimiser's state.
         self._calls[key] = None
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)  # a capture must not meet what began on the default stream
@@ -44,7 +44,7 @@ class GraphedCallable:
         return result
 
     def _captured(self, leaves: list, structure: Any) -> Callable[[list], Any]:
-        """A graph for arguments like these; free of references to `self`, so that its memory is free without `gc`."""
+        """A graph for arguments like these. It holds no reference to `self`, so its memory is free without `gc`."""
         function = self._function
         own = tree_map(lambda leaf: leaf.to(self._device, copy=True) if _is_tensor(leaf) else leaf, leaves)
         graph = torch.cuda.CUDAGraph()
@@ -76,5 +76,5 @@ def _is_tensor(leaf: Any) -> bool:
 
 
 def _kind(leaf: Any) -> Any:
-    """What must be the same for a graph to stand for another call."""
+    """Two calls may share a graph if their leaves have equal kinds."""
     return (leaf.shape, leaf.stride(), leaf.dtype) if _is_tensor(leaf) else repr(leaf)

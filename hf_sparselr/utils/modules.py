@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside; after it every module is in the mode that it was in."""
+    """Inside, every module is in eval mode. After it, each is in its own mode again."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()

@@ -12,7 +12,7 @@ class PhaseTimer:
 
     Args:
         device: CUDA works asynchronously, so the clock is read with the device idle.
-        memory: whether to measure memory; not for phases inside other ones.
+        memory: whether to measure memory. Of nested phases only the outer ones can.
     """
 
     def __init__(self, device: torch.device, memory: bool = True) -> None:
@@ -32,7 +32,7 @@ class PhaseTimer:
             self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(self.device))
 
     def add(self, seconds: dict[str, float]) -> None:
-        """Adds what a solver measured itself."""
+        """Adds phases that a solver measured itself: {name: seconds}."""
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
 
