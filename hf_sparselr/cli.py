@@ -121,8 +121,6 @@ def _compress(args: argparse.Namespace) -> None:
     from .entrypoints.compress import compress
 
     config = SparseLRConfig(**fields)
-    if config.device is not None:
-        _check_device(config.device)
     if args.push:
         HfApi().whoami()  # a missing token should not come up after hours of work
     with _log_lines():
@@ -153,9 +151,10 @@ def _eval(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .entrypoints.perplexity import perplexity
+    from .utils.modules import check_device
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
+    check_device(device)
     options = {"seq_len": args.seq_len, "stride": args.stride, "batch_size": args.batch_size}
     tokenizer = AutoTokenizer.from_pretrained(args.path)
     model = AutoModelForCausalLM.from_pretrained(args.path, dtype=args.dtype).to(device)
@@ -174,16 +173,6 @@ def _inspect(args: argparse.Namespace) -> None:
 
     inspection = inspect_checkpoint(args.path)
     print(json.dumps(dataclasses.asdict(inspection), indent=1) if args.json else inspection)
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # unknown names, and devices that this machine lacks
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device={device!r}: cannot be used here ({reason})") from error
 
 
 @contextmanager

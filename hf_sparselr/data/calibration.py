@@ -60,6 +60,16 @@ def check_source(calibration: Any) -> None:
         raise TypeError(f"{source} is not calibration data: {_ALLOWED}")
 
 
+def needs_tokenizer(calibration: Any) -> bool:
+    """Whether a source (not "self") holds text, which a tokenizer turns into ids."""
+    if is_dataset(calibration):
+        columns = calibration.column_names or next(iter(calibration), {})
+        return column_of(columns, _show(calibration)) != "input_ids"
+    if isinstance(calibration, list | tuple):
+        return _kind(calibration[0]) in ("texts", "chats")
+    return isinstance(calibration, str)
+
+
 def load_windows(
     calibration: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int, vocab_size: int
 ) -> list[torch.LongTensor]:

@@ -9,8 +9,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from ..data.origin import Origin
 
 
-def dense_skeleton(origin: Origin) -> tuple[Any, PreTrainedModel]:
+def dense_skeleton(origin: Origin, dtype: str | torch.dtype = "auto") -> tuple[Any, PreTrainedModel]:
     """The class that loads a dense model, and the model without weights.
+
+    Args:
+        dtype: as for `from_pretrained`.
 
     Raises:
         ValueError: the model is quantised already.
@@ -24,9 +27,19 @@ def dense_skeleton(origin: Origin) -> tuple[Any, PreTrainedModel]:
     cls = _model_class(config)
     with torch.device("meta"):
         if hasattr(cls, "base_model_prefix"):
-            return cls, cls(config)
-        trusted = {key: origin.arguments[key] for key in ("trust_remote_code",) if key in origin.arguments}
-        return cls, cls.from_config(config, **trusted)
+            model = cls(config)
+        else:
+            trusted = {
+                key: origin.arguments[key] for key in ("trust_remote_code",) if key in origin.arguments
+            }
+            model = cls.from_config(config, **trusted)
+    return cls, model.to(_resolved(dtype, config))
+
+
+def _resolved(dtype: str | torch.dtype, config: PretrainedConfig) -> torch.dtype:
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _model_class(config: PretrainedConfig) -> Any:

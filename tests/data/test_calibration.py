@@ -50,8 +50,8 @@ def load(source, tokenizer=None, num_samples=4, seq_len=16, seed=0, vocab_size=4
     )
 
 
-def sample(model, tokenizer=None, num_samples=3, seq_len=12, seed=0, **kwargs):
-    return sample_from_model(model, tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed, **kwargs)
+def sample(model, bos_id=None, num_samples=3, seq_len=12, seed=0, **kwargs):
+    return sample_from_model(model, bos_id, num_samples=num_samples, seq_len=seq_len, seed=seed, **kwargs)
 
 
 def lists(windows):
@@ -430,7 +430,7 @@ def test_bad_items_of_an_iterable():
 
 
 def test_model_writes_full_windows(model, tokenizer):
-    windows = sample(model, tokenizer, num_samples=5, seq_len=64, batch_size=2)
+    windows = sample(model, tokenizer.bos_token_id, num_samples=5, seq_len=64, batch_size=2)
     assert len(windows) == 5
     assert all(w.dtype == torch.int64 and w.shape == (64,) for w in windows)
     assert all(w[0] == tokenizer.bos_token_id for w in windows)
@@ -439,10 +439,10 @@ def test_model_writes_full_windows(model, tokenizer):
 
 
 def test_model_samples_depend_on_the_seed_alone(model, tokenizer):
-    first = lists(sample(model, tokenizer))
+    first = lists(sample(model, tokenizer.bos_token_id))
     torch.manual_seed(5)
-    assert lists(sample(model, tokenizer)) == first == lists(sample(model))
-    assert lists(sample(model, tokenizer, seed=1)) != first
+    assert lists(sample(model, tokenizer.bos_token_id)) == first == lists(sample(model))
+    assert lists(sample(model, tokenizer.bos_token_id, seed=1)) != first
 
 
 def test_model_and_random_state_are_left_alone(model):
