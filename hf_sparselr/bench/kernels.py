@@ -169,9 +169,8 @@ def _host_microseconds(layer: SparseLRLinear, x: torch.Tensor) -> float:
 
 def _chosen(layer: SparseLRLinear, rows: int) -> str:
     from ..kernels.autotune import known
-    from ..kernels.triton.decode import Packed
 
-    return str(known(rows, Packed.of(*layer.parts, layer.in_features), captured=True))
+    return str(known(rows, layer.packed_weight, captured=True))
 
 
 def _table(results: list[dict[str, Any]]) -> str:

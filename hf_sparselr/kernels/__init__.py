@@ -1,7 +1,7 @@
 """How S x + B A x is computed. Callers never choose a kernel themselves."""
 
-from .dispatch import packed_linear, packed_linears
-from .ops import KERNELS
+from .dispatch import KERNELS, packed_linear, packed_linears
+from .packed_weight import PackedWeight
 from .reference import sparse_linear
 
-__all__ = ["KERNELS", "packed_linear", "packed_linears", "sparse_linear"]
+__all__ = ["KERNELS", "PackedWeight", "packed_linear", "packed_linears", "sparse_linear"]

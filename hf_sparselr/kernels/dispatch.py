@@ -3,21 +3,18 @@
 from collections.abc import Sequence
 
 import torch
+from torch.autograd import forward_ad
 
+from ..utils.availability import TRITON
 from . import ops
-from .reference import reference_linear
+from .override import KERNELS, chosen_kernel
+from .packed_weight import PackedWeight
+from .reference import autocast_dtype, plain_linear, reference_linear
+
+__all__ = ["KERNELS", "packed_linear", "packed_linears"]
 
 
-def packed_linear(
-    inputs: torch.Tensor,
-    mask: torch.Tensor,
-    values: torch.Tensor,
-    A: torch.Tensor | None,
-    B: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    in_features: int,
-    kernel: str = "auto",
-) -> torch.Tensor:
+def packed_linear(inputs: torch.Tensor, weight: PackedWeight, kernel: str = "auto") -> torch.Tensor:
     """x S^T + (x A^T) B^T + bias. Follows autocast, as F.linear does.
 
     On CUDA the operator of `ops`, differentiable once; elsewhere too if nothing is differentiated. Else the
@@ -25,10 +22,7 @@ def packed_linear(
 
     Args:
         inputs: x (..., in).
-        mask: uint8 (out, ceil(in / 8)), see `packing`; `values`: (nonzeros,).
-        A, B: (rank, in) and (out, rank), or None.
-        bias: (out,) or None.
-        in_features: in.
+        weight: S + B A and a bias.
         kernel: "auto" takes what was measured to be the fastest, "packed" never unpacks S for up to 16 rows of x,
             "dense" keeps S + B A in memory. The environment variable HF_SPARSELR_KERNEL overrides it.
 
@@ -36,55 +30,77 @@ def packed_linear(
         (..., out).
 
     Raises:
-        ValueError: an unknown kernel.
+        ValueError: an unknown kernel; shapes or devices that do not fit together.
         TypeError: floats of different dtypes.
     """
-    kind = inputs.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        inputs, values = inputs.to(dtype), values.to(dtype)
-        A, B, bias = (tensor if tensor is None else tensor.to(dtype) for tensor in (A, B, bias))
-    trained = torch.is_grad_enabled() and _any_requires_grad(values, A, B, bias)
-    differentiated = trained or (torch.is_grad_enabled() and inputs.requires_grad)
-    if not ((kind == "cuda" and ops.TRITON) or (kind == "cpu" and not differentiated)):
-        return reference_linear(inputs, mask, values, A, B, bias, in_features)
-    _check_dtypes(inputs, values, A, B, bias)
-    if trained and kernel == "dense":
-        kernel = "auto"  # what is being trained changes with every step: there is nothing to keep
-    # An operator costs time in Python.
-    run = ops.linear if differentiated or torch.compiler.is_compiling() else ops.product
-    return run(inputs, mask, values, A, B, bias, in_features, kernel)
+    return packed_linears(inputs, (weight,), kernel)[0]
 
 
 def packed_linears(
-    inputs: torch.Tensor, layers: Sequence[tuple], in_features: int, kernel: str = "auto"
+    inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str = "auto"
 ) -> list[torch.Tensor]:
-    """`packed_linear` for layers with the same input, not differentiable: up to 16 rows on a GPU take one launch.
-
-    Args:
-        inputs: x (..., in).
-        layers: (mask, values, A, B, bias) of each.
+    """`packed_linear` for weights with the same input: up to 16 rows on a GPU take one launch.
 
     Returns:
         (..., out) of each.
     """
-    if inputs.device.type != "cuda" or not ops.TRITON or torch.is_autocast_enabled("cuda"):
-        return [packed_linear(inputs, *layer, in_features, kernel) for layer in layers]
-    for layer in layers:
-        _check_dtypes(inputs, *layer[1:])
+    dtype = autocast_dtype(inputs)
+    if dtype is not None:
+        inputs, weights = inputs.to(dtype), [weight.to(dtype) for weight in weights]
     if torch.compiler.is_compiling():
-        return ops.linears(inputs, *(list(parts) for parts in zip(*layers, strict=True)), in_features, kernel)
-    return ops.products(inputs, layers, in_features, kernel)
+        return _traced(inputs, weights, kernel)
+    kernel = chosen_kernel(kernel)
+    if _is_transformed():
+        return [plain_linear(inputs, weight) for weight in weights]
+    if not _is_in_memory(inputs, weights):
+        return [reference_linear(inputs, weight) for weight in weights]
+    if torch.is_grad_enabled() and (inputs.requires_grad or any(map(_trains, weights))):
+        return [_differentiable(inputs, weight, kernel) for weight in weights]
+    if torch._C._len_torch_dispatch_stack():  # a mode that wants to see operators
+        return [ops.linear(inputs, *weight, kernel) for weight in weights]
+    return ops.products(inputs, weights, kernel)
 
 
-def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _traced(inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str) -> list[torch.Tensor]:
+    """As torch.compile is to see it: operators, whose checks come when they run."""
+    kind = inputs.device.type
+    differentiated = torch.is_grad_enabled() and (inputs.requires_grad or any(map(_trains, weights)))
+    if not _has_operator(kind, differentiated):
+        return [reference_linear(inputs, weight) for weight in weights]
+    if differentiated or kind == "cpu" or len(weights) == 1:
+        return [ops.linear(inputs, *weight, _unless_trained(kernel, weight)) for weight in weights]
+    *parts, widths = (list(part) for part in zip(*weights, strict=True))
+    return ops.linears(inputs, *parts, widths[0], kernel)
 
 
-def _check_dtypes(inputs: torch.Tensor, *others: torch.Tensor | None) -> None:
-    for tensor in others:
-        if tensor is not None and tensor.dtype != inputs.dtype:
-            raise TypeError(
-                f"inputs of dtype {inputs.dtype} for a packed layer of dtype {tensor.dtype}: cast one of them, or "
-                "use torch.autocast"
-            )
+def _differentiable(inputs: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Tensor:
+    if not _has_operator(inputs.device.type, True):
+        weight.check()
+        return reference_linear(inputs, weight)
+    return ops.linear(inputs, *weight, _unless_trained(kernel, weight))
+
+
+def _unless_trained(kernel: str, weight: PackedWeight) -> str:
+    """What is being trained changes with every step: there is nothing to keep."""
+    return "auto" if kernel == "dense" and torch.is_grad_enabled() and _trains(weight) else kernel
+
+
+def _has_operator(kind: str, differentiated: bool) -> bool:
+    return (kind == "cuda" and TRITON) or (kind == "cpu" and not differentiated)
+
+
+def _trains(weight: PackedWeight) -> bool:
+    return any(tensor.requires_grad for tensor in weight.tensors)
+
+
+def _is_transformed() -> bool:
+    """Within vmap, grad or jvp of `torch.func`, or forward-mode derivatives."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _is_in_memory(inputs: torch.Tensor, weights: Sequence[PackedWeight]) -> bool:
+    """Whether kernels can read everything: not a meta tensor, nor a subclass, which may stand for anything."""
+    if not (inputs.is_cuda or inputs.is_cpu):
+        return False
+    plain = (torch.Tensor, torch.nn.Parameter)
+    return type(inputs) in plain and all(type(t) in plain for weight in weights for t in weight.tensors)

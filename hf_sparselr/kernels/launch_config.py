@@ -1,72 +1,92 @@
-"""The ways to compute a product, and which of them are worth trying where."""
+"""The ways to compute a product on a GPU: one table from the rows of x to the kernels that are tried there."""
 
 from dataclasses import dataclass
 
 import torch
 
-DECODE, SPARSE = ("vector", "tiles"), ("sparse", "joined")  # forms
-MAX_ROWS = 16  # of x that the first two take
-MOST_BLOCK_ROWS = 256  # of x for which "blocks" is worth trying, as it unpacks S for each 128; more: SPARSE
+FEW_ROWS = 16  # of x that "gemv" and "small_batch" take
+MEDIUM_ROWS = 256  # of x for which "medium_batch" is worth trying, as it unpacks S for each 128
+MOST_ROWS = 8192  # more make no difference to what is the fastest
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchConfig:
     """How to compute one product.
 
     Attributes:
-        form: reads the packed S: "vector" multiplies one row of x in FP32 registers, "tiles" gives up to 16 rows of 16
-            bits to the tensor cores, "blocks" more of them. Unpacks S first: "folded" multiplies by S + B A, "beside"
-            by S, B and A. On the sparse tensor cores: "sparse" multiplies by S, B and A, "joined" by [S, B] and A.
-        rows: output rows of a program, a power of two ("tiles": at least 16).
+        kernel: reads the packed S: "gemv" multiplies one row of x in FP32 registers, "small_batch" gives up to 16 rows
+            of 16 bits to the tensor cores, "medium_batch" more of them. "unpack_then_gemm" unpacks S first.
+            "sparse_cores": the sparse tensor cores, by cuSPARSELt.
+        rows: output rows of a program, a power of two ("small_batch": at least 16).
         warps: of a program.
-        split: programs that share output rows, each with a part of the columns (not for "vector").
-        ahead: read the mask of the next columns, of 2:4 also the values, before multiplying these ("tiles" only).
-        algorithm: cuSPARSELt's number for one ("sparse" and "joined" only).
+        split: programs that share output rows, each with a part of the columns (not for "gemv").
+        ahead: read the mask of the next columns, of 2:4 also the values, before multiplying these ("small_batch" only).
+        joined: "unpack_then_gemm" multiplies by S + B A, not by S, B and A; "sparse_cores" by [S, B] and A.
+        algorithm: cuSPARSELt's number for one ("sparse_cores" only).
     """
 
-    form: str
+    kernel: str
     rows: int = 0
     warps: int = 0
     split: int = 1
     ahead: bool = False
+    joined: bool = False
     algorithm: int = 0
 
     @property
     def order(self) -> tuple:
-        """Of the terms of a sum: packed plans of one order give the same bits."""
-        return self.form, self.warps, self.split
+        """Summation order. Configurations with the same order give bit-identical results."""
+        return self.kernel, self.warps, self.split
+
+    @property
+    def shares(self) -> bool:
+        """Whether one launch takes several weights with the same input."""
+        return self.kernel in ("gemv", "small_batch")
 
     def __str__(self) -> str:
+        if self.kernel == "sparse_cores":
+            return f"{self.kernel} {self.algorithm}" + " joined" * self.joined
         if not self.rows:
-            return self.form + f" {self.algorithm}" * (self.form in SPARSE)
+            return self.kernel + " joined" * self.joined
         more = f" / {self.split}" * (self.split > 1) + " ahead" * self.ahead
-        return f"{self.form} {self.rows} rows {self.warps} warps{more}"
+        return f"{self.kernel} {self.rows} rows {self.warps} warps{more}"
 
 
-VECTOR = (Plan("vector", 4, 4), Plan("vector", 2, 4), Plan("vector", 8, 4))  # of one order
-TILES = (
-    Plan("tiles", 16, 8, split=2),
-    Plan("tiles", 16, 4),
-    Plan("tiles", 16, 8, ahead=True),
-    Plan("tiles", 16, 8, split=2, ahead=True),
-    Plan("tiles", 16, 4, split=4),
-    Plan("tiles", 16, 4, split=4, ahead=True),
-    Plan("tiles", 16, 2, split=4, ahead=True),
+GEMV = (  # of one order
+    LaunchConfig("gemv", 4, 4),
+    LaunchConfig("gemv", 2, 4),
+    LaunchConfig("gemv", 8, 4),
 )
-BLOCKS = tuple(Plan("blocks", 64, 4, split=split) for split in (1, 2, 4, 8))
+SMALL_BATCH = (
+    LaunchConfig("small_batch", 16, 8, split=2),
+    LaunchConfig("small_batch", 16, 4),
+    LaunchConfig("small_batch", 16, 8, ahead=True),
+    LaunchConfig("small_batch", 16, 8, split=2, ahead=True),
+    LaunchConfig("small_batch", 16, 4, split=4),
+    LaunchConfig("small_batch", 16, 4, split=4, ahead=True),
+    LaunchConfig("small_batch", 16, 2, split=4, ahead=True),
+)
+MEDIUM_BATCH = tuple(LaunchConfig("medium_batch", 64, 4, split=split) for split in (1, 2, 4, 8))
+JOINED = LaunchConfig("unpack_then_gemm", joined=True)
+BESIDE = LaunchConfig("unpack_then_gemm")
+
+# Up to so many rows of x: what is tried for values of 16 bits, and of 32.
+TABLE = (
+    (1, (*GEMV, JOINED), (*GEMV, JOINED)),
+    (FEW_ROWS, (*SMALL_BATCH, JOINED), (*GEMV, JOINED)),
+    (MEDIUM_ROWS, (*MEDIUM_BATCH, JOINED, BESIDE), (JOINED, BESIDE)),
+    (float("inf"), (JOINED, BESIDE), (JOINED, BESIDE)),
+)
 
 
-def packed_plans(rows: int, dtype: torch.dtype) -> tuple[Plan, ...]:
-    """What reads the packed S, for so many rows of x: the first is taken where nothing can be measured."""
-    if dtype.itemsize != 2:
-        return VECTOR
-    return VECTOR if rows == 1 else TILES
+def candidates(rows: int, dtype: torch.dtype, rank: int) -> tuple[LaunchConfig, ...]:
+    """What is worth trying for so many rows of x, but for the sparse tensor cores. The first is taken where nothing
+    can be measured."""
+    narrow, wide = next(configs for most, *configs in TABLE if rows <= most)
+    configs = narrow if dtype.itemsize == 2 else wide
+    return configs if rank else tuple(config for config in configs if config != BESIDE)
 
 
-def candidates(rows: int, dtype: torch.dtype, rank: int) -> tuple[Plan, ...]:
-    """What is worth trying for so many rows of x."""
-    if rows <= MAX_ROWS:
-        return (*packed_plans(rows, dtype), Plan("folded"))
-    blocks = BLOCKS if dtype.itemsize == 2 and rows <= MOST_BLOCK_ROWS else ()
-    beside = (Plan("beside"),) if rank else ()
-    return (*blocks, Plan("folded"), *beside)
+def bucket(rows: int) -> int:
+    """Numbers of rows that share a choice: the next power of two."""
+    return min(1 << (rows - 1).bit_length(), MOST_ROWS)

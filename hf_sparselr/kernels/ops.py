@@ -3,27 +3,20 @@
 Which kernel runs is decided when they run, so a compiled model does not depend on the number of rows.
 """
 
-import contextlib
-import functools
-import logging
-import os
 from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
 
-from ..format.bitmask import unpack
 from ..utils.availability import TRITON
-from ..utils.validation import check_choice
-from . import cpu as native
-from .reference import reference_linear
-from .support_index import index_of, row_starts
-from .tensor_cache import keep
+from . import cpu
+from .bindings import binding_of
+from .override import chosen_kernel
+from .packed_weight import PackedWeight, check_inputs
+from .reference import dense_weight, reference_linear
+from .resident import resident_weight
+from .support_index import index_of
 
-logger = logging.getLogger(__name__)
-
-KERNELS = ("auto", "packed", "dense")
-VARIABLE = "HF_SPARSELR_KERNEL"
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _Optional = torch.Tensor | None
@@ -40,8 +33,8 @@ def linear(
     in_features: int,
     kernel: str,
 ) -> torch.Tensor:
-    """`product` as an operator."""
-    return product(inputs, mask, values, A, B, bias, in_features, kernel)
+    """`products` of one weight as an operator."""
+    return products(inputs, (PackedWeight(mask, values, A, B, bias, in_features),), chosen_kernel(kernel))[0]
 
 
 @linear.register_fake
@@ -61,7 +54,8 @@ def linears(
     kernel: str,
 ) -> list[torch.Tensor]:
     """`products` as an operator."""
-    return products(inputs, list(zip(masks, values, A, B, biases, strict=True)), in_features, kernel)
+    parts = zip(masks, values, A, B, biases, strict=True)
+    return products(inputs, [PackedWeight(*part, in_features) for part in parts], chosen_kernel(kernel))
 
 
 @linears.register_fake
@@ -69,74 +63,57 @@ def _(inputs, masks, values, A, B, biases, in_features, kernel):
     return [inputs.new_empty((*inputs.shape[:-1], mask.shape[0])) for mask in masks]
 
 
-def _setting(kernel: str) -> str:
-    kernel = os.environ.get(VARIABLE, kernel)
-    check_choice("kernel", kernel, KERNELS)
-    return kernel
+def products(inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str) -> list[torch.Tensor]:
+    """x S^T + (x A^T) B^T + bias of every weight, (..., in) to (..., out), in as few launches as may be.
+
+    Args:
+        inputs: x, in memory of the CPU or a CUDA device.
+        weights: of one width.
+        kernel: "auto", "packed" or "dense".
+
+    Raises:
+        ValueError, TypeError: weights or inputs that do not fit together.
+    """
+    binding = binding_of(weights)
+    if not binding.fits(inputs):
+        for weight in weights:
+            check_inputs(inputs, weight)
+    if inputs.is_cuda and kernel != "dense" and _uses_triton(inputs):
+        from .gpu import multiply
+
+        return multiply(inputs, weights, binding, kernel)
+    rows = inputs.reshape(-1, binding.in_features)
+    outs = [_product(rows, weight, kernel) for weight in weights]
+    return [out.view(*inputs.shape[:-1], out.shape[1]) for out in outs]
 
 
 def _uses_triton(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and TRITON and tensor.dtype in _TRITON_DTYPES
 
 
-def _on_its_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device_of(tensor)
-
-
-def product(inputs, mask, values, A, B, bias, in_features, kernel) -> torch.Tensor:
-    """x S^T + (x A^T) B^T + bias: (..., in) to (..., out), by the fastest way."""
-    return products(inputs, [(mask, values, A, B, bias)], in_features, kernel)[0]
-
-
-def products(inputs, layers, in_features, kernel) -> list[torch.Tensor]:
-    """`product` for several layers, each (mask, values, A, B, bias), in as few launches as may be."""
-    rows, kernel = inputs.reshape(-1, in_features), _setting(kernel)
-    empty = rows.numel() == 0 or not all(mask.shape[0] for mask, *_ in layers)
-    with _on_its_device(rows):
-        if empty or kernel == "dense" or not _uses_triton(rows):
-            outs = [_product(rows, *layer, in_features, kernel) for layer in layers]
-        else:
-            from .triton.decode import Packed
-            from .triton.product import triton_product
-
-            outs = triton_product(rows, [Packed.of(*layer, in_features) for layer in layers], kernel)
-    return [out.view(*inputs.shape[:-1], out.shape[1]) for out in outs]
-
-
-def _product(rows, mask, values, A, B, bias, in_features, kernel) -> torch.Tensor:
-    if rows.numel() == 0 or not len(mask):
-        return rows.new_zeros((len(rows), len(mask))) if bias is None else bias.repeat(len(rows), 1)
+def _product(rows: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Tensor:
+    if rows.numel() == 0 or not weight.out_features:
+        return nothing(rows, weight)
     if kernel == "dense":
-        return F.linear(rows, _resident(mask, values, A, B, in_features), bias)
-    if len(rows) == 1 and native.takes(rows, mask, values) and native.supports(values.dtype):
-        return native.multiply(rows[0], mask, values, A, B, bias, row_starts(mask))[None]
-    return reference_linear(rows, mask, values, A, B, bias, in_features)
+        return F.linear(rows, resident_weight(weight, unpacked), weight.bias)
+    if cpu.takes(weight, rows) and cpu.supports(rows.dtype) and cpu.prefers(weight, len(rows)):
+        return cpu.multiply(rows, weight)
+    return reference_linear(rows, weight)
 
 
-def _resident(mask, values, A, B, in_features) -> torch.Tensor:
-    def build() -> torch.Tensor:
-        _say_dense_once()
-        return _dense(mask, values, A, B, in_features)
-
-    return keep("dense", (mask, values, A, B), build)
+def nothing(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """The product of no rows, or of no columns."""
+    shape = *inputs.shape[:-1], weight.out_features
+    return inputs.new_zeros(shape) if weight.bias is None else weight.bias.expand(shape).clone()
 
 
-@functools.cache
-def _say_dense_once() -> None:
-    logger.warning("kernel='dense': S + B A of the packed layers stays in memory beside the packed form")
+def unpacked(weight: PackedWeight) -> torch.Tensor:
+    """S + B A as a new tensor (out, in)."""
+    if not _uses_triton(weight.values):
+        return dense_weight(weight)
+    from .gpu import densify
 
-
-def _dense(mask, values, A, B, in_features) -> torch.Tensor:
-    """S + B A as a new tensor."""
-    if _uses_triton(values):
-        from .triton.unpack import densify
-
-        return densify(mask, index_of(mask, in_features), values, A, B)
-    dense = unpack(mask, values, in_features)
-    return dense if A is None else dense + B @ A
+    return densify(weight)
 
 
 @torch.library.custom_op("hf_sparselr::input_gradient", mutates_args=())
@@ -150,9 +127,9 @@ def input_gradient(
     kernel: str,
 ) -> torch.Tensor:
     """grad (S + B A): (..., out) to (..., in)."""
-    build = _resident if _setting(kernel) == "dense" else _dense
-    with _on_its_device(grad):
-        return grad @ build(mask, values, A, B, in_features)
+    weight = PackedWeight(mask, values, A, B, None, in_features)
+    dense = resident_weight(weight, unpacked) if chosen_kernel(kernel) == "dense" else unpacked(weight)
+    return grad @ dense
 
 
 @input_gradient.register_fake
@@ -167,7 +144,7 @@ def value_gradient(
     """grad^T x on the support: (rows, out), (rows, in) to (nonzeros,)."""
     from .triton.unpack import collect
 
-    with _on_its_device(grad):
+    with torch.cuda.device_of(grad):
         return collect(mask, index_of(mask, inputs.shape[1]), grad.T @ inputs)
 
 

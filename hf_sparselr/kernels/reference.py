@@ -1,10 +1,11 @@
 """The plain path: unpack S for the length of one call, in forward and again in backward."""
 
 import torch
+from torch.nn import functional as F
 
 from ..format.bitmask import unpack, unpack_mask
-from . import cpu as native
-from .support_index import row_starts
+from . import cpu
+from .packed_weight import PackedWeight
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -14,26 +15,34 @@ class _SparseLinear(torch.autograd.Function):
     def forward(ctx, inputs, mask, values, in_features):
         ctx.in_features = in_features
         ctx.save_for_backward(inputs if ctx.needs_input_grad[2] else None, mask, values)
-        return torch.nn.functional.linear(inputs, _unpack(mask, values, in_features))
+        return _multiply(inputs, _unpack(mask, values, in_features).T)
 
     @staticmethod
     def backward(ctx, grad):
         inputs, mask, values = ctx.saved_tensors
         grad_inputs = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_inputs = grad @ _unpack(mask, values, ctx.in_features)
+            grad_inputs = _multiply(grad, _unpack(mask, values, ctx.in_features))
         if ctx.needs_input_grad[2]:
-            dense = grad.reshape(-1, grad.shape[-1]).T @ inputs.reshape(-1, ctx.in_features)
+            dense = _multiply(grad.reshape(-1, grad.shape[-1]).T, inputs.reshape(-1, ctx.in_features))
             grad_values = dense[unpack_mask(mask, ctx.in_features)]
         return grad_inputs, None, grad_values, None
 
 
+def _multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, in FP32 inside where a CPU has no instructions for 16 bits."""
+    if left.device.type != "cpu" or cpu.multiplies_natively(left.dtype):
+        return left @ right
+    return (left.float() @ right.float()).to(left.dtype)
+
+
 def _unpack(mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:
-    """`unpack`, in C where nothing has to follow it: no second derivative, no compiler."""
-    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not native.takes(mask, values)
-    if plain or not native.supports(values.dtype):
+    """`unpack`, in C where nothing has to follow it: no second derivative, no compiler, no mode."""
+    weight = PackedWeight(mask, values, None, None, None, in_features)
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if torch.is_grad_enabled() or watched or not cpu.takes(weight) or not cpu.supports(values.dtype):
         return unpack(mask, values, in_features)
-    return native.unpack(mask, values, row_starts(mask), in_features)
+    return cpu.unpack(weight)
 
 
 def sparse_linear(
@@ -43,36 +52,47 @@ def sparse_linear(
 
     Args:
         inputs: (..., in).
-        mask: uint8 (out, ceil(in / 8)), see `packing`.
+        mask: uint8 (out, ceil(in / 8)), see `format.bitmask`.
         values: (nonzeros,), same dtype and device as the inputs.
         in_features: in.
 
     Returns:
         (..., out).
     """
-    kind = inputs.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(inputs)
+    if dtype is not None:
         inputs, values = inputs.to(dtype), values.to(dtype)
     return _SparseLinear.apply(inputs, mask, values, in_features)
 
 
-def reference_linear(
-    inputs: torch.Tensor,
-    mask: torch.Tensor,
-    values: torch.Tensor,
-    A: torch.Tensor | None,
-    B: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    in_features: int,
-) -> torch.Tensor:
+def autocast_dtype(inputs: torch.Tensor) -> torch.dtype | None:
+    """What F.linear would compute in under autocast; None without it."""
+    kind = "cuda" if inputs.is_cuda else inputs.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def reference_linear(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """x S^T + bias + (x A^T) B^T, differentiable in everything but the mask, twice.
 
     In this order: replacing adapters, which add their part last, stay exact.
     """
+    mask, values, A, B, bias, in_features = weight
     out = sparse_linear(inputs, mask, values, in_features)
     if bias is not None:
         out = out + bias.to(out.dtype)
     if A is not None:
-        out = out + torch.nn.functional.linear(torch.nn.functional.linear(inputs, A), B)
+        out = out + _multiply(_multiply(inputs, A.T), B.T)
     return out
+
+
+def plain_linear(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """The same by torch's own operators alone, for `torch.func` and forward-mode derivatives."""
+    return F.linear(inputs, dense_weight(weight), weight.bias)
+
+
+def dense_weight(weight: PackedWeight) -> torch.Tensor:
+    """S + B A (out, in), by torch's own operators alone."""
+    S = unpack(weight.mask, weight.values, weight.in_features)
+    return S if weight.A is None else S + weight.B @ weight.A

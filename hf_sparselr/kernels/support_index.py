@@ -1,10 +1,10 @@
 """Where in `values` a packed row continues: small tables derived from the mask once, never stored on disk."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from .tensor_cache import keep
+from .tensor_cache import TensorCache, apart, version
 
 BLOCK = 64  # columns a table entry, and bits a word of the mask
 
@@ -25,7 +25,7 @@ class SupportIndex:
             there is nothing to look up.
         pairs: every group of four columns keeps exactly two: each value's place is fixed (2:4).
         in_features, nonzeros: of S.
-        plans: what `choice` has chosen, by (rows of x up to a power of two, rank, dtype).
+        version: of the mask it was made from.
     """
 
     shape: tuple[int, int]
@@ -36,7 +36,7 @@ class SupportIndex:
     pairs: bool
     in_features: int
     nonzeros: int
-    plans: dict = field(default_factory=dict, compare=False)
+    version: int
 
     def words(self, mask: torch.Tensor) -> torch.Tensor:
         """The bytes to read as words. The index holds no view of the mask: it would keep it alive."""
@@ -49,7 +49,7 @@ def build_index(mask: torch.Tensor, in_features: int) -> SupportIndex:
     Raises:
         ValueError: 2^31 values or more.
     """
-    mask = mask.detach()
+    made_from, mask = version(mask), mask.detach()
     whole = in_features % BLOCK == 0
     as_it_is = whole and mask.is_contiguous() and mask.data_ptr() % 8 == 0
     padded = None if as_it_is else torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).contiguous()
@@ -69,7 +69,15 @@ def build_index(mask: torch.Tensor, in_features: int) -> SupportIndex:
         starts, offsets = starts[:0], offsets[:0]
     # int16 wraps above 2^15; the kernels read it as unsigned.
     return SupportIndex(
-        shape, padded, starts.to(torch.int32), offsets.to(wide), per_block, pairs, in_features, nonzeros
+        shape,
+        padded,
+        starts.to(torch.int32),
+        offsets.to(wide),
+        per_block,
+        pairs,
+        in_features,
+        nonzeros,
+        made_from,
     )
 
 
@@ -84,16 +92,19 @@ def _popcount(bytes_: torch.Tensor) -> torch.Tensor:
     return (nibbles + (nibbles >> 4)) & 0x0F
 
 
+_INDICES: TensorCache[SupportIndex] = TensorCache()
+
+
 def index_of(mask: torch.Tensor, in_features: int) -> SupportIndex:
-    """`build_index`, kept as long as the mask lives."""
-    return keep(f"index {in_features}", (mask,), lambda: build_index(mask, in_features))
+    """`build_index`, kept as long as the mask lives and is not edited.
 
+    Raises:
+        RuntimeError: it would have to be built while a CUDA graph is being captured.
+    """
+    key = mask.data_ptr(), mask.shape, mask.stride(), mask.device, in_features
+    now = version(mask)
 
-def row_starts(mask: torch.Tensor) -> torch.Tensor:
-    """int64 (out + 1,): the first value of each row, and the number of all; kept as long as the mask lives."""
+    def build() -> SupportIndex:
+        return apart(lambda: build_index(mask, in_features), mask.device)
 
-    def build() -> torch.Tensor:
-        per_row = _popcount(mask.detach()).sum(1, dtype=torch.int64)
-        return torch.nn.functional.pad(per_row.cumsum(0), (1, 0))
-
-    return keep("starts", (mask,), build)
+    return _INDICES.keep(key, [mask], build, lambda index: index.version == now)

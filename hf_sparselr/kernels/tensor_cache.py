@@ -1,46 +1,69 @@
-"""Tensors derived from parameters once and kept beside them: tables of the mask, S + B A on request.
+"""Things derived from tensors once and kept as long as the tensors live: tables of the mask, kernels ready to launch.
 
-Kept here, by the storage they come from, and not in the modules: modules are copied, moved, saved and traced.
+Kept here, by the memory they come from, and not in the modules: modules are copied, moved, saved and traced.
 """
 
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 T = TypeVar("T")
 
-_KEPT: dict[tuple, tuple[list[StorageWeakRef], list[int], Any]] = {}
 
+class TensorCache(Generic[T]):
+    """Entries that are dropped when the memory of one of their source tensors is freed. Threads may share it.
 
-def keep(name: str, sources: tuple[torch.Tensor | None, ...], build: Callable[[], T]) -> T:
-    """What `build` made of these tensors when they were as they are now; builds it (again) if they are new.
-
-    An edit is noticed by the tensor's version, so one through `.data` is not. What was made before it is dropped.
-
-    Raises:
-        RuntimeError: it would have to be built while a CUDA graph is being captured.
+    A key must say where in memory the sources lie: as no entry outlives their memory, an address means one thing.
     """
-    tensors = [tensor for tensor in sources if tensor is not None]
-    key = (name, *(_identity(tensor) for tensor in sources))
-    versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-    if key in _KEPT and _KEPT[key][1] == versions and not _is_expired(key):
-        return _KEPT[key][2]
-    for old in [old for old in _KEPT if old == key or _is_expired(old)]:
-        del _KEPT[old]
-    value = apart(build, tensors[0].device)
-    _KEPT[key] = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors], versions, value
-    return value
+
+    def __init__(self) -> None:
+        self._entries: dict[Any, tuple[T, list[weakref.finalize]]] = {}
+        self._building = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Any) -> T | None:
+        entry = self._entries.get(key)
+        return None if entry is None else entry[0]
+
+    def put(self, key: Any, value: T, sources: Iterable[torch.Tensor]) -> T:
+        """Keeps a value, in the place of one of the same key. It must not hold the sources' memory itself."""
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in sources}
+        with self._building:
+            self.drop(key)
+            watches = [weakref.finalize(storage, self.drop, key) for storage in storages.values()]
+            for watch in watches:
+                watch.atexit = False
+            self._entries[key] = value, watches
+        return value
+
+    def drop(self, key: Any) -> None:
+        entry = self._entries.pop(key, None)
+        for watch in () if entry is None else entry[1]:
+            watch.detach()
+
+    def keep(
+        self, key: Any, sources: list[torch.Tensor], build: Callable[[], T], fits: Callable[[T], bool]
+    ) -> T:
+        """The entry of this key if it still fits; else builds it, once whatever the number of threads."""
+        value = self.get(key)
+        if value is not None and fits(value):
+            return value
+        with self._building:
+            value = self.get(key)
+            if value is not None and fits(value):
+                return value
+            return self.put(key, build(), sources)
 
 
-def _is_expired(key: tuple) -> bool:
-    return any(reference.expired() for reference in _KEPT[key][0])
-
-
-def _identity(tensor: torch.Tensor | None) -> tuple | None:
-    return None if tensor is None else (tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor.shape)
+def version(tensor: torch.Tensor) -> int:
+    """Counts the edits of a tensor. Tensors made in inference mode count none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def apart(run: Callable[[], T], device: torch.device, stream: torch.cuda.Stream | None = None) -> T:

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..format.bitmask import pack, unpack
 from ..format.decomposition import Decomposition
-from ..kernels import packed_linear
+from ..kernels import PackedWeight, packed_linear
 from .lazy_weight import LazyDenseWeight
 
 
@@ -18,7 +18,7 @@ class SparseLRLinear(nn.Linear):
     parameter: `weight` is a property whose values are built when they are read (see `LazyDenseWeight`).
 
     Attributes:
-        mask: uint8 (out, ceil(in / 8)), `values`: (nonzeros,): the packed S (see `packing`).
+        mask: uint8 (out, ceil(in / 8)), `values`: (nonzeros,): the packed S (see `format.bitmask`).
         A: (rank, in), B: (out, rank), or None at rank 0.
         bias: (out,) or None.
         transposed: the layer it replaced was a transformers Conv1D, whose weight is (in, out).
@@ -82,9 +82,13 @@ class SparseLRLinear(nn.Linear):
         return layer
 
     @property
-    def parts(self) -> tuple[torch.Tensor | None, ...]:
-        """(mask, values, A, B, bias), as the kernels take a layer."""
-        return self.mask, self.values, self.A, self.B, self.bias
+    def packed_weight(self) -> PackedWeight:
+        """S + B A and the bias, as the kernels take them."""
+        own, names = self._parameters, ("mask", "values", "A", "B", "bias")
+        # A Module takes ten times as long for an attribute; parameters that are plain tensors now are attributes.
+        return PackedWeight(
+            *[own[name] if name in own else getattr(self, name) for name in names], self.in_features
+        )
 
     @property
     def rank(self) -> int:
@@ -105,7 +109,8 @@ class SparseLRLinear(nn.Linear):
         # PEFT gives an unloaded layer its own weight back; nothing else may be assigned.
         if getattr(value, "build", None) != self._dense:
             raise AttributeError(
-                "the weight S + B A of a compressed layer is computed and cannot be assigned"
+                "the weight S + B A of a compressed layer is computed and cannot be assigned: assign or train its "
+                "values, A and B, or make the model dense first (model.dequantize(), or layer.to_dense())"
             )
 
     def _dense(self) -> torch.Tensor:
@@ -125,14 +130,15 @@ class SparseLRLinear(nn.Linear):
     ) -> torch.Tensor:
         """x: (..., in) to (..., out); `factors`, (A, B) or (None, None), stand in for the layer's own."""
         if factors is not None:
-            return self.product(inputs, *factors)
+            A, B = factors
+            return packed_linear(inputs, self.packed_weight._replace(A=A, B=B), self.kernel)
         if self.shared_input is None or torch.is_grad_enabled():
-            return self.product(inputs, self.A, self.B)
+            return self.product(inputs)
         return self.shared_input(self, inputs)
 
-    def product(self, inputs: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
-        """`forward` of this layer alone, with these factors."""
-        return packed_linear(inputs, self.mask, self.values, A, B, self.bias, self.in_features, self.kernel)
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`forward` of this layer alone."""
+        return packed_linear(inputs, self.packed_weight, self.kernel)
 
     def to_dense(self) -> nn.Module:
         """The layer it replaced, with S + B A as its weight."""

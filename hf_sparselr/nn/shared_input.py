@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..kernels import packed_linears
-from ..kernels.launch_config import MAX_ROWS
+from ..kernels.launch_config import FEW_ROWS
 from .linear import SparseLRLinear
 
 MOST_MISSES = 3  # calls in which a group was no group: an interrupted run may be one
@@ -56,7 +56,7 @@ class SharedInputGroup:
         number = layer.number
         is_copy = self.layers[number]() is not layer  # a shallow one, with values of its own
         if is_copy or (not compiling and inputs.is_inference()):
-            return layer.product(inputs, layer.A, layer.B)
+            return layer.product(inputs)
         state = () if compiling else _state(inputs)  # in one graph a tensor is a value
         ready = self._ready  # read once: another thread may run the model
         if ready is not None:
@@ -74,13 +74,12 @@ class SharedInputGroup:
         if group is None:
             if not compiling:
                 self._watch(number, inputs, state)
-            return layer.product(inputs, layer.A, layer.B)
+            return layer.product(inputs)
         members = [self.layers[i]() for i in group]
-        few = inputs.numel() <= MAX_ROWS * layer.in_features
+        few = inputs.numel() <= FEW_ROWS * layer.in_features
         if not few or not all(_is_at_hand(member, layer) for member in members):
-            return layer.product(inputs, layer.A, layer.B)
-        parts = [member.parts for member in members]
-        outputs = packed_linears(inputs, parts, layer.in_features, layer.kernel)
+            return layer.product(inputs)
+        outputs = packed_linears(inputs, [member.packed_weight for member in members], layer.kernel)
         self._ready = inputs, state, number, dict(zip(group[1:], outputs[1:], strict=True))
         return outputs[0]
 
@@ -113,9 +112,9 @@ def link_shared_inputs(model: nn.Module) -> None:
 
 def _state(inputs: torch.Tensor) -> tuple:
     """What must not change between the calls of a group: the input's values, the stream, the dtype of the work."""
-    kind = inputs.device.type
+    kind = "cuda" if inputs.is_cuda else inputs.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    stream = torch.cuda.current_stream(inputs.device) if inputs.is_cuda else None
+    stream = torch._C._cuda_getCurrentRawStream(inputs.get_device()) if inputs.is_cuda else None
     return inputs._version, stream, autocast, torch.is_inference_mode_enabled()
 
 
@@ -123,5 +122,7 @@ def _is_at_hand(member: SparseLRLinear | None, layer: SparseLRLinear) -> bool:
     """Whether a layer can be computed with another: not offloaded, not sharded by itself, of the same settings."""
     if member is None or member.kernel != layer.kernel:
         return False
+    if member is layer:
+        return True
     mine, other = layer.values, member.values
     return type(mine) is type(other) and mine.device == other.device and mine.dtype == other.dtype

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the command line reads the names of the methods before it i
 
 PRECOMPUTED = "precomputed"  # the method in the config of a checkpoint that `hf_sparselr.refine` made
 SAFE_SIZES = (2.0**-10, 2.0**12)  # of the largest scaled weight: squares of squares stay within FP32
+OVERFLOW = 2.0**126  # a quarter of the largest FP32 number
 QUADRATIC_STATS = ("objective", "scaled_error")
 
 
@@ -121,7 +122,7 @@ def _unit(weights: list[torch.Tensor], gram: ScaledGram) -> float:
     largest = max(float((weight.abs().amax(0).double() * scale).max()) for weight in weights)
     if not math.isfinite(largest):
         raise ValueError("the layer's weight holds NaN or Inf")
-    if largest > torch.finfo(torch.float32).max / 4:
+    if largest > OVERFLOW:
         raise ValueError("the layer's weight times the size of its inputs overflows FP32")
     if largest == 0 or SAFE_SIZES[0] <= largest <= SAFE_SIZES[1]:
         return 1.0

@@ -1,14 +1,17 @@
 """The benchmarks run end to end, on tiny shapes; what they print is checked, not how fast it is."""
 
+import itertools
 import json
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import tiny
 from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
-from hf_sparselr.bench import methods
+from hf_sparselr.bench import generate, methods
 from hf_sparselr.bench.methods import markdown
 from hf_sparselr.bench.presets import PRESETS
 from hf_sparselr.cli import main
@@ -182,7 +185,17 @@ def test_compress(tiny_preset, tmp_path, capsys) -> None:
     assert 0 < result["profile"]["share"] < 1
 
 
-def test_generate(tiny_preset, tmp_path, capsys) -> None:
+def test_generate(tiny_preset, tmp_path, capsys, monkeypatch) -> None:
+    """By a clock that ticks once a pass: rates are tokens a pass."""
+    passes, forward = itertools.count(1), LlamaForCausalLM.forward
+    clock = SimpleNamespace(now=0, perf_counter=lambda: clock.now)
+
+    def ticking(*args, **kwargs):
+        clock.now = next(passes)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", ticking)
+    monkeypatch.setattr(generate, "time", clock)
     file = tmp_path / "result.json"
     options = [
         "--preset",
@@ -202,8 +215,11 @@ def test_generate(tiny_preset, tmp_path, capsys) -> None:
     results = json.loads(file.read_text())
     assert list(results) == ["dense", "2:4", "0.7"]
     assert results["0.7"]["weights"] < results["2:4"]["weights"] < results["dense"]["weights"]
-    assert all(result["decode"] > 0 and result["prefill"] > 0 for result in results.values())
-    assert "decode tok/s" in capsys.readouterr().out
+    assert all((result["prefill"], result["decode"]) == (8, 1) for result in results.values())
+    printed = capsys.readouterr().out.splitlines()
+    assert "decode tok/s" in printed[0] and [
+        line.split()[:4] for line in printed if line.startswith("0.7")
+    ] == [["0.7", "8", "1.0", "1.00"]]
 
 
 def test_generate_needs_both_checkpoints(capsys) -> None:
@@ -217,3 +233,28 @@ def test_synthetic_inputs_are_correlated(tiny_preset) -> None:
     embedding = synthetic_model("smollm2-135m", 1, "cpu").get_input_embeddings().weight.float()
     values = torch.linalg.svdvals(embedding)
     assert values[0] > 3 * values[-1]
+
+
+def test_kernels(tmp_path, capsys: pytest.CaptureFixture) -> None:
+    options = [
+        "--shapes",
+        "24x36",
+        "--rows",
+        "1",
+        "3",
+        "--patterns",
+        "2:4",
+        "0.7",
+        "--rank",
+        "2",
+        "--dtype",
+        "float32",
+    ]
+    more = ["--repeats", "2", "--device", "cpu", "--json", str(tmp_path / "out.json")]
+    assert main(["bench", "kernels", *options, *more]) == 0
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [(r["pattern"], r["rows"]) for r in results] == [("2:4", 1), ("2:4", 3), ("0.7", 1), ("0.7", 3)]
+    assert all(r["error"] < 1e-5 and r["speedup"] > 0 for r in results)
+    assert "24x36" in capsys.readouterr().out
+    assert main(["bench", "kernels", "--shapes", "24"]) != 0
+    assert "--shapes='24'" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from hf_sparselr.format.bitmask import pack
 from hf_sparselr.format.decomposition import Decomposition
 from hf_sparselr.format.patterns import parse
+from hf_sparselr.kernels import PackedWeight
 from hf_sparselr.nn.linear import SparseLRLinear
 
 CUDA = torch.cuda.is_available()
@@ -41,8 +42,9 @@ class Problem:
         return F.linear(x.double(), self.dense, None if self.bias is None else self.bias.double())
 
     @property
-    def packed(self) -> tuple:
-        return self.mask, self.values, self.A, self.B
+    def weight(self) -> PackedWeight:
+        parts = self.mask, self.values, self.A, self.B, self.bias
+        return PackedWeight(*parts, self.support.shape[1])
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

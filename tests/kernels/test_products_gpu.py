@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from hf_sparselr.bench import kernels as bench
 from hf_sparselr.format.patterns import parse
-from hf_sparselr.kernels import ops, packed_linears
-from hf_sparselr.kernels.support_index import index_of
+from hf_sparselr.kernels import dispatch, ops, packed_linears
+from hf_sparselr.kernels.bindings import binding_of
+from hf_sparselr.kernels.launch_config import JOINED, MEDIUM_BATCH, LaunchConfig
 from hf_sparselr.kernels.timing import milliseconds
 
 pytestmark = pytest.mark.gpu
@@ -70,11 +71,13 @@ def test_a_cuda_graph_needs_one_run_before() -> None:
 
 
 def test_without_triton_the_reference_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "TRITON", False)
+    monkeypatch.setattr(ops, "TRITON", False), monkeypatch.setattr(dispatch, "TRITON", False)
     case, x = problem(9, 100, 0.5), draw(2, 100, seed=6, dtype=torch.float32)
     layer = layer_of(case, 100)
+    from hf_sparselr.kernels import gpu
+
+    monkeypatch.setattr(gpu, "multiply", lambda *given: pytest.fail("a kernel in Triton"))
     assert_near(layer(x), case.expected(x), torch.float32)
-    assert not index_of(layer.mask, 100).plans
 
 
 def test_timing_is_of_the_device() -> None:
@@ -87,22 +90,91 @@ def test_timing_is_of_the_device() -> None:
 
 
 def test_a_choice_is_made_once_and_kept_on_disk(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_sparselr.kernels import autotune as choice
-    from hf_sparselr.kernels.triton.decode import Packed
+    from hf_sparselr.kernels import autotune
 
-    monkeypatch.setattr(choice, "HF_HOME", str(tmp_path))
-    choice._file.cache_clear(), choice._table.cache_clear()
+    monkeypatch.setattr(autotune, "HF_HOME", str(tmp_path))
+    autotune._file.cache_clear(), autotune._table.cache_clear()
     case = problem(192, 320, 0.5, dtype=torch.bfloat16)
     layer, x = layer_of(case, 320), draw(3, 320, seed=6, dtype=torch.bfloat16)
     with torch.no_grad():
         assert_near(layer(x), case.expected(x), torch.bfloat16)
-    packed = Packed.of(*layer.parts, 320)
-    made, without = choice.known(3, packed, False), packed._replace(A=None, B=None)
-    assert made is not None and choice.known(4, packed, False) == made
-    assert choice.known(3, without, False) is None and choice.known(9, packed, True) is None
-    choice._table.cache_clear(), packed.index.plans.clear()
-    assert choice.known(3, packed, False) == choice.known(3, packed, True) == made
-    choice._file.cache_clear(), choice._table.cache_clear()
+    weight = layer.packed_weight
+    made, without = autotune.known(3, weight, False), weight._replace(A=None, B=None)
+    assert made is not None and autotune.known(4, weight, False) == made
+    assert autotune.known(3, without, False) is None and autotune.known(9, weight, True) is None
+    autotune._table.cache_clear()
+    assert autotune.known(3, weight, False) == autotune.known(3, weight, True) == made
+    autotune._file.cache_clear(), autotune._table.cache_clear()
+
+
+def use(layer: nn.Module, rows: int, config: LaunchConfig, captured: bool = False) -> None:
+    """Makes a layer take a configuration, as if it had been chosen."""
+    from hf_sparselr.kernels import gpu
+    from hf_sparselr.kernels.launch_config import FEW_ROWS, bucket
+
+    weights = [layer.packed_weight]
+    key = rows if rows <= FEW_ROWS else bucket(rows), layer.kernel, captured
+    binding_of(weights).products[key] = gpu.run(rows, weights, config)
+
+
+@pytest.mark.parametrize("kind", ["2:4", 0.5])
+@pytest.mark.parametrize("rows", [1, 3, 16, 20, 300])
+def test_ready_kernels_follow_edits_and_inputs(rows: int, kind: str | float) -> None:
+    case = problem(70, 320, kind, dtype=torch.bfloat16)
+    layer = layer_of(case, 320)
+    with torch.no_grad():
+        for seed in (6, 7):
+            x = draw(rows, 320, seed=seed, dtype=torch.bfloat16)
+            flat = torch.cat([x[0, :1], x.flatten()])[1:].view(rows, 320)  # at an odd address
+            for given in (x, flat, x.T.contiguous().T, x.view(1, rows, 320)):
+                out = layer(given)
+                assert out.shape == (*given.shape[:-1], 70)
+                assert_near(out.view(rows, 70), case.expected(x), torch.bfloat16)
+        layer.values.data.mul_(2)  # the memory of case.values
+        layer.bias.data = layer.bias.data + 1
+        case.S, case.bias = case.S * 2, case.bias + 1
+        assert_near(layer(x), case.expected(x), torch.bfloat16)
+        layer.mask.zero_()
+        with pytest.raises(ValueError, match="but the mask keeps 0"):
+            layer(x)
+
+
+def test_ready_kernels_are_launched_by_the_driver() -> None:
+    from hf_sparselr.kernels.launch import drives
+
+    layer = layer_of(problem(70, 320, 0.5, dtype=torch.bfloat16), 320)
+    with torch.no_grad():
+        layer(draw(1, 320, seed=6, dtype=torch.bfloat16))
+    assert drives() and binding_of([layer.packed_weight]).products
+
+
+def test_memory_is_freed_with_the_layer() -> None:
+    before = torch.cuda.memory_allocated()
+    layer = layer_of(problem(700, 3200, 0.5, dtype=torch.bfloat16), 3200)
+    with torch.no_grad():
+        for rows in (1, 8, 40, 300):
+            layer(draw(rows, 3200, seed=6, dtype=torch.bfloat16))
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() > before
+    del layer
+    assert torch.cuda.memory_allocated() - before < 2**23  # workspaces of cuBLAS
+
+
+def test_threads_share_a_layer_on_the_gpu() -> None:
+    case = problem(256, 512, 0.5, dtype=torch.bfloat16)
+    layer, xs = layer_of(case, 512), [draw(2, 512, seed=s, dtype=torch.bfloat16) for s in range(8)]
+    with torch.no_grad():
+        expected = [layer(x) for x in xs]
+
+        def run(number: int) -> bool:
+            with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+                torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+                outs = [layer(xs[number]) for _ in range(50)]
+                torch.cuda.current_stream().synchronize()
+                return all(torch.equal(out, expected[number]) for out in outs)
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(run, range(8)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,10 +184,10 @@ def test_layers_that_share_a_launch_come_out_as_alone(
     rows: int, kind: str | float, dtype: torch.dtype
 ) -> None:
     layers = [layer_of(problem(out, 320, kind, dtype=dtype), 320) for out in (500, 96, 7)]
-    parts = [layer.parts for layer in layers]
+    weights = [layer.packed_weight for layer in layers]
     x = draw(rows, 320, seed=6, dtype=dtype)
     with torch.no_grad():
-        for layer, together in zip(layers, packed_linears(x, parts, 320), strict=True):
+        for layer, together in zip(layers, packed_linears(x, weights), strict=True):
             assert torch.equal(layer(x), together)
 
 
@@ -151,17 +223,15 @@ def test_large_layers(out: int, n: int, kind: str, rows: int) -> None:
 @pytest.mark.parametrize(("out", "n"), [(14336, 4096), (4096, 14336), (1000, 1544)])
 @pytest.mark.parametrize("kind", ["2:4", "0.5"])
 @pytest.mark.parametrize("rows", [17, 40, 100, 200])
-def test_large_blocks(out: int, n: int, kind: str, rows: int) -> None:
-    from hf_sparselr.kernels.launch_config import BLOCKS
-    from hf_sparselr.kernels.triton.decode import Packed
-    from hf_sparselr.kernels.triton.medium_batch import multiply_blocks
+def test_large_medium_batches(out: int, n: int, kind: str, rows: int) -> None:
+    from hf_sparselr.kernels import gpu
 
     pattern = parse(kind if ":" in kind else float(kind))
     layer = bench.random_layer((out, n), pattern, 64, torch.bfloat16, torch.device(DEVICE))
-    x = draw(rows, n, seed=6, dtype=torch.bfloat16)
+    x, weights = draw(rows, n, seed=6, dtype=torch.bfloat16), [layer.packed_weight]
     expected = x.double() @ layer.to_dense().weight.double().T
-    for plan in BLOCKS:
-        assert_near(multiply_blocks(x, Packed.of(*layer.parts, n), plan), expected, torch.bfloat16)
+    for config in MEDIUM_BATCH:
+        assert_near(gpu.run(rows, weights, config)(x, rows, weights)[0], expected, torch.bfloat16)
 
 
 # The sparse tensor cores
@@ -172,8 +242,7 @@ def test_large_blocks(out: int, n: int, kind: str, rows: int) -> None:
     ("out", "n", "rank"), [(64, 64, 0), (192, 1088, 64), (4096, 4096, 0), (576, 1536, 32)]
 )
 def test_what_the_sparse_tensor_cores_read_is_what_torch_makes(out: int, n: int, rank: int) -> None:
-    from hf_sparselr.kernels.cuda.sparse_cores import arrange, prepare
-    from hf_sparselr.kernels.triton.decode import Packed
+    from hf_sparselr.kernels.cuda.sparse_cores import bind_arrange, prepare
 
     assert prepare(torch.device(DEVICE, torch.cuda.current_device()), capturing=False)
     case = problem(out, n, "2:4", rank, dtype=torch.bfloat16)
@@ -182,29 +251,28 @@ def test_what_the_sparse_tensor_cores_read_is_what_torch_makes(out: int, n: int,
         keeps = torch.arange(rank, device=DEVICE) % 4 < 2
         dense = torch.cat([dense, case.B * keeps, case.B * ~keeps], 1)
     expected = torch._cslt_compress(dense)
-    actual = arrange(Packed.of(*case.packed, None, n), joined=rank > 0)
+    actual = bind_arrange(case.weight, joined=rank > 0)()
     assert actual.shape == expected.shape
     assert torch.equal(actual.view(torch.int16), expected.view(torch.int16))
 
 
 @pytest.mark.gpu(capability=(9, 0))  # the only one it was tried on
-@pytest.mark.parametrize(("rank", "bias", "forms"), [
-    (0, True, ["sparse"]), (48, False, ["sparse"]), (64, True, ["sparse", "joined"]),
+@pytest.mark.parametrize(("rank", "bias", "joined"), [
+    (0, True, [False]), (48, False, [False]), (64, True, [False, True]),
 ])  # fmt: skip
 @pytest.mark.parametrize("rows", [257, 2048])
-def test_products_on_the_sparse_tensor_cores(rows: int, rank: int, bias: bool, forms: list[str]) -> None:
-    from hf_sparselr.kernels.cuda.sparse_cores import multiply_sparse, sparse_plans
-    from hf_sparselr.kernels.triton.decode import Packed
+def test_products_on_the_sparse_tensor_cores(rows: int, rank: int, bias: bool, joined: list[bool]) -> None:
+    from hf_sparselr.kernels import gpu
+    from hf_sparselr.kernels.cuda.sparse_cores import sparse_configs
 
     case = problem(1536, 576, "2:4", rank, bias, torch.bfloat16)
     layer, x = layer_of(case, 576), draw(rows, 576, seed=6, dtype=torch.bfloat16)
     flat = torch.cat([x[0, :1], x.flatten()])[1:]  # at an odd address
-    packed = Packed.of(*layer.parts, 576)
-    plans = sparse_plans(x, packed)
-    assert [plan.form for plan in plans] == forms
-    for plan in plans:
+    configs = sparse_configs(x, layer.packed_weight)
+    assert [config.joined for config in configs] == joined
+    for config in configs:
         for captured in (True, False):
-            packed.index.plans[1 << (rows - 1).bit_length(), rank, torch.bfloat16, captured] = plan
+            use(layer, rows, config, captured)
         with torch.no_grad():
             out, odd, graph = layer(x), layer(flat.view(rows, 576)), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -214,32 +282,32 @@ def test_products_on_the_sparse_tensor_cores(rows: int, rank: int, bias: bool, f
         assert torch.equal(out, again) and torch.equal(out, odd)
     values = torch.cat([case.values[:1], case.values])[1:]
     assert values.data_ptr() % 8
-    B = packed.B if packed.B is None else torch.cat([packed.B.flatten()[:1], packed.B.flatten()])[1:]
-    moved = packed._replace(values=values, B=B if B is None else B.view_as(packed.B))
-    out = multiply_sparse(x, moved, plans[-1])
+    B = case.B if case.B is None else torch.cat([case.B.flatten()[:1], case.B.flatten()])[1:].view_as(case.B)
+    moved = [case.weight._replace(values=values, B=B)]
+    out = gpu.run(rows, moved, configs[-1])(x, rows, moved)[0]
     assert_near(out, case.expected(x), torch.bfloat16)
 
 
 @pytest.mark.gpu(capability=(9, 0))  # the only one it was tried on
-@pytest.mark.parametrize(("warm", "form"), [(True, "sparse"), (False, "folded")])
-def test_sparse_in_a_graph_only(warm: bool, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuSPARSELt is made for a thread before a capture in it, though the eager call does without."""
-    from hf_sparselr.kernels.launch_config import Plan
-    from hf_sparselr.kernels.triton import product as ways
+@pytest.mark.parametrize("warm", [True, False])
+def test_sparse_cores_in_a_graph_of_another_thread(warm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuSPARSELt is made for a thread before a capture in it; where it is not, the graph does without."""
+    from hf_sparselr.kernels.cuda import sparse_cores
 
     case = problem(192, 128, "2:4", dtype=torch.bfloat16)
     layer, x = layer_of(case, 128), draw(300, 128, seed=6, dtype=torch.bfloat16)
-    plans, real, taken = index_of(layer.mask, 128).plans, ways._run, []
-    plans[512, 3, torch.bfloat16, True], plans[512, 3, torch.bfloat16, False] = Plan("sparse"), Plan("folded")
-    monkeypatch.setattr(
-        ways, "_run", lambda x, layers, plan: taken.append(plan.form) or real(x, layers, plan)
-    )
+    use(layer, 300, LaunchConfig("sparse_cores"), True), use(layer, 300, JOINED, False)
+    torch.cuda.synchronize()
+    asked, real = [], sparse_cores.prepare
+    monkeypatch.setattr(sparse_cores, "prepare", lambda *given: asked.append(real(*given)) or asked[-1])
 
     def capture() -> torch.Tensor:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with torch.no_grad(), torch.cuda.stream(stream):
             if warm:
-                layer(x)
+                real(x.device, False), layer(x)
+            else:
+                F.linear(x, x)  # cuBLAS is made ready, cuSPARSELt is not
             with torch.cuda.graph(graph, stream=stream):
                 out = layer(x)
             graph.replay()
@@ -248,30 +316,24 @@ def test_sparse_in_a_graph_only(warm: bool, form: str, monkeypatch: pytest.Monke
 
     with ThreadPoolExecutor(1) as pool:
         assert_near(pool.submit(capture).result(), case.expected(x), torch.bfloat16)
-    assert taken == ["folded"] * warm + [form]
+    assert asked == [warm]
 
 
 @pytest.mark.gpu(capability=(9, 0))  # the only one it was tried on
 def test_where_the_sparse_tensor_cores_are_not_tried() -> None:
-    from hf_sparselr.kernels.cuda.sparse_cores import sparse_plans
-    from hf_sparselr.kernels.triton.decode import Packed
+    from hf_sparselr.kernels.cuda.sparse_cores import sparse_configs
 
     for out, n, dtype in [(64, 64, torch.float16), (60, 64, torch.bfloat16), (64, 96, torch.bfloat16)]:
-        case = problem(out, n, "2:4", dtype=dtype)
-        assert not sparse_plans(draw(257, n, seed=6, dtype=dtype), Packed.of(*case.packed, None, n))
+        weight = problem(out, n, "2:4", dtype=dtype).weight
+        assert not sparse_configs(draw(257, n, seed=6, dtype=dtype), weight)
 
 
 @pytest.mark.gpu(count=2, capability=(9, 0))
-def test_the_sparse_tensor_cores_of_a_second_gpu() -> None:
-    from hf_sparselr.kernels.cuda.sparse_cores import multiply_sparse, sparse_plans
-    from hf_sparselr.kernels.triton.decode import Packed
-
+def test_a_layer_on_a_second_gpu() -> None:
     case = problem(1536, 576, "2:4", 64, dtype=torch.bfloat16)
-    layer, x = layer_of(case, 576), draw(2048, 576, seed=6, dtype=torch.bfloat16)
     for device in ("cuda:0", "cuda:1", "cuda:0"):
-        with torch.cuda.device(device):
-            there = layer.to(device)
-            packed = Packed.of(*there.parts, 576)
-            for plan in sparse_plans(x.to(device), packed):
-                out = multiply_sparse(x.to(device), packed, plan)
-                assert_near(out.to(x.device), case.expected(x), torch.bfloat16)
+        layer = layer_of(case, 576).to(device)
+        for rows in (1, 8, 40, 2048):
+            x = draw(rows, 576, seed=6, dtype=torch.bfloat16)
+            with torch.no_grad():  # the current device stays the first
+                assert_near(layer(x.to(device)).to(x.device), case.expected(x), torch.bfloat16)

@@ -9,7 +9,6 @@ import torch
 from hf_sparselr.format.patterns import NM, Unstructured, project
 from hf_sparselr.solvers.base import balanced_factors, randomized_range_finder, subspace_iteration_step
 from hf_sparselr.solvers.gram import ScaledGram, squared_error
-from hf_sparselr.solvers.registry import METHODS
 from hf_sparselr.solvers.threebasil.method import Options, refine_on_support, solve
 
 FAST = Options(min_iterations=20, max_iterations=60)
@@ -327,10 +326,6 @@ def test_leaves_weight_and_gram_alone() -> None:
 
 
 # Options
-
-
-def test_registry() -> None:
-    assert METHODS["3basil"].solve is solve and METHODS["3basil"].options is Options
 
 
 def test_options_take_json_lists() -> None:

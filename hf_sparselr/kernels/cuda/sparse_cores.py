@@ -15,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import threading
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -22,10 +23,14 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from ...format.bitmask import pack_mask
-from ..launch_config import Plan
+from ..bindings import Product
+from ..launch import TritonLaunch, Varying
+from ..launch_config import JOINED, LaunchConfig
+from ..packed_weight import PackedWeight
 from ..support_index import index_of
 from ..timing import milliseconds
-from ..triton.decode import Packed, can_pair, ceil_div
+from ..triton.decode import can_pair, ceil_div
+from ..triton.unpack_then_gemm import bind_unpacked
 
 _ROWS, _COLUMNS = 64, 32  # of S in a tile of places
 _CHUNK = 512  # columns of a program
@@ -91,65 +96,90 @@ def _spread(codes):
     return (codes | (codes << 12)) & 0x000F000F000F000F
 
 
-def arrange(layer: Packed, joined: bool) -> torch.Tensor:
-    """S, or S and B joined, (out, in + 2 rank), as cuSPARSELt keeps it: (out, 9 / 16 of the columns).
+def bind_arrange(weight: PackedWeight, joined: bool) -> Callable[[], torch.Tensor]:
+    """Makes S, or S and B joined, (out, in + 2 rank), as cuSPARSELt keeps it: (out, 9 / 16 of the columns).
 
     Args:
-        layer: 2:4 of 16 bits, `out` and `in` multiples of 64; if joined, a rank that is a multiple of 32.
+        weight: contiguous, 2:4 of 16 bits, `out` and `in` multiples of 64; if joined, a rank that is a multiple of 32.
     """
-    mask, index, values, _, B, _ = layer
-    outs, ins = index.shape[0], index.in_features
-    rank = layer.rank if joined else 0
+    mask, values, _, B, _, ins = weight
+    index = index_of(mask, ins)
+    outs, rank = weight.out_features, weight.rank if joined else 0
     width = ins // 2 + rank  # values of a row
-    out = values.new_empty((outs, width + width // 8))
-    chunks = ceil_div(ins, _CHUNK)
-    _arrange[outs // _ROWS, chunks + joined](
-        index.words(mask), values, B if joined else values, out, ins, width, rank, out.view(-1)[outs * width :], chunks,
-        CHUNK=_CHUNK, PAIRS=max(16, 1 << (rank // 2 - 1).bit_length() if rank else 0), num_warps=8,
+    chunks, pairs = ceil_div(ins, _CHUNK), max(16, 1 << (rank // 2 - 1).bit_length() if rank else 0)
+    out, places = (Varying(n, values.new_empty((64,))) for n in range(2))
+    arguments = (
+        index.words(mask), values, B if joined else values, out, ins, width, rank, places, chunks,
     )  # fmt: skip
-    return out
+    constants = {"CHUNK": _CHUNK, "PAIRS": pairs, "num_warps": 8}
+    launch = TritonLaunch(_arrange, (outs // _ROWS, chunks + joined), arguments, constants)
+    dtype, device = values.dtype, values.device
+
+    def arrange() -> torch.Tensor:
+        out = torch.empty((outs, width + width // 8), dtype=dtype, device=device)
+        launch(out, out.view(-1)[outs * width :])
+        return out
+
+    return arrange
 
 
-def multiply_sparse(inputs: torch.Tensor, layer: Packed, plan: Plan) -> torch.Tensor:
-    """(rows, in) to (rows, out), by the plan's form and algorithm."""
-    S, x, u = _operands(inputs, layer, plan.form == "joined")
-    y = torch._cslt_sparse_mm(S, x.t(), layer.bias, transpose_result=True, alg_id=plan.algorithm)
-    if u is not None:
-        y.addmm_(u, layer.B.t())
-    return y[: len(inputs)]
+def bind_sparse(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Product:
+    """The product of one weight on the sparse tensor cores."""
+    (weight,) = weights
+    arrange = _bind_arrange_anywhere(weight, config.joined)
+    fallback: list[Product] = []
+
+    def product(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
+        if not prepare(inputs.device, torch.cuda.is_current_stream_capturing()):  # a thread that is new to it
+            if not fallback:
+                fallback.append(bind_unpacked(rows, weights, JOINED))
+            return fallback[0](inputs, rows, weights)
+        A, B, bias, ins = weights[0][2:]
+        x = inputs.view(rows, ins)
+        if rows % 16:
+            x = F.pad(x, (0, 0, 0, -rows % 16))
+        u = None if A is None else F.linear(x, A)
+        if config.joined:
+            x, u = torch.cat([x, u, u], 1), None
+        y = torch._cslt_sparse_mm(arrange(), x.t(), bias, transpose_result=True, alg_id=config.algorithm)
+        if u is not None:
+            y.addmm_(u, B.t())
+        return [y[:rows].view(*inputs.shape[:-1], -1)]
+
+    return product
 
 
-def _operands(
-    inputs: torch.Tensor, layer: Packed, joined: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(S, x, x A^T), or joined ([S, B], [x, x A^T twice], None), rows padded to a multiple of 16."""
-    inputs = inputs.contiguous()
-    if len(inputs) % 16 or inputs.data_ptr() % 16:
-        inputs = F.pad(inputs, (0, 0, 0, -len(inputs) % 16))
-    if not can_pair(layer.index, layer.values):
-        layer = layer._replace(values=layer.values.clone())
-    if joined and layer.B.data_ptr() % 4:
-        layer = layer._replace(B=layer.B.clone())
-    S, u = arrange(layer, joined), None if layer.A is None else F.linear(inputs, layer.A)
-    return (S, torch.cat([inputs, u, u], 1), None) if joined else (S, inputs, u)
+def _bind_arrange_anywhere(weight: PackedWeight, joined: bool) -> Callable[[], torch.Tensor]:
+    """`bind_arrange` of values and B at any address: copied, in every call, where words cannot be read from it."""
+    odd = not can_pair(index_of(weight.mask, weight.in_features), weight.values)
+    if not odd and not (joined and weight.B.data_ptr() % 4):
+        return bind_arrange(weight, joined)
+
+    def arrange() -> torch.Tensor:
+        moved = weight._replace(
+            values=weight.values.clone(), B=weight.B if weight.B is None else weight.B.clone()
+        )
+        return bind_arrange(moved, joined)()
+
+    return arrange
 
 
-def sparse_plans(inputs: torch.Tensor, layer: Packed) -> tuple[Plan, ...]:
+def sparse_configs(inputs: torch.Tensor, weight: PackedWeight) -> tuple[LaunchConfig, ...]:
     """What is worth trying for a 2:4 layer, with what is the fastest of cuSPARSELt's algorithms here.
 
     Not in FP16: there cuSPARSELt 0.8's own search for an algorithm ends with an illegal instruction on an H100.
     """
-    outs, ins = layer.index.shape[0], layer.index.in_features
-    if outs % _ROWS or ins % (2 * _COLUMNS) or inputs.dtype != torch.bfloat16:
+    if weight.out_features % _ROWS or weight.in_features % (2 * _COLUMNS) or inputs.dtype != torch.bfloat16:
         return ()
-    times = _times(inputs, layer)
-    forms = ("sparse", "joined") if layer.rank and layer.rank % 32 == 0 else ("sparse",)
-    return tuple(Plan(form, algorithm=times.index(min(times))) for form in forms if times)
+    times = _times(inputs.reshape(-1, weight.in_features), weight)
+    ways = (False, True) if weight.rank and weight.rank % 32 == 0 else (False,)
+    best = times.index(min(times)) if times else 0
+    return tuple(LaunchConfig("sparse_cores", joined=way, algorithm=best) for way in ways if times)
 
 
-def _times(inputs: torch.Tensor, layer: Packed) -> list[float]:
+def _times(x: torch.Tensor, weight: PackedWeight) -> list[float]:
     """Of the product by each of cuSPARSELt's algorithms, which are tried until one is refused."""
-    S, x, _ = _operands(inputs, layer, joined=False)
+    S, x = _bind_arrange_anywhere(weight, joined=False)(), F.pad(x, (0, 0, 0, -len(x) % 16))
     times = []
     with contextlib.suppress(RuntimeError):
         for algorithm in itertools.count():
@@ -178,10 +208,10 @@ def _has_layout(device: torch.device) -> bool:
     kept = (scores.argsort(-1).argsort(-1) < 2).view(outs, ins)
     dense = (1 + torch.rand(outs, ins, device=device, generator=generator)).bfloat16() * kept
     mask = pack_mask(kept)
-    layer = Packed(mask, index_of(mask, ins), dense[kept], None, None, None)
+    weight = PackedWeight(mask, dense[kept], None, None, None, ins)
     try:
         expected = torch._cslt_compress(dense)
         torch._cslt_sparse_mm(expected, dense[:64].t(), transpose_result=True)
     except (AttributeError, RuntimeError):  # not there, or not for such a device
         return False
-    return torch.equal(expected.flatten(), arrange(layer, joined=False).flatten())
+    return torch.equal(expected.flatten(), bind_arrange(weight, joined=False)().flatten())

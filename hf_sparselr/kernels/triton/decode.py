@@ -9,45 +9,26 @@ share a launch.
 import functools
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..launch_config import Plan
+from ..bindings import Product
+from ..launch import TritonLaunch, Varying
+from ..launch_config import LaunchConfig
+from ..packed_weight import PackedWeight
 from ..support_index import SupportIndex, index_of
 from .gemv import multiply_vector
 from .small_batch import add_parts, multiply_tiles
 from .support import pick
 
 
-class Packed(NamedTuple):
-    """A packed layer: mask and index, values (nonzeros,), A (rank, in), B (out, rank) or None, bias (out,) or None."""
-
-    mask: torch.Tensor
-    index: SupportIndex
-    values: torch.Tensor
-    A: torch.Tensor | None
-    B: torch.Tensor | None
-    bias: torch.Tensor | None
-
-    @classmethod
-    def of(cls, mask, values, A, B, bias, in_features: int) -> "Packed":
-        """The layer of these tensors, with its index, which is made once."""
-        rest = (tensor if tensor is None else tensor.contiguous() for tensor in (values, A, B, bias))
-        return cls(mask, index_of(mask, in_features), *rest)
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.A is None else self.A.shape[0]
-
-    @property
-    def kind(self) -> tuple:
-        """What layers that share a launch have in common."""
-        index = self.index
-        exact = index.per_block, can_pair(index, self.values), _aligned(self.values)
-        return (*exact, index.in_features, self.values.dtype, self.A is None, self.bias is None)
+def kind_of(weight: PackedWeight) -> tuple:
+    """What weights that share a launch have in common."""
+    index = index_of(weight.mask, weight.in_features)
+    exact = index.per_block, can_pair(index, weight.values), _aligned(weight.values)
+    return (*exact, index.in_features, weight.values.dtype, weight.A is None, weight.bias is None)
 
 
 @triton.jit
@@ -67,53 +48,71 @@ def _project(x, factors, ends, ins, WIDTH: tl.constexpr, DEPENDENT: tl.constexpr
     tl.store(u + sample * rank + row, tl.sum(total, 0))
 
 
-def decode(inputs: torch.Tensor, layers: Sequence[Packed], plan: Plan) -> list[torch.Tensor]:
-    """x S^T + (x A^T) B^T + bias of every layer, summed in FP32.
+def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Product:
+    """x S^T + (x A^T) B^T + bias of every weight, summed in FP32, by "gemv" or "small_batch".
 
     Args:
-        inputs: x (rows, in), 1 to 16 rows; of 16 bits, but for "vector".
-        layers: of one `kind`, in the dtype and on the device of the inputs.
-
-    Returns:
-        (rows, out) for each layer, the dtype of the inputs.
+        rows: of x, 1 to 16.
+        weights: of one kind (`kind_of`); of 16 bits, but for "gemv".
     """
-    count, ins = inputs.shape
-    inputs, one = inputs.contiguous(), layers[0]
-    low_rank = one.A is not None
-    dependent = low_rank and _can_overlap(inputs.device)
-    us = _low_rank(inputs, layers, dependent) if low_rank else [inputs] * len(layers)
-    ys = [inputs.new_empty((count, layer.index.shape[0])) for layer in layers]
-    tile = plan.warps * (64 if plan.form == "tiles" else 256)  # columns of a program at a time
-    span, split = spread(ins, tile, plan.split)
-    parts = ys if split == 1 else [y.new_empty((split, *y.shape), dtype=torch.float32) for y in ys]
-    arguments = tuple(map(_arguments, layers, us, ys, parts))
-    ends = tuple(accumulate(ceil_div(y.shape[1], plan.rows) for y in ys))
-    sizes = inputs, arguments, ends, ins, one.index.shape[1]
+    one, ins = weights[0], weights[0].in_features
+    index = index_of(one.mask, ins)
+    low_rank, outs = one.A is not None, [weight.out_features for weight in weights]
+    dependent = low_rank and _can_overlap(one.values.device)
+    tile = config.warps * (64 if config.kernel == "small_batch" else 256)  # columns of a program at a time
+    span, split = spread(ins, tile, config.split)
+    x = Varying(0, one.values.new_empty((rows, ins)))
+    us = [Varying(1 + n, x.example.new_empty((1,), dtype=torch.float32)) for n in range(len(weights))]
+    kept = torch.float32 if split > 1 else one.values.dtype
+    targets = [Varying(1 + len(us) + n, x.example.new_empty((1,), dtype=kept)) for n in range(len(weights))]
+    arguments = tuple(map(_arguments, weights, us, targets))
+    ends = tuple(accumulate(ceil_div(out, config.rows) for out in outs))
+    sizes = x, arguments, ends, ins, index.shape[1]
     constants = {
-        "ROWS": plan.rows, "PER_BLOCK": one.index.per_block, "PAIRS": can_pair(one.index, one.values),
+        "ROWS": config.rows, "PER_BLOCK": index.per_block, "PAIRS": can_pair(index, one.values),
         "EVEN": ins % tile == 0, "LOW_RANK": low_rank, "BIAS": one.bias is not None, "DEPENDENT": dependent,
-        "num_warps": plan.warps, "num_stages": 1,
+        "num_warps": config.warps, "num_stages": 1,
     }  # fmt: skip
     if dependent:
         constants["launch_pdl"] = True
-    if plan.form == "vector":
-        wide = ins % 8 == 0 and _aligned(inputs)
-        multiply_vector[ends[-1], count](*sizes, LANES=32 * plan.warps, WIDE=wide, **constants)
+    if config.kernel == "gemv":
+        constants |= {"LANES": 32 * config.warps, "WIDE": ins % 8 == 0 and one.values.element_size() == 2}
+        main = TritonLaunch(multiply_vector, (ends[-1], rows), sizes, constants)
+    else:
+        constants |= {"WARPS": config.warps, "AHEAD": config.ahead, "ALIGNED": _aligned(one.values)}
+        constants["BATCH"] = 8 if rows <= 8 else 16
+        main = TritonLaunch(multiply_tiles, (ends[-1], split), (*sizes, rows, span), constants)
+    project = _bind_low_rank(rows, weights, x, us, dependent) if low_rank else None
+    total = bind_sum(split, one.values) if split > 1 else None
+    ranks = [weight.rank for weight in weights]
+
+    def product(inputs: torch.Tensor, rows: int, _: Sequence[PackedWeight]) -> list[torch.Tensor]:
+        lead = inputs.shape[:-1]
+        ys = [inputs.new_empty((*lead, out)) for out in outs]
+        if project is None:
+            us = [inputs] * len(ys)
+        else:
+            us = [inputs.new_empty((rows, rank), dtype=torch.float32) for rank in ranks]
+            project(inputs, *us)
+        if total is None:
+            main(inputs, *us, *ys)
+            return ys
+        parts = [inputs.new_empty((split, rows, out), dtype=torch.float32) for out in outs]
+        main(inputs, *us, *parts)
+        for out, part, y in zip(outs, parts, ys, strict=True):
+            add_up(total, part, y, rows * out)
         return ys
-    constants |= {"WARPS": plan.warps, "AHEAD": plan.ahead, "ALIGNED": _aligned(one.values)}
-    multiply_tiles[ends[-1], split](*sizes, count, span, BATCH=8 if count <= 8 else 16, **constants)
-    if split > 1:
-        for y, part in zip(ys, parts, strict=True):
-            add_up(part, y)
-    return ys
+
+    return product
 
 
-def _arguments(layer: Packed, u: torch.Tensor, y: torch.Tensor, part: torch.Tensor) -> tuple:
-    """What the kernels take for a layer; `y` stands in for what it does not have."""
-    mask, index, values, _, B, bias = layer
-    support = index.words(mask), values, index.starts, index.offsets, index.nonzeros
-    rest = y if B is None else B, u, y if bias is None else bias, part
-    return *support, *rest, y.shape[1], layer.rank
+def _arguments(weight: PackedWeight, u: Varying, target: Varying) -> tuple:
+    """What the kernels take for a weight; the values stand in for what it does not have."""
+    index = index_of(weight.mask, weight.in_features)
+    support = index.words(weight.mask), weight.values, index.starts, index.offsets, index.nonzeros
+    B = weight.values if weight.B is None else weight.B
+    bias = weight.values if weight.bias is None else weight.bias
+    return *support, B, u, bias, target, weight.out_features, weight.rank
 
 
 def ceil_div(number: int, size: int) -> int:
@@ -127,9 +126,15 @@ def spread(ins: int, step: int, split: int) -> tuple[int, int]:
     return span, ceil_div(ins, span)
 
 
-def add_up(parts: torch.Tensor, y: torch.Tensor) -> None:
-    """y = the sum of the parts (split, *y.shape), FP32."""
-    add_parts[(ceil_div(y.numel(), 512),)](parts, y, y.numel(), SPLIT=parts.shape[0], WIDTH=512)
+def bind_sum(split: int, like: torch.Tensor) -> TritonLaunch:
+    """The launch of y = the sum of parts: parts (split, size), FP32; y, of the dtype of `like`; size."""
+    parts = Varying(0, like.new_empty((1,), dtype=torch.float32))
+    arguments = parts, Varying(1, like.new_empty((1,))), Varying(2, 512)
+    return TritonLaunch(add_parts, (1,), arguments, {"SPLIT": split, "WIDTH": 512})
+
+
+def add_up(launch: TritonLaunch, parts: torch.Tensor, y: torch.Tensor, size: int) -> None:
+    launch(parts, y, size, grid=(ceil_div(size, 512), 1, 1))
 
 
 def can_pair(index: SupportIndex, values: torch.Tensor) -> bool:
@@ -142,15 +147,15 @@ def _aligned(tensor: torch.Tensor) -> bool:
     return tensor.element_size() == 2 and tensor.data_ptr() % 8 == 0
 
 
-def _low_rank(inputs: torch.Tensor, layers: Sequence[Packed], dependent: bool) -> list[torch.Tensor]:
-    """x A^T (rows, rank) of every layer, FP32."""
-    count, ins = inputs.shape
-    ranks = [layer.rank for layer in layers]
-    us = [inputs.new_empty((count, rank), dtype=torch.float32) for rank in ranks]
-    arguments = tuple((layer.A, u, rank) for layer, u, rank in zip(layers, us, ranks, strict=True))
+def _bind_low_rank(
+    rows: int, weights: Sequence[PackedWeight], x: Varying, us: list[Varying], dependent: bool
+) -> TritonLaunch:
+    """x -> x A^T (rows, rank) of every weight, FP32."""
+    ins, ranks = weights[0].in_features, [weight.rank for weight in weights]
+    arguments = tuple((weight.A, u, weight.rank) for weight, u in zip(weights, us, strict=True))
     ends, width = tuple(accumulate(ranks)), min(4096, 1 << (ins - 1).bit_length())
-    _project[ends[-1], count](inputs, arguments, ends, ins, WIDTH=width, DEPENDENT=dependent, num_warps=8)
-    return us
+    constants = {"WIDTH": width, "DEPENDENT": dependent, "num_warps": 8}
+    return TritonLaunch(_project, (ends[-1], rows), (x, arguments, ends, ins), constants)
 
 
 @functools.cache

@@ -14,13 +14,19 @@ Tried there as well (three shapes, 16 to 256 rows): 128 rows of S (a tenth faste
 columns, 8 warps, three stages, the mask read ahead or not, one to eight splits.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from ..launch_config import Plan
-from .decode import Packed, add_up, can_pair, ceil_div, spread
+from ..bindings import Product
+from ..launch import TritonLaunch, Varying
+from ..launch_config import LaunchConfig
+from ..packed_weight import PackedWeight
+from ..support_index import index_of
+from .decode import add_up, bind_sum, can_pair, ceil_div, spread
 from .support import (
     column_bits,
     expand,
@@ -40,7 +46,7 @@ _BATCH = 128  # rows of x that share an unpacked tile
 _FEW = 32  # of x: the right factor of the product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _multiply(
     x,
     words,
@@ -139,23 +145,39 @@ def _head(
     return head
 
 
-def multiply_blocks(inputs: torch.Tensor, layer: Packed, plan: Plan) -> torch.Tensor:
-    """(rows, in) to (rows, out), of 16 bits, summed in FP32; x A^T is rounded once, as a product of torch's is."""
-    mask, index, values, A, B, bias = layer
-    inputs = inputs.contiguous()
-    count, ins = inputs.shape
+def bind_medium_batch(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Product:
+    """x S^T + (x A^T) B^T + bias of one weight of 16 bits, summed in FP32; x A^T is rounded once, as a product of
+    torch's is. For up to `rows` rows of x, raised to a power of two."""
+    (weight,) = weights
+    mask, values, A, B, bias, ins = weight
+    index, rank = index_of(mask, ins), weight.rank
     outs, blocks = index.shape
-    y, u = inputs.new_empty((count, outs)), inputs if A is None else F.linear(inputs, A)
-    span, split = spread(ins, _WIDTH, plan.split)
-    part = y if split == 1 else y.new_empty((split, count, outs), dtype=torch.float32)
-    batch, few = min(_BATCH, max(16, 1 << (count - 1).bit_length())), count <= _FEW
-    _multiply[ceil_div(outs, plan.rows), split, ceil_div(count, batch)](
-        inputs, index.words(mask), values, index.starts, index.offsets, y if B is None else B, u,
-        y if bias is None else bias, part, outs, ins, blocks, layer.rank, count, span,
-        ROWS=plan.rows, BATCH=batch, WIDTH=_WIDTH, RANK=min(_RANK, max(16, 1 << (layer.rank - 1).bit_length())),
-        PER_BLOCK=index.per_block, PAIRS=can_pair(index, values), EVEN=ins % _WIDTH == 0, LOW_RANK=A is not None,
-        BIAS=bias is not None, SWAPPED=not few, num_warps=plan.warps, num_stages=1 if few else 2,
+    span, split = spread(ins, _WIDTH, config.split)
+    batch, few = min(_BATCH, max(16, 1 << (rows - 1).bit_length())), rows <= _FEW
+    inputs, u = Varying(0, values.new_empty((1,))), Varying(1, values.new_empty((1,)))
+    target = Varying(2, values.new_empty((1,), dtype=torch.float32 if split > 1 else values.dtype))
+    arguments = (
+        inputs, index.words(mask), values, index.starts, index.offsets, values if B is None else B, u,
+        values if bias is None else bias, target, outs, ins, blocks, rank, Varying(3, rows), span,
     )  # fmt: skip
-    if split > 1:
-        add_up(part, y)
-    return y
+    constants = {
+        "ROWS": config.rows, "BATCH": batch, "WIDTH": _WIDTH,
+        "RANK": min(_RANK, max(16, 1 << (rank - 1).bit_length())), "PER_BLOCK": index.per_block,
+        "PAIRS": can_pair(index, values), "EVEN": ins % _WIDTH == 0, "LOW_RANK": A is not None,
+        "BIAS": bias is not None, "SWAPPED": not few, "num_warps": config.warps, "num_stages": 1 if few else 2,
+    }  # fmt: skip
+    programs = ceil_div(outs, config.rows)
+    main = TritonLaunch(_multiply, (programs, split, ceil_div(rows, batch)), arguments, constants)
+    total = bind_sum(split, values) if split > 1 else None
+
+    def product(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
+        A = weights[0].A
+        y = inputs.new_empty((*inputs.shape[:-1], outs))
+        u = inputs if A is None else F.linear(inputs, A)
+        part = y if total is None else inputs.new_empty((split, rows, outs), dtype=torch.float32)
+        main(inputs, u, part, rows, grid=(programs, split, ceil_div(rows, batch)))
+        if total is not None:
+            add_up(total, part, y, rows * outs)
+        return [y]
+
+    return product

@@ -245,7 +245,7 @@ def _accumulate(sums, left, right, WARPS: tl.constexpr):
     return updated
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def add_parts(parts, y, size, SPLIT: tl.constexpr, WIDTH: tl.constexpr):
     """y = the sum of SPLIT parts."""
     at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)

@@ -4,11 +4,15 @@
 For many rows of x, where the dense product is bound by arithmetic: the dense matrix lives for one product.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-from ..support_index import SupportIndex
+from ..launch import TritonLaunch, Varying
+from ..packed_weight import PackedWeight
+from ..support_index import SupportIndex, index_of
 from .decode import can_pair
 from .support import bit, column_bits, expand, expand_pairs, locate, multiply, read_pairs, row_start, stack
 
@@ -124,34 +128,42 @@ def _collect(
             place += kept >> j
 
 
-def densify(
-    mask: torch.Tensor,
-    index: SupportIndex,
-    values: torch.Tensor,
-    A: torch.Tensor | None = None,
-    B: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """S + B A as a new tensor (out, in); without A and B, S.
+def bind_densify(weight: PackedWeight) -> Callable[[], torch.Tensor]:
+    """Makes S + B A as a new tensor (out, in); at rank 0, S.
 
     A new tensor costs nothing: the allocator hands the memory of the last layer's on, per stream. B A is rounded to
     the dtype before it is added, as a product of torch's would be.
+
+    Args:
+        weight: contiguous.
     """
+    mask, values, A, B, _, ins = weight
+    index, rank = index_of(mask, ins), weight.rank
     outs, blocks = index.shape
-    ins = index.in_features
-    values, rank = values.contiguous(), 0 if A is None else A.shape[0]
-    dense = values.new_empty((outs, ins))
-    if dense.numel() == 0:
-        return dense
-    A, B = (A.contiguous(), B.contiguous()) if rank else (values, values)
     steps = _STEPS_ADDING if rank else _STEPS
     tiles, band = -(-ins // 256), _BAND if rank else steps * _WARPS
-    _densify[(tiles * -(-outs // band),)](
+    A, B = (A, B) if rank else (values, values)
+    dense = Varying(0, values.new_empty((1,)))
+    arguments = (
         index.words(mask), values, index.starts, index.offsets, A, B, dense, outs, ins, blocks, rank, tiles,
-        WARPS=_WARPS, STEPS=steps, BAND=band, PER_BLOCK=index.per_block,
-        PAIRS=can_pair(index, values), EVEN=ins % 256 == 0, LOW_RANK=rank > 0, ONE_STEP=rank <= _RANK,
-        RANK=min(_RANK, max(16, 1 << (rank - 1).bit_length())), num_warps=_WARPS, num_stages=1,
     )  # fmt: skip
-    return dense
+    constants = {
+        "WARPS": _WARPS, "STEPS": steps, "BAND": band, "PER_BLOCK": index.per_block,
+        "PAIRS": can_pair(index, values), "EVEN": ins % 256 == 0, "LOW_RANK": rank > 0, "ONE_STEP": rank <= _RANK,
+        "RANK": min(_RANK, max(16, 1 << (rank - 1).bit_length())), "num_warps": _WARPS, "num_stages": 1,
+    }  # fmt: skip
+    launch = (
+        TritonLaunch(_densify, (tiles * -(-outs // band),), arguments, constants) if outs and ins else None
+    )
+    dtype, device = values.dtype, values.device
+
+    def densify() -> torch.Tensor:
+        dense = torch.empty((outs, ins), dtype=dtype, device=device)
+        if launch is not None:
+            launch(dense)
+        return dense
+
+    return densify
 
 
 def collect(mask: torch.Tensor, index: SupportIndex, dense: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,158 @@
+"""The product on a GPU: which kernel is taken, and kernels that are kept ready for their weights."""
+
+import contextlib
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from .autotune import choose, known
+from .bindings import Binding, Product, binding_of
+from .cuda.sparse_cores import bind_sparse, prepare, sparse_configs
+from .launch import drives
+from .launch_config import FEW_ROWS, MEDIUM_ROWS, LaunchConfig, bucket, candidates
+from .ops import nothing
+from .packed_weight import PackedWeight, check_count
+from .support_index import index_of
+from .triton.decode import bind_decode, kind_of
+from .triton.medium_batch import bind_medium_batch
+from .triton.unpack import bind_densify
+from .triton.unpack_then_gemm import bind_unpacked
+
+_BINDERS = {
+    "gemv": bind_decode,
+    "small_batch": bind_decode,
+    "medium_batch": bind_medium_batch,
+    "unpack_then_gemm": bind_unpacked,
+    "sparse_cores": bind_sparse,
+}
+
+
+def multiply(
+    inputs: torch.Tensor, weights: Sequence[PackedWeight], binding: Binding, kernel: str
+) -> list[torch.Tensor]:
+    """x S^T + (x A^T) B^T + bias of every weight; up to 16 rows, weights that are alike share a launch.
+
+    Each comes out as it would alone, to the bit: weights whose sums differ in order do not share one.
+
+    Args:
+        inputs: x (..., in).
+        binding: what is known of the weights.
+        kernel: "auto" or "packed".
+    """
+    rows = math.prod(inputs.shape[:-1])
+    captured = rows > MEDIUM_ROWS and torch.cuda.is_current_stream_capturing()
+    product = binding.products.get((rows if rows <= FEW_ROWS else bucket(rows), kernel, captured))
+    if product is None or inputs.get_device() != torch.cuda.current_device():
+        return _first(inputs, rows, weights, binding, kernel, captured)
+    return product(ready(inputs), rows, weights)
+
+
+def ready(inputs: torch.Tensor) -> torch.Tensor:
+    """x as kernels read it: contiguous, at an address that wide loads take."""
+    if inputs.is_contiguous() and inputs.data_ptr() % 16 == 0:
+        return inputs
+    return inputs.clone(memory_format=torch.contiguous_format)
+
+
+def _first(
+    inputs: torch.Tensor,
+    rows: int,
+    weights: Sequence[PackedWeight],
+    binding: Binding,
+    kernel: str,
+    captured: bool,
+) -> list[torch.Tensor]:
+    if rows == 0 or not all(weight.out_features for weight in weights) or not inputs.shape[-1]:
+        return [nothing(inputs, weight) for weight in weights]
+    with _on_device_of(inputs):
+        plain = [weight.contiguous() for weight in weights]
+        product = bind(ready(inputs), rows, plain, kernel)
+        if drives() and all(a is b for a, b in zip(plain, weights, strict=True)):
+            binding.products[rows if rows <= FEW_ROWS else bucket(rows), kernel, captured] = product
+        return product(ready(inputs), rows, plain)
+
+
+def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Kernels are launched on the current device."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def bind(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight], kernel: str) -> Product:
+    """The product of these weights with so many rows, or up to the next power of two from 17 on.
+
+    Raises:
+        ValueError: a mask that keeps another number of values than there are.
+    """
+    configs = [select(inputs, rows, weight, kernel) for weight in weights]
+    groups = defaultdict(list)
+    for number, (weight, config) in enumerate(zip(weights, configs, strict=True)):
+        alone = len(weights) == 1 or not config.shares
+        groups[number if alone else (config.order, kind_of(weight))].append(number)
+    parts = []
+    for numbers in groups.values():
+        largest = max(numbers, key=lambda number: weights[number].out_features)
+        parts.append((numbers, run(rows, [weights[number] for number in numbers], configs[largest])))
+    if len(parts) == 1:
+        return parts[0][1]
+    return functools.partial(_in_parts, parts)
+
+
+def run(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Product:
+    """The product of these weights by one configuration."""
+    for weight in weights:
+        check_count(weight, index_of(weight.mask, weight.in_features).nonzeros)
+    return _BINDERS[config.kernel](rows, weights, config)
+
+
+def _in_parts(
+    parts: list[tuple[list[int], Product]], inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight]
+) -> list[torch.Tensor]:
+    outs: dict[int, torch.Tensor] = {}
+    for numbers, product in parts:
+        results = product(inputs, rows, [weights[number] for number in numbers])
+        outs.update(zip(numbers, results, strict=True))
+    return [outs[number] for number in range(len(weights))]
+
+
+def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -> LaunchConfig:
+    """The configuration that is the fastest for a weight; measures it where that is not known."""
+    options = candidates(rows, weight.values.dtype, weight.rank)
+    if kernel == "packed" and rows <= FEW_ROWS:
+        return options[0]
+    index = index_of(weight.mask, weight.in_features)
+    capturing = inputs.is_cuda and torch.cuda.is_current_stream_capturing()
+    sparse = rows > MEDIUM_ROWS and index.pairs and prepare(inputs.device, capturing)
+    config = known(rows, weight, capturing)
+    if config is not None and (sparse or config.kernel != "sparse_cores"):
+        return config
+    if capturing:  # nothing can be measured now
+        return options[0]
+    if sparse:
+        options += sparse_configs(inputs, weight)
+
+    @functools.cache
+    def bound(config: LaunchConfig) -> Product:
+        return run(rows, [weight], config)
+
+    return choose(rows, weight, options, lambda config: bound(config)(inputs, rows, [weight]))
+
+
+def densify(weight: PackedWeight) -> torch.Tensor:
+    """S + B A as a new tensor (out, in).
+
+    Raises:
+        ValueError: a mask that keeps another number of values than there are.
+    """
+    plain = weight.contiguous()
+    binding = binding_of((plain,))
+    with _on_device_of(weight.values):
+        make = binding.products.get(("densify",))
+        if make is None:
+            check_count(plain, index_of(plain.mask, plain.in_features).nonzeros)
+            make = bind_densify(plain)
+            if drives() and plain is weight:
+                binding.products["densify",] = make
+        return make()

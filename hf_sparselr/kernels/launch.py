@@ -1,0 +1,198 @@
+"""Kernel launches whose arguments are in place: a call fills in what varies and hands the rest to the CUDA driver.
+
+Triton's own launch looks at every argument anew: 45 us on the host for a packed layer, where this takes 4.
+"""
+
+import ctypes
+import functools
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+@dataclass(frozen=True)
+class Varying:
+    """An argument that a call gives: the number of it, and an example with its dtype and alignment."""
+
+    number: int
+    example: Any
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_uint32), ("pad", ctypes.c_uint32), ("value", ctypes.c_uint32 * 16)]
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = [
+        ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("shared", ctypes.c_uint32),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint32),
+    ]  # fmt: skip
+
+
+class DriverLaunch:
+    """One launch of a CUDA function by the driver. Threads may share it.
+
+    Args:
+        function: its handle, a CUfunction.
+        grid, block: in programs and threads, one to three numbers each.
+        shared: bytes of dynamic shared memory.
+        arguments: integers, tensors or `Varying`, in order; of a tensor, its address is kept, not its memory.
+        overlaps: may start before the kernel it follows has ended (programmatic dependent launch).
+    """
+
+    def __init__(
+        self,
+        function: int,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        shared: int,
+        arguments: Iterable[Any],
+        overlaps: bool = False,
+    ) -> None:
+        arguments = list(arguments)
+        self._function, self._device = function, torch.cuda.current_device()
+        self._values = (ctypes.c_uint64 * len(arguments))()
+        step, base = ctypes.sizeof(ctypes.c_uint64), ctypes.addressof(self._values)
+        self._places = (ctypes.c_void_p * len(arguments))(*(base + step * i for i in range(len(arguments))))
+        self._varying: list[list[int]] = []
+        for place, argument in enumerate(arguments):
+            if isinstance(argument, Varying):
+                self._varying += [[] for _ in range(argument.number + 1 - len(self._varying))]
+                self._varying[argument.number].append(place)
+            else:
+                self._values[place] = _word(argument)
+        attribute = _Attribute(_SERIALIZATION, 0, (ctypes.c_uint32 * 16)(1))
+        self._config = _Config(
+            (ctypes.c_uint32 * 3)(*grid, *[1] * (3 - len(grid))),
+            (ctypes.c_uint32 * 3)(*block, *[1] * (3 - len(block))),
+            shared, None, ctypes.pointer(attribute), int(overlaps),
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._config)
+        self._launch = _driver().cuLaunchKernelEx
+        self._lock = threading.Lock()
+
+    def __call__(self, *varying: Any, grid: tuple[int, int, int] | None = None) -> None:
+        """Launches on the current stream, with these tensors and integers in the places of the `Varying`.
+
+        Raises:
+            RuntimeError: the driver refuses.
+        """
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        values, config = self._values, self._config
+        with self._lock:
+            for places, value in zip(self._varying, varying, strict=True):
+                word = value if type(value) is int else value.data_ptr()
+                for place in places:
+                    values[place] = word
+            if grid is not None:
+                config.grid[:] = grid
+            config.stream = stream
+            status = self._launch(self._address, self._function, self._places, None)
+        if status:
+            raise RuntimeError(f"CUDA refused to launch a kernel: error {status}")
+
+
+def _word(argument: Any) -> int:
+    return argument if isinstance(argument, int) else argument.data_ptr()
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+    return library
+
+
+class TritonLaunch:
+    """One launch of a Triton kernel: by the driver where that is possible, else by Triton.
+
+    Args:
+        kernel: a function of `triton.jit`.
+        grid: of programs.
+        arguments: nested tuples of integers, tensors and `Varying`, as the kernel takes them.
+        constants: its compile-time arguments and Triton's options.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]
+    ) -> None:
+        self._kernel, self._grid, self._constants = kernel, grid, constants
+        self._bound = _bind(kernel, grid, arguments, constants) if drives() else None
+        self._arguments = None if self._bound else arguments
+
+    def __call__(self, *varying: Any, grid: tuple[int, int, int] | None = None) -> None:
+        """As `DriverLaunch`."""
+        if self._bound is not None:
+            self._bound(*varying, grid=grid)
+        else:
+            self._kernel[grid or self._grid](*_fill(self._arguments, varying), **self._constants)
+
+
+def _fill(argument: Any, varying: tuple) -> Any:
+    if isinstance(argument, Varying):
+        return varying[argument.number]
+    return tuple(_fill(item, varying) for item in argument) if isinstance(argument, tuple) else argument
+
+
+def _example(argument: Any) -> Any:
+    if isinstance(argument, Varying):
+        return argument.example
+    return tuple(map(_example, argument)) if isinstance(argument, tuple) else argument
+
+
+def _bind(kernel: Any, grid: tuple, arguments: tuple, constants: dict[str, Any]) -> DriverLaunch | None:
+    """The launch of the kernel that Triton compiles for such arguments, which ends them with two pointers to scratch
+    memory that these kernels do not use."""
+    compiled = kernel.run(*map(_example, arguments), grid=grid, warmup=True, **constants)
+    try:
+        compiled._init_handles()
+        metadata, types = compiled.metadata, list(compiled.src.signature.values())[: len(arguments)]
+        if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
+            return None
+        flat = [argument for argument, kind in _flatten(arguments, types) if kind != "constexpr"]
+        return DriverLaunch(
+            compiled.function,
+            grid,
+            (32 * metadata.num_warps,),
+            metadata.shared,
+            [*flat, 0, 0],
+            metadata.launch_pdl,
+        )
+    except (AttributeError, TypeError, ValueError) as error:  # another Triton than those that were seen
+        _say_slow(error)
+        return None
+
+
+def _flatten(argument: Any, kind: Any) -> list[tuple[Any, Any]]:
+    if isinstance(argument, tuple) and not isinstance(kind, str):
+        return [pair for item in zip(argument, kind, strict=True) for pair in _flatten(*item)]
+    return [(argument, kind)]
+
+
+_UNKNOWN: list[Exception] = []
+
+
+def _say_slow(error: Exception) -> None:
+    if not _UNKNOWN:
+        logger.warning("packed layers are launched several times slower than they could be: %r", error)
+    _UNKNOWN.append(error)
+
+
+def drives() -> bool:
+    """Whether launches go to the driver: on NVIDIA GPUs, with a Triton that is known, not in its interpreter."""
+    return _has_driver() and not _UNKNOWN
+
+
+@functools.cache
+def _has_driver() -> bool:
+    import triton
+
+    return bool(torch.version.cuda) and torch.cuda.is_available() and not triton.knobs.runtime.interpret

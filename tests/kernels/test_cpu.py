@@ -1,0 +1,104 @@
+"""The C kernels against float64, with and without AVX-512, and against memory that holds what it should not."""
+
+import pytest
+import torch
+from helpers.kernel_cases import SUPPORTS, Problem, assert_near, draw, problem
+from torch._subclasses import FakeTensorMode
+
+from hf_sparselr.format.bitmask import pack
+from hf_sparselr.kernels import PackedWeight, cpu
+
+pytestmark = pytest.mark.skipif(not cpu.supports(torch.float32), reason="needs a C compiler, on x86 AVX2")
+levels = pytest.mark.parametrize("wide", [False, True], ids=["AVX2", "AVX-512"])
+
+
+@pytest.fixture(autouse=True)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which instructions C may use; it asks the processor whether it has them, too."""
+    wide = getattr(request.node, "callspec", None) and request.node.callspec.params.get("wide")
+    if wide is not None:
+        monkeypatch.setattr(cpu, "_WIDE", wide)
+
+
+def on_cpu(case: Problem) -> PackedWeight:
+    weight = case.weight
+    return PackedWeight(*(t if t is None else t.cpu() for t in weight[:5]), weight.in_features)
+
+
+@levels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("out", "n", "kind"), SUPPORTS)
+def test_products(out: int, n: int, kind: str | float, dtype: torch.dtype, wide: bool) -> None:
+    for rank, bias in ((0, False), (5, True), (16, False)):
+        case = problem(out, n, kind, rank, bias, dtype)
+        for rows in (1, 2, 9, 40):
+            x = draw(rows, n, seed=6, dtype=dtype).cpu()
+            assert_near(cpu.multiply(x, on_cpu(case)), case.expected(x.to(case.S.device)).cpu(), dtype)
+
+
+@levels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [3, 4, 5, 6, 7, 8, 16, 17, 33, 64, 65, 300])
+def test_every_number_of_rows(rows: int, dtype: torch.dtype, wide: bool) -> None:
+    case = problem(130, 1100, 0.6, 130, True, dtype)  # more than one band, step and part of the factors
+    x = draw(rows, 1100, seed=6, dtype=dtype).cpu()
+    assert_near(cpu.multiply(x, on_cpu(case)), case.expected(x.to(case.S.device)).cpu(), dtype)
+
+
+@levels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "n", "kind"), SUPPORTS)
+def test_unpacking(out: int, n: int, kind: str | float, dtype: torch.dtype, wide: bool) -> None:
+    case = problem(out, n, kind, dtype=dtype)
+    assert torch.equal(cpu.unpack(on_cpu(case)).double(), case.S.cpu())
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_are_rounded_as_torch_rounds(dtype: torch.dtype, rows: int) -> None:
+    mask, values = pack(torch.ones(200, 1, dtype=dtype), torch.ones(200, 1, dtype=torch.bool))
+    bias = torch.cat(
+        [draw(196, seed=7, dtype=dtype).cpu(), torch.tensor([0, torch.inf, -torch.inf, torch.nan])]
+    ).to(dtype)
+    x = torch.full((rows, 1), 2.0**-9 + 2.0**-12, dtype=dtype)
+    out = cpu.multiply(x, PackedWeight(mask, values, None, None, bias, 1))
+    expected = (x.float() + bias.float()).to(dtype)
+    assert torch.equal(out[:, :-1], expected[:, :-1]) and out[:, -1].isnan().all()
+
+
+def test_only_memory_of_the_cpu_is_given_to_c() -> None:
+    weight = on_cpu(problem(6, 20, 0.5))
+    assert cpu.takes(weight, torch.nn.Parameter(weight.values))
+    assert not cpu.takes(weight._replace(values=weight.values.to("meta")))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert not cpu.takes(weight, mode.from_tensor(weight.values))
+
+
+@levels
+@pytest.mark.parametrize("rows", [1, 5, 20])
+@pytest.mark.parametrize("change", [-1, 1, -60, 60])
+def test_a_mask_that_does_not_fit_its_values_is_refused(rows: int, change: int, wide: bool) -> None:
+    weight = on_cpu(problem(6, 200, 0.5))
+    count = weight.values.numel() + change
+    values = torch.zeros(count)
+    x = draw(rows, 200, seed=6, dtype=torch.float32).cpu()
+    wrong = weight._replace(values=values)
+    with pytest.raises(ValueError, match=f"values hold {count} entries, but the mask keeps {count - change}"):
+        cpu.multiply(x, wrong)
+    with pytest.raises(ValueError, match=f"values hold {count} entries"):
+        cpu.unpack(wrong)
+
+
+@levels
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_bits_beyond_the_last_column_meet_zeros(rows: int, wide: bool) -> None:
+    case = problem(3, 13, 0.5, 0, False)
+    weight = on_cpu(case)
+    mask = weight.mask.clone()
+    mask[:, -1] |= 0xE0  # three more, of columns that are not there
+    values = torch.full((weight.values.numel() + 9,), 7.0)
+    out = cpu.multiply(
+        draw(rows, 13, seed=6, dtype=torch.float32).cpu(), weight._replace(mask=mask, values=values)
+    )
+    x = draw(rows, 13, seed=6, dtype=torch.float32).cpu().double()
+    assert_near(out, 7 * x @ case.support.cpu().double().T, torch.float32)
