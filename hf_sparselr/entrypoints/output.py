@@ -14,7 +14,6 @@ from transformers.utils import logging
 from ..compression.linear_layers import weight_shape
 from ..compression.plan import Layer
 from ..data.origin import Origin
-from ..utils.modules import named_tensors
 
 logger = logging.get_logger("hf_sparselr")
 
@@ -74,7 +73,7 @@ def _check_space(output_dir: str | os.PathLike, needed: int) -> None:
 
 def stored_bytes(model: PreTrainedModel, plan: Mapping[str, Layer]) -> int:
     """Bytes of the packed checkpoint of a dense model, or of its skeleton, without the files' headers."""
-    tensors = {id(tensor): tensor for _, tensor in named_tensors(model)}
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # tied ones once
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     for name, layer in plan.items():
         weight = model.get_submodule(name).weight
@@ -96,9 +95,13 @@ def _check_generation_config(model: PreTrainedModel, origin: Origin) -> None:
             config.save_pretrained(folder)
         except ValueError as error:
             raise ValueError(
-                f"generation_config of {origin.name or type(model).__name__!r} cannot be saved: {error} Set "
+                f"generation_config of {origin.name or type(model).__name__!r} cannot be saved: {_line(error)} Set "
                 "model.generation_config on a loaded model, and compress that"
             ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _processors(origin: Origin, tokenizer: Any) -> list[Any]:
