@@ -7,6 +7,8 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -15,9 +17,12 @@ from typing import Any
 
 from . import __version__, bench
 from .config.fields import FIELDS
+from .data.sources import FILES, load_texts
+from .utils.validation import check_integer
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -115,17 +120,16 @@ def _compress(args: argparse.Namespace) -> None:
     fields = {name: FIELDS[name].kind.from_option(name, value) for name, value in given.items()}
     for name, value in fields.items():
         FIELDS[name].kind.check(name, value)
+    _check_model(args.name)
+    if args.push:
+        from .integrations.hub.rights import check_push_rights
 
-    from huggingface_hub import HfApi
+        check_push_rights(args.push)
 
     from .config.sparselr_config import SparseLRConfig
     from .entrypoints.compress import compress
 
     config = SparseLRConfig(**fields)
-    if config.device is not None:
-        _check_device(config.device)
-    if args.push:
-        HfApi().whoami()  # a missing token should not come up after hours of work
     with _log_lines():
         model = compress(args.name, config, output_dir=args.output, dtype=args.dtype)
     report = model.sparselr_report
@@ -150,18 +154,27 @@ def _push(model: Any, directory: str, repo_id: str) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    _check_model(args.path)
+    for name, least in (("seq_len", 2), ("batch_size", 1), ("stride", 1)):
+        if getattr(args, name) is not None:
+            check_integer(name, getattr(args, name), least)
+    local = args.data.startswith(FILES)
+    texts = load_texts(args.data, field="data") if local else []
+
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .entrypoints.perplexity import perplexity
+    from .utils.modules import check_device
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
+    check_device(device)
+    texts = texts if local else load_texts(args.data, "test", "data")
     options = {"seq_len": args.seq_len, "stride": args.stride, "batch_size": args.batch_size}
     tokenizer = AutoTokenizer.from_pretrained(args.path)
     model = AutoModelForCausalLM.from_pretrained(args.path, dtype=args.dtype).to(device)
     started = time.perf_counter()
-    value = perplexity(model, args.data, tokenizer, **options)
+    value = perplexity(model, texts, tokenizer, **options)
     seconds = time.perf_counter() - started
     if args.json:
         result = {"model": args.path, "data": args.data, **options, "perplexity": value, "seconds": seconds}
@@ -171,20 +184,33 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    _check_model(args.path)
+
     from .entrypoints.inspect import inspect_checkpoint
 
     inspection = inspect_checkpoint(args.path, args.verify)
     print(json.dumps(dataclasses.asdict(inspection), indent=1) if args.json else inspection)
 
 
-def _check_device(device: str) -> None:
-    import torch
+def _check_model(name: str) -> None:
+    """Whether a folder or a model on the Hub exists, before anything large is imported.
+
+    Raises:
+        OSError: neither.
+    """
+    if os.path.isdir(name):
+        return
+    if not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f'{name!r} is no folder, and no Hub id either ("name" or "user/name")')
+
+    from huggingface_hub import hf_hub_download
 
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # unknown names, and devices that this machine lacks
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device={device!r}: cannot be used here ({reason})") from error
+        hf_hub_download(name, "config.json")
+    except OSError as error:
+        raise OSError(
+            f"{name!r} is no folder, and its config.json cannot be read from the Hub: {error}"
+        ) from error
 
 
 @contextmanager

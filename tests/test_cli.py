@@ -14,6 +14,7 @@ from helpers.hub_server import HubServer, run_client
 from helpers.paths import PYLM, ROOT
 from helpers.subprocesses import check
 from helpers.tiny import build
+from huggingface_hub import HfApi
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +25,7 @@ from hf_sparselr.config.sparselr_config import SparseLRConfig
 from hf_sparselr.entrypoints.compress import compress
 from hf_sparselr.entrypoints.inspect import inspect_checkpoint
 from hf_sparselr.entrypoints.perplexity import perplexity
+from hf_sparselr.integrations.hub.rights import check_push_rights
 
 SOLVER = '{"min_iterations": 5, "max_iterations": 10}'
 SMALL = ["--num-samples", "4", "--seq-len", "32", "--rank", "4", "--method-options", SOLVER]
@@ -184,9 +186,13 @@ def test_inspect_reads_shards_and_finds_shapes_without_factors(home, tmp_path):
         (["inspect", "{home}/dense"], "no quantization_config, expected quant_method='sparselr'"),
         (["inspect", "{home}"], "config.json"),
         (["inspect", "no/such/thing"], "no/such/thing"),
+        (
+            ["inspect", "me/missing"],
+            "'me/missing' is no folder, and its config.json cannot be read from the Hub",
+        ),
         (["eval", "{home}/dense", "--data", "file:{home}/*.none"], "matches no file"),
         (["eval", "{home}/dense", "--data", "file:{home}/*.txt", "--stride", "99"], "stride=99: expected"),
-        (["eval", "{home}/none"], "none"),
+        (["eval", "{home}/none"], "none' is no folder"),
         (["eval", "{home}/dense", "--device", "abacus"], "device='abacus': cannot be used here"),
         (["compress", "{home}/packed", "--output", "{home}/x"], "already quantised (sparselr)"),
         (["compress", "{home}/dense", "--output", "{home}/x", "--rank", "-1"], "rank=-1: expected"),
@@ -278,6 +284,11 @@ def test_help_of_eval_shows_the_defaults_of_perplexity(capsys):
         (["compress", "x", "--output", "y", "--rank", "-1"], 2, "rank=-1: expected an integer in 0..1048576"),
         (["compress", "x", "--output", "y", "--tm", "{"], 2, "tm='{': expected a JSON object"),
         (["compress", "x", "--output", "y", "--ignore", "("], 2, "ignore='(': not a regular expression"),
+        (["compress", "no/such/thing", "--output", "y"], 2, "'no/such/thing' is no folder, and no Hub id"),
+        (["inspect", "./missing"], 2, "'./missing' is no folder, and no Hub id either"),
+        (["eval", "/missing"], 2, "'/missing' is no folder"),
+        (["eval", ".", "--data", "file:*.none"], 2, "data='file:*.none' matches no file"),
+        (["eval", ".", "--seq-len", "1"], 2, "seq_len=1: expected an integer >= 2"),
     ],
 )
 def test_answers_without_importing_torch(args, code, words, tmp_path):
@@ -311,3 +322,26 @@ def test_push_and_inspect_on_the_hub(home, tmp_path):
         out = run_client(server, tmp_path, code)
     assert "pushed to me/tiny" in out
     assert str(inspect_checkpoint(home / "pushed").totals["model"]["packed"]) in out.replace(",", "")
+
+
+@pytest.mark.parametrize(
+    ("user", "repo_id", "message"),
+    [
+        ({"name": "me"}, "me/tiny", None),
+        ({"name": "me"}, "tiny", None),
+        ({"name": "me", "orgs": [{"name": "lab", "roleInOrg": "write"}]}, "lab/tiny", None),
+        ({"name": "me", "auth": {"accessToken": {"role": "fineGrained"}}}, "lab/tiny", None),
+        ({"name": "me", "auth": {"accessToken": {"role": "read"}}}, "me/tiny", "may only read"),
+        ({"name": "me"}, "lab/tiny", "push='lab/tiny': expected a repository of me,"),
+        ({"name": "me", "orgs": [{"name": "lab", "roleInOrg": "read"}]}, "lab/tiny", "a repository of me,"),
+        ({"name": "me"}, "a/b/c", "Repo id must be"),
+    ],
+)
+def test_rights_to_push_are_checked_first(home, capsys, monkeypatch, user, repo_id, message):
+    monkeypatch.setattr(HfApi, "whoami", lambda self: user)
+    if message is None:
+        check_push_rights(repo_id)
+        return
+    assert cli.main(compress_args(home, "unwritten", "--push", repo_id)) == 2
+    assert message in capsys.readouterr().err
+    assert not (home / "unwritten").exists()

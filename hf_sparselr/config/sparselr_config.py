@@ -41,6 +41,10 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
     Args:
         {arguments}
 
+    Attributes:
+        format_version: of the checkpoint format.
+        save_id: of the save that a config was read from, else None. It joins config.json and the weight files.
+
     Raises:
         TypeError, ValueError: naming the field, the value and what is allowed.
     """)
@@ -57,6 +61,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             super().__init__(**{n: FIELDS[n].kind.check(n, value) for n, value in bound.arguments.items()})
             self.quant_method = QUANT_METHOD
             self.format_version = FORMAT_VERSION
+            self.save_id: str | None = None
             self._resolve_budget()
             self._build_options()
             self._check()
@@ -257,6 +262,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         return clone
 
     def __eq__(self, other: object) -> bool:
+        """Whether the settings are equal, whichever save they were read from."""
         if not isinstance(other, SparseLRConfig):
             return False
         return {**self.to_dict(), "save_id": None} == {**other.to_dict(), "save_id": None}

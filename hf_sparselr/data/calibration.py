@@ -6,22 +6,20 @@ collects would count padding as input.
 
 import itertools
 import math
-import random
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..utils.public_names import public_source
 from .sources import C4, COLUMNS, FILES, INSTEAD, column_of, is_dataset, load_split, read_files
+from .windows import Draw, windows_of_chats, windows_of_documents, windows_of_texts
 
 CUSTOM = "custom"  # what config.json says of files and of data in memory
 
 _C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
-_MAX_DRAWS = 1000  # per window: documents longer than 2k tokens are a few in a hundred of C4
 _POOL = 16  # windows tokenised per window drawn from a data set, which can be too large to tokenise whole
 _STRING = re.compile(r"self|file:.*\S.*|\w[\w.-]*(/\w[\w.-]*)?(:[^\s:]+)?")
 _INT_DTYPES = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -29,17 +27,6 @@ _ALLOWED = (
     'pass "self", "file:GLOB", a Hub data set "id" or "id:config", a list of texts, a list of chats (each a '
     "list of message dicts), a datasets.Dataset, or integer token tensors: (samples, tokens) or an iterable"
 )
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """What to draw, and how error messages name its source."""
-
-    source: str
-    tokenizer: Any
-    num_samples: int
-    seq_len: int
-    seed: int
 
 
 def describe(calibration: Any) -> str:
@@ -73,16 +60,26 @@ def check_source(calibration: Any) -> None:
         raise TypeError(f"{source} is not calibration data: {_ALLOWED}")
 
 
+def needs_tokenizer(calibration: Any) -> bool:
+    """Whether a source (not "self") holds text, which a tokenizer turns into ids."""
+    if is_dataset(calibration):
+        columns = calibration.column_names or next(iter(calibration), {})
+        return column_of(columns, _show(calibration)) != "input_ids"
+    if isinstance(calibration, list | tuple):
+        return _kind(calibration[0]) in ("texts", "chats")
+    return isinstance(calibration, str)
+
+
 def load_windows(
     calibration: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int, vocab_size: int
 ) -> list[torch.LongTensor]:
     """Token windows from any source except "self".
 
-    Texts, files and chats form one stream, cut into windows of `seq_len`, of which `num_samples` are drawn
-    without replacement. A text ends with the tokenizer's EOS (a blank line if it has none), a chat as its
-    template says. A data set's rows are read in an order drawn from `seed` (a streamed one's as they come)
-    and only until there are 16 windows per sample. Token ids are taken in order, the first `num_samples`,
-    cut to `seq_len`; positions whose attention_mask is 0 are dropped.
+    Texts, files and chats form one stream, cut into windows of `seq_len`, of which `num_samples` are drawn without
+    replacement. A text ends with the tokenizer's EOS (a blank line if it has none), a chat as its template says. A
+    window begins with the special tokens that the tokenizer puts before a text, such as BOS. A data set's rows are read
+    in an order drawn from `seed` (a streamed one's as they come), and only until there are 16 windows per sample. Token
+    ids are taken in order, the first `num_samples`, cut to `seq_len`; positions whose attention_mask is 0 are dropped.
 
     Args:
         tokenizer: a transformers tokenizer; may be None for token ids.
@@ -99,7 +96,7 @@ def load_windows(
     source = _show(calibration)
     if isinstance(calibration, str) and calibration == "self":
         raise ValueError(f"{source} holds no data: call sample_from_model with the dense model")
-    windows = _load(calibration, _Draw(source, tokenizer, num_samples, seq_len, seed))
+    windows = _load(calibration, Draw(source, tokenizer, num_samples, seq_len, seed))
     for index, window in enumerate(windows):
         bad = window[(window < 0) | (window >= vocab_size)].tolist()
         if bad:
@@ -145,13 +142,13 @@ def _kind(item: Any) -> str | None:
     return "token ids" if isinstance(item[0], int) else None
 
 
-def _load(data: Any, draw: _Draw) -> list[torch.Tensor]:
+def _load(data: Any, draw: Draw) -> list[torch.Tensor]:
     if isinstance(data, str) and data.startswith(FILES):
         return _from_text("texts", read_files(data, draw.source), draw)
     if isinstance(data, str):
         _need_tokenizer(draw)  # before a download that may take long
         if data == C4:
-            return _draw_windows(_load_hub(data, data_files={"train": _C4_SHARD})["text"], draw)
+            return windows_of_documents(_load_hub(data, data_files={"train": _C4_SHARD})["text"], draw)
         data = _load_hub(data)
     if is_dataset(data):
         return _from_dataset(data, draw)
@@ -163,7 +160,7 @@ def _load_hub(calibration: str, **options: Any) -> Any:
     return load_split(calibration, "train", _show(calibration), f'calibration="self", {INSTEAD}', **options)
 
 
-def _from_dataset(dataset: Any, draw: _Draw) -> list[torch.Tensor]:
+def _from_dataset(dataset: Any, draw: Draw) -> list[torch.Tensor]:
     # A stream may know its columns only from a row.
     column = column_of(dataset.column_names or next(iter(dataset), {}), draw.source)
     rows = dataset.select_columns(column)
@@ -175,47 +172,17 @@ def _from_dataset(dataset: Any, draw: _Draw) -> list[torch.Tensor]:
     return _from_text(COLUMNS[column], (row[column] for row in rows), draw, limit)
 
 
-def _need_tokenizer(draw: _Draw) -> None:
+def _need_tokenizer(draw: Draw) -> None:
     if draw.tokenizer is None:
         raise ValueError(f"{draw.source} is text, and tokenizer=None: pass the model's, or token ids")
 
 
-def _from_text(kind: str, items: Iterable[Any], draw: _Draw, limit: float = math.inf) -> list[torch.Tensor]:
+def _from_text(kind: str, items: Iterable[Any], draw: Draw, limit: float = math.inf) -> list[torch.Tensor]:
     _need_tokenizer(draw)
-    tokenizer = draw.tokenizer
-    if kind == "texts":
-        eos = tokenizer.eos_token_id
-        end = [eos] if eos is not None else tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-        return _cut(_stream(items, end, draw, limit), draw)
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{draw.source} holds chats: set tokenizer.chat_template, or pass a list of texts")
-    texts = (tokenizer.apply_chat_template(chat, tokenize=False) for chat in items)
-    return _cut(_stream(texts, [], draw, limit), draw)
+    return windows_of_texts(items, draw, limit) if kind == "texts" else windows_of_chats(items, draw, limit)
 
 
-def _stream(texts: Iterable[str], end: list[int], draw: _Draw, limit: float) -> torch.Tensor:
-    """All texts' tokens, each text followed by `end`; stops soon after `limit` tokens."""
-    chunks, total = [], 0
-    written = (text for text in texts if text is not None and text.strip())
-    while total < limit and (batch := list(itertools.islice(written, 64))):
-        encoded = draw.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        chunks.append(torch.tensor([token for ids in encoded for token in (*ids, *end)]))
-        total += len(chunks[-1])
-    return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64)
-
-
-def _cut(stream: torch.Tensor, draw: _Draw) -> list[torch.Tensor]:
-    windows = stream[: len(stream) // draw.seq_len * draw.seq_len].view(-1, draw.seq_len)
-    if len(windows) < draw.num_samples:
-        size = draw.num_samples * draw.seq_len
-        needed = f"num_samples={draw.num_samples} of seq_len={draw.seq_len} need {size}"
-        fits = f"num_samples={len(windows)}" if len(windows) else "a smaller seq_len"
-        raise ValueError(f"{draw.source} has {len(stream)} tokens, {needed}: pass more text, or {fits}")
-    order = random.Random(draw.seed).sample(range(len(windows)), draw.num_samples)
-    return [windows[i].clone() for i in order]
-
-
-def _from_ids(items: Iterable[Any], draw: _Draw) -> list[torch.Tensor]:
+def _from_ids(items: Iterable[Any], draw: Draw) -> list[torch.Tensor]:
     rows = (row for i, item in enumerate(items) for row in token_rows(item, f"{draw.source} item {i}"))
     windows = [row[: draw.seq_len].long() for row in itertools.islice(rows, draw.num_samples)]
     if len(windows) < draw.num_samples:
@@ -245,17 +212,3 @@ def token_rows(item: Any, where: str) -> Iterator[torch.Tensor]:
     for row, kept in zip(ids, mask, strict=True):
         _check_ids(row[kept], where)
         yield row[kept]
-
-
-def _draw_windows(documents: Sequence[str], draw: _Draw) -> list[torch.Tensor]:
-    """Random windows of random documents longer than `seq_len`, the way pruning papers use C4."""
-    rng, size, windows = random.Random(draw.seed), draw.seq_len, []
-    for _ in range(_MAX_DRAWS * draw.num_samples):
-        ids = draw.tokenizer(documents[rng.randrange(len(documents))], verbose=False)["input_ids"]
-        if len(ids) > size:
-            start = rng.randrange(len(ids) - size)
-            windows.append(torch.tensor(ids[start : start + size]))
-        if len(windows) == draw.num_samples:
-            return windows
-    found = f"{draw.source} gave {len(windows)} of {draw.num_samples} documents of over seq_len={size} tokens"
-    raise ValueError(f'{found}: pass a smaller seq_len, or calibration="self", {INSTEAD}')

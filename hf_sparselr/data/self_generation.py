@@ -11,16 +11,16 @@ from .sources import INSTEAD
 
 
 def sample_from_model(
-    model: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int, batch_size: int = 8
+    model: Any, bos_id: int | None, *, num_samples: int, seq_len: int, seed: int, batch_size: int = 8
 ) -> list[torch.LongTensor]:
     """Token windows that the dense model itself writes, for calibration="self".
 
-    Samples the model's plain distribution, starting from BOS (the tokenizer's, else the model's), or without
-    one from random ids. Random state, training flags and generation config are afterwards as before. The
-    windows depend on `batch_size`.
+    Samples the model's plain distribution. Random state, training flags and generation config are afterwards as
+    before. The windows depend on `batch_size`.
 
     Args:
-        tokenizer: only its `bos_token_id` is used; may be None.
+        bos_id: the first token of every window. None: the BOS of the model's generation config, or random ids if it
+            has none.
 
     Returns:
         `num_samples` int64 CPU tensors of shape (seq_len,).
@@ -33,7 +33,7 @@ def sample_from_model(
     if not can_generate_text(model):
         name = type(model).__name__
         raise ValueError(f'calibration="self": {name} is no decoder that generates text: pass {INSTEAD}')
-    starts = _start_ids(model, tokenizer, num_samples, seed).to(model.device)
+    starts = _start_ids(model, bos_id, num_samples, seed).to(model.device)
     length = {"min_new_tokens": seq_len - 1, "max_new_tokens": seq_len - 1}
     eos = model.generation_config.eos_token_id
     windows: list[torch.LongTensor] = []
@@ -53,9 +53,8 @@ def can_generate_text(model: Any) -> bool:
     return getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
 
 
-def _start_ids(model: Any, tokenizer: Any, num_samples: int, seed: int) -> torch.Tensor:
-    bos = getattr(tokenizer, "bos_token_id", None)
-    bos = model.generation_config.bos_token_id if bos is None else bos
+def _start_ids(model: Any, bos_id: int | None, num_samples: int, seed: int) -> torch.Tensor:
+    bos = model.generation_config.bos_token_id if bos_id is None else bos_id
     if bos is not None:
         return torch.full((num_samples, 1), bos)
     vocab_size = model.get_input_embeddings().num_embeddings

@@ -66,21 +66,22 @@ def read_files(name: str, where: str) -> list[str]:
     return texts
 
 
-def load_texts(source: str, split: str = "train") -> list[str]:
+def load_texts(source: str, split: str = "train", field: str = "source") -> list[str]:
     """The texts of files or of a Hub data set.
 
     Args:
         source: "file:GLOB" of UTF-8 text files, or a Hub data set ("id" or "id:config") with a text column.
         split: of a Hub data set.
+        field: the name of the argument in error messages.
 
     Raises:
         ValueError: no file matches, a file is not UTF-8, or the data set has no text column.
         OSError: the data set cannot be loaded.
     """
-    where = f"source={source!r}"
+    where = f"{field}={source!r}"
     if source.startswith(FILES):
         return read_files(source, where)
     rows = load_split(source, split, where, '"file:GLOB"')
     if "text" not in rows.column_names:
         raise ValueError(f"{where} has columns {rows.column_names}: expected one named text")
-    return list(rows["text"])
+    return [text for text in rows["text"] if text is not None]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..compression.pipeline import make_batches
 from ..data import calibration as sources
+from ..data.windows import start_ids, text_length
 from ..utils.modules import eval_mode
 from ..utils.validation import check_integer
 
@@ -32,7 +33,8 @@ def perplexity(
 ) -> float:
     """exp of the mean negative log-likelihood of the next token.
 
-    Texts are joined by blank lines, tokenised once and cut into windows; a last, shorter window counts too. With
+    Texts are joined by blank lines, tokenised once and cut into windows; a last, shorter window counts too. A window
+    begins with the special tokens that the tokenizer puts before a text, such as BOS; these are not scored. With
     `stride` < `seq_len` windows overlap, and each scores only the tokens that the one before it did not reach.
     Logits are taken to float32, sums to float64. The model's training flags are afterwards as before.
 
@@ -62,8 +64,12 @@ def perplexity(
     if _is_ids(data):
         windows, scored = _windows_of_ids(data, stride, context)
     else:
-        length = min(seq_len, context or seq_len)
-        stride = _check_stride(stride, length, seq_len)
+        if tokenizer is None:
+            raise ValueError(
+                "tokenizer=None: data are text; pass the model's tokenizer, or token ids as data"
+            )
+        length = text_length(tokenizer, min(seq_len, context or seq_len))
+        stride = _check_stride(stride, length)
         windows, scored = _windows_of_text(_text(data), tokenizer, length, stride)
     windows, scored = windows[:max_windows], scored[:max_windows]
     _check_vocabulary(windows, config.vocab_size)
@@ -78,13 +84,14 @@ def _check_model(model: Any) -> None:
     raise TypeError(f"model=<{type(model).__name__}>: expected a causal language model with a language head")
 
 
-def _check_stride(stride: int | None, length: int, seq_len: int) -> int:
+def _check_stride(stride: int | None, length: int) -> int:
     if stride is None:
         return length
     check_integer("stride", stride, 1)
     if stride > length:
-        bound = f"seq_len={seq_len}" if length == seq_len else f"the model's context of {length}"
-        raise ValueError(f"stride={stride!r}: expected an integer in 1..{length} ({bound})")
+        raise ValueError(
+            f"stride={stride!r}: expected an integer in 1..{length}, the tokens of text in a window"
+        )
     return stride
 
 
@@ -151,20 +158,22 @@ def _text_column(dataset: Any, where: str) -> list[str]:
 def _windows_of_text(
     text: str, tokenizer: Any, length: int, stride: int
 ) -> tuple[list[torch.Tensor], list[int]]:
-    """Windows of up to `length` tokens, `stride` apart, and how many tokens at the end of each are scored."""
-    if tokenizer is None:
-        raise ValueError("tokenizer=None: data are text; pass the model's tokenizer, or token ids as data")
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-    if len(ids) < 2:
+    """Windows of up to `length` tokens of text, `stride` apart, and how many tokens at the end of each are scored."""
+    ids = torch.tensor(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
+    )
+    start_tokens = torch.tensor(start_ids(tokenizer), dtype=torch.int64)
+    if len(start_tokens) + len(ids) < 2:
         raise ValueError(f"data={reprlib.repr(text)} has {len(ids)} tokens: expected at least 2")
     windows, scored, reached = [], [], 0
     for start in range(0, len(ids), stride):
-        window = ids[start : start + length]
-        new = min(start + len(window) - reached, len(window) - 1)  # nothing predicts a window's first token
+        part = ids[start : start + length]
+        window = torch.cat([start_tokens, part])
+        new = min(start + len(part) - reached, len(window) - 1)  # nothing predicts a window's first token
         if new > 0:
             windows.append(window)
             scored.append(new)
-        reached = start + len(window)
+        reached = start + len(part)
         if reached == len(ids):
             break
     return windows, scored

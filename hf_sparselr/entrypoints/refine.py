@@ -16,12 +16,16 @@ from ..compression.linear_layers import dense_weight, weight_shape
 from ..compression.model_structure import find_stacks, linear_layers
 from ..compression.plan import Layer, plan_layers
 from ..compression.precomputed import Factors, Precomputed
-from ..compression.run import compress_in_memory, load_calibration, sample_windows
+from ..compression.run import compress_in_memory
+from ..compression.samples import Samples
 from ..config.sparselr_config import SparseLRConfig
+from ..data.origin import Origin
 from ..format.patterns import Unstructured
 from ..integrations.transformers.quantizer import attach
 from ..solvers.registry import METHODS, PRECOMPUTED
-from .compress import dense_skeleton, load_dense, save
+from ..utils.modules import check_device
+from .dense_model import dense_skeleton
+from .output import check_folder, check_output, save
 
 Model = str | os.PathLike | PreTrainedModel
 
@@ -60,18 +64,22 @@ def refine(
         TypeError, ValueError: naming the field or layer, and what is allowed.
     """
     _check_arguments(model, config, reference, adapter)
+    check_device(config.device)
+    if output_dir is not None:
+        check_folder(output_dir)
     planned = _planning_config(config)
-    windows, dense = _dense_and_windows(reference, planned, load_kwargs)
+    origin, samples, dense = _dense_and_samples(reference, config, planned, load_kwargs)
     pruned, factors = _base_and_factors(model, adapter, planned, load_kwargs)
     plan = _found(pruned, factors, config, plan_layers(pruned, planned))
     _check_reference(dense, pruned, plan)
-    if windows is None:
-        windows = sample_windows(dense, config)
+    processors = (
+        check_output(output_dir, pruned, plan, origin, config.tokenizer) if output_dir is not None else []
+    )
     found = _found_config(config, pruned, plan)
-    report = compress_in_memory(pruned, plan, found, windows, Precomputed(dense, factors))
+    report = compress_in_memory(pruned, plan, found, samples, Precomputed(dense, factors))
     attach(pruned, found.stored(), report)
     if output_dir is not None:
-        save(pruned, output_dir, dense.config.name_or_path, config.tokenizer)
+        save(pruned, output_dir, processors)
     return pruned
 
 
@@ -129,13 +137,19 @@ def _asked(config: SparseLRConfig, own: dict, field: str) -> bool:
     return field in own or (config.was_given(field) and getattr(config, field) is not None)
 
 
-def _dense_and_windows(
-    reference: Model, planned: SparseLRConfig, load_kwargs: dict
-) -> tuple[PreTrainedModel, list[torch.Tensor] | None]:
-    if not isinstance(reference, nn.Module):
-        _, windows, dense = load_dense(os.fspath(reference), planned, load_kwargs)
-        return windows, dense
-    return load_calibration(reference, planned, reference.config.name_or_path), reference
+def _dense_and_samples(
+    reference: Model, config: SparseLRConfig, planned: SparseLRConfig, load_kwargs: dict
+) -> tuple[Origin, Samples, PreTrainedModel]:
+    """The dense model, and before its weights are read, its layers and the calibration data are checked."""
+    if isinstance(reference, nn.Module):
+        plan_layers(reference, planned)
+        origin = Origin.of_model(reference)
+        return origin, Samples.load(reference, config, origin), reference
+    origin = Origin.of_name(os.fspath(reference), load_kwargs)
+    cls, skeleton = dense_skeleton(origin)
+    plan_layers(skeleton, planned)
+    samples = Samples.load(skeleton, config, origin)
+    return origin, samples, cls.from_pretrained(origin.name, **load_kwargs)
 
 
 def _base_and_factors(
@@ -143,10 +157,10 @@ def _base_and_factors(
 ) -> tuple[PreTrainedModel, dict[str, Factors]]:
     """The pruned model, whose blocks share their tensors with the one given, and the adapter's factors."""
     if not isinstance(model, nn.Module):
-        name = os.fspath(model)
-        cls, skeleton = dense_skeleton(name, load_kwargs)
+        origin = Origin.of_name(os.fspath(model), load_kwargs)
+        cls, skeleton = dense_skeleton(origin)
         plan_layers(skeleton, planned)
-        model = cls.from_pretrained(name, **load_kwargs)
+        model = cls.from_pretrained(origin.name, **load_kwargs)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, os.fspath(adapter))
     if not isinstance(model, PeftModel):

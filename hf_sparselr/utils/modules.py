@@ -60,3 +60,19 @@ def move_to_device(values: Any, device: torch.device) -> Any:
 def named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """A module's parameters and buffers."""
     return [*module.named_parameters(), *module.named_buffers()]
+
+
+def check_device(device: Any, field: str = "device") -> None:
+    """Whether work can be done on a device; None is left to be chosen.
+
+    Raises:
+        ValueError: naming the field; an unknown device, "meta", or one that this machine lacks.
+    """
+    if device is None:
+        return
+    try:
+        if torch.empty(1, device=device).is_meta:
+            raise ValueError(f"{field}={device!r}: expected a device that holds data")
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{field}={device!r}: cannot be used here ({reason})") from error

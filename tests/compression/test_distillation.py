@@ -16,11 +16,14 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from hf_sparselr import compress
 from hf_sparselr.compression import distillation as module
 from hf_sparselr.compression import run as offline
+from hf_sparselr.compression import samples as samples_module
 from hf_sparselr.compression.distillation import copy_sharing_blocks, distill, on_device
 from hf_sparselr.compression.model_structure import find_stacks
 from hf_sparselr.compression.pipeline import make_batches
 from hf_sparselr.compression.plan import plan_layers
+from hf_sparselr.compression.samples import Samples
 from hf_sparselr.config.options import DistillOptions
+from hf_sparselr.data.origin import Origin
 from hf_sparselr.data.self_generation import sample_from_model
 from hf_sparselr.entrypoints.perplexity import perplexity
 from hf_sparselr.nn.linear import packed_layers
@@ -157,7 +160,8 @@ def test_a_trained_model_predicts_better_afterwards() -> None:
     model = compress(AutoModelForCausalLM.from_pretrained(tiny.PYLM), config)
     before, report = perplexity(model, ids), model.sparselr_report
     teacher = AutoModelForCausalLM.from_pretrained(tiny.PYLM)
-    offline.distill_in_memory(model, teacher, config, offline.load_calibration(model, config, ""), report)
+    samples = Samples.load(teacher, config, Origin(""))
+    offline.distill_in_memory(model, teacher, samples.calibration(teacher), samples, report)
     assert report.distill["loss_after"] < 0.85 * report.distill["loss_before"]
     assert perplexity(model, ids) < 0.6 * before
 
@@ -267,7 +271,7 @@ def failing_step(monkeypatch) -> None:
 
 
 def failing_sample(monkeypatch) -> None:
-    monkeypatch.setattr(offline, "sample_from_model", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(samples_module, "sample_from_model", lambda *args, **kwargs: 1 / 0)
 
 
 @pytest.mark.parametrize("train", ["all", "factors"])

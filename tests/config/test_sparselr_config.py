@@ -561,3 +561,12 @@ def test_the_reference_page_explains_every_option() -> None:
     classes += [method.options for name, method in METHODS.items() if name != PRECOMPUTED]
     for cls in classes:
         assert {option.name for option in fields(cls)} <= attributes(cls).keys(), cls
+
+
+def test_the_id_of_a_save_is_kept_and_is_no_setting() -> None:
+    stored = {**SparseLRConfig().to_dict(), "save_id": "abc"}
+    config = SparseLRConfig.from_dict(stored)
+    assert config.save_id == "abc" and config.to_dict() == stored and config.stored().save_id == "abc"
+    assert config == SparseLRConfig() and SparseLRConfig().save_id is None
+    with pytest.raises(TypeError, match="has no field 'save_id'"):
+        SparseLRConfig(save_id="abc")

@@ -6,6 +6,8 @@ import datasets
 import pytest
 import torch
 from helpers.paths import PYLM as MODEL
+from helpers.tiny import with_bos
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,7 +18,7 @@ from transformers import (
 )
 
 from hf_sparselr.data import calibration as cal
-from hf_sparselr.data import sources
+from hf_sparselr.data import sources, windows
 from hf_sparselr.data.self_generation import sample_from_model
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -48,8 +50,8 @@ def load(source, tokenizer=None, num_samples=4, seq_len=16, seed=0, vocab_size=4
     )
 
 
-def sample(model, tokenizer=None, num_samples=3, seq_len=12, seed=0, **kwargs):
-    return sample_from_model(model, tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed, **kwargs)
+def sample(model, bos_id=None, num_samples=3, seq_len=12, seed=0, **kwargs):
+    return sample_from_model(model, bos_id, num_samples=num_samples, seq_len=seq_len, seed=seed, **kwargs)
 
 
 def lists(windows):
@@ -296,20 +298,55 @@ def test_hub_without_network(monkeypatch, tokenizer, tmp_path):
 
 def test_c4_windows_come_from_long_documents(tokenizer):
     documents = [TEXTS[0], "".join(TEXTS[:20]), "".join(TEXTS[20:])]
-    draw = cal._Draw("calibration='allenai/c4'", tokenizer, 6, 64, 0)
-    windows = lists(cal._draw_windows(documents, draw))
-    sources = [tokenizer(document).input_ids for document in documents[1:]]
-    assert all(any(w in (ids[i : i + 64] for i in range(len(ids))) for ids in sources) for w in windows)
-    assert lists(cal._draw_windows(documents, draw)) == windows
-    assert lists(cal._draw_windows(documents, cal._Draw("", tokenizer, 6, 64, 1))) != windows
+    draw = windows.Draw("calibration='allenai/c4'", tokenizer, 6, 64, 0)
+    drawn = lists(windows.windows_of_documents(documents, draw))
+    ids_of = [tokenizer(document).input_ids for document in documents[1:]]
+    assert all(any(w in (ids[i : i + 64] for i in range(len(ids))) for ids in ids_of) for w in drawn)
+    assert lists(windows.windows_of_documents(documents, draw)) == drawn
+    assert lists(windows.windows_of_documents(documents, windows.Draw("", tokenizer, 6, 64, 1))) != drawn
+
+
+# --- special tokens ----------------------------------------------------------------------------------------
+
+
+def test_windows_begin_with_bos_where_texts_do(tokenizer):
+    bos = with_bos(tokenizer)
+    found = lists(load(TEXTS, bos, num_samples=20, seq_len=17))
+    plain = lists(load(TEXTS, tokenizer, num_samples=20, seq_len=16))
+    assert found == [[bos.bos_token_id, *window] for window in plain]
+    document = "".join(TEXTS)
+    draw = windows.Draw("", bos, 4, 64, 0)
+    for window in lists(windows.windows_of_documents([document], draw)):
+        assert len(window) == 64 and window[0] == bos.bos_token_id
+        assert tokenizer.decode(window[1:]) in document
+
+
+def test_a_template_that_writes_bos_gets_no_second_one(tokenizer):
+    bos = with_bos(tokenizer)
+    bos.chat_template = "{{ bos_token }}" + TEMPLATE
+    (window,) = lists(load(CHATS[:1], bos, num_samples=1, seq_len=8))
+    assert window[0] == bos.bos_token_id != window[1]
+
+
+def test_special_tokens_at_the_start(tokenizer):
+    assert windows.start_ids(tokenizer) == []
+    assert windows.start_ids(with_bos(tokenizer)) == [tokenizer.bos_token_id]
+    suffixed = copy.deepcopy(tokenizer)
+    suffixed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} {tokenizer.bos_token} $A {tokenizer.eos_token}",
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in (tokenizer.bos_token,)],
+    )
+    assert windows.start_ids(suffixed) == [tokenizer.bos_token_id] * 2
+    with pytest.raises(ValueError, match="seq_len=2: expected at least 3, as windows begin with special"):
+        load(TEXTS, suffixed, seq_len=2)
 
 
 def test_c4_without_a_long_document(tokenizer):
-    draw = cal._Draw("calibration='allenai/c4'", tokenizer, 2, 64, 0)
+    draw = windows.Draw("calibration='allenai/c4'", tokenizer, 2, 64, 0)
     with pytest.raises(
         ValueError, match="calibration='allenai/c4' gave 0 of 2 documents of over seq_len=64 tokens"
     ):
-        cal._draw_windows(TEXTS[:2], draw)
+        windows.windows_of_documents(TEXTS[:2], draw)
 
 
 # --- token ids ---------------------------------------------------------------------------------------------
@@ -393,7 +430,7 @@ def test_bad_items_of_an_iterable():
 
 
 def test_model_writes_full_windows(model, tokenizer):
-    windows = sample(model, tokenizer, num_samples=5, seq_len=64, batch_size=2)
+    windows = sample(model, tokenizer.bos_token_id, num_samples=5, seq_len=64, batch_size=2)
     assert len(windows) == 5
     assert all(w.dtype == torch.int64 and w.shape == (64,) for w in windows)
     assert all(w[0] == tokenizer.bos_token_id for w in windows)
@@ -402,10 +439,10 @@ def test_model_writes_full_windows(model, tokenizer):
 
 
 def test_model_samples_depend_on_the_seed_alone(model, tokenizer):
-    first = lists(sample(model, tokenizer))
+    first = lists(sample(model, tokenizer.bos_token_id))
     torch.manual_seed(5)
-    assert lists(sample(model, tokenizer)) == first == lists(sample(model))
-    assert lists(sample(model, tokenizer, seed=1)) != first
+    assert lists(sample(model, tokenizer.bos_token_id)) == first == lists(sample(model))
+    assert lists(sample(model, tokenizer.bos_token_id, seed=1)) != first
 
 
 def test_model_and_random_state_are_left_alone(model):

@@ -5,7 +5,7 @@ import datasets
 import pytest
 import torch
 from helpers.paths import PYLM
-from helpers.tiny import build
+from helpers.tiny import build, with_bos
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparselr.data import calibration
@@ -85,6 +85,23 @@ def test_overlapping_windows_score_only_new_tokens(model, tokenizer, stride):
     value = perplexity(model, text, tokenizer, seq_len=16, stride=stride)
     expected = sliding_reference(model, ids, 16, stride) if stride < 16 else reference(model, ids.split(16))
     assert value == close(expected)
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+def test_windows_begin_with_bos_where_texts_do(model, tokenizer, stride):
+    """As lm-eval rolls: BOS in front of every window, all tokens of text scored once."""
+    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"][0]
+    bos = with_bos(tokenizer)
+    assert len(bos(TEXTS[0])["input_ids"]) == len(ids) + 1
+    value = perplexity(model, TEXTS[0], bos, seq_len=11, stride=stride)
+    parts = [ids[start : start + 10] for start in range(0, len(ids), stride or 10)]
+    scores, reached = [], 0
+    for start, part in zip(range(0, len(ids), stride or 10), parts, strict=True):
+        window = torch.cat([torch.tensor([bos.bos_token_id]), part])
+        scores += log_likelihoods(model, window)[reached - start :].tolist()
+        reached = start + len(part)
+    assert len(scores) == len(ids)
+    assert value == close(math.exp(-sum(scores) / len(scores)))
 
 
 def test_windows_are_bounded_by_the_context(model, tokenizer):
@@ -169,9 +186,9 @@ def test_an_unbounded_loss_is_infinite():
             "a text",
             {"stride": 9, "seq_len": 8},
             ValueError,
-            r"stride=9: expected an integer in 1\.\.8 \(seq_len=8",
+            r"stride=9: expected an integer in 1\.\.8, the tokens of text in a window",
         ),
-        ("a text", {"stride": 65}, ValueError, r"stride=65: .* in 1\.\.64 \(the model's context of 64"),
+        ("a text", {"stride": 65}, ValueError, r"stride=65: expected an integer in 1\.\.64, the tokens"),
         (IDS, {"stride": 4}, ValueError, "stride=4: data are token ids, .* expected None"),
         (IDS.float(), {}, ValueError, "data item 0 holds torch.float32, not integer token ids"),
         ([IDS[0], "text"], {}, TypeError, "data item 1 is 'text', not a tensor of token ids: pass integers"),

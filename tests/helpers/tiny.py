@@ -1,5 +1,6 @@
 """Tiny random models, one a family, and the settings that compress them in a moment."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -124,3 +125,15 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
         and torch.equal(left[name].reshape(-1).view(torch.uint8), right[name].reshape(-1).view(torch.uint8))
         for name in left
     )
+
+
+def with_bos(tokenizer):
+    """A copy of a tokenizer that starts texts with BOS, as Llama's and Gemma's do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tokenizer)
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    return tokenizer

@@ -18,11 +18,13 @@ from ...compression.model_structure import linear_layers
 from ...compression.plan import plan_layers
 from ...compression.report import Report
 from ...config.sparselr_config import QUANT_METHOD, SparseLRConfig
+from ...data.origin import Origin
 from ...format.checkpoint import SENTINEL, Entry, FormatError, group_layers, layer_rank, read_headers
 from ...format.seal import METADATA, room
 from ...format.staging import Staging
 from ...nn.linear import SparseLRLinear, packed_layers
 from ...nn.shared_input import link_shared_inputs
+from ...utils.modules import check_device
 from ...utils.public_names import hub_id
 from .adapters import reject_adapters
 from .checks import check_checkpoint
@@ -69,10 +71,11 @@ class SparseLRQuantizer(HfQuantizer):
             if self.pre_quantized:
                 self._build_packed(model, checkpoint_files)
             else:
-                from ...compression.run import load_calibration
+                from ...compression.samples import Samples
 
+                check_device(self.quantization_config.device)
                 self._plan = plan_layers(model, self.quantization_config)
-                self._windows = load_calibration(model, self.quantization_config, model.config.name_or_path)
+                self._samples = Samples.load(model, self.quantization_config, Origin.of_model(model))
         return model
 
     def _build_packed(self, model: nn.Module, files: list[str] | None) -> None:
@@ -108,7 +111,7 @@ class SparseLRQuantizer(HfQuantizer):
             from ...compression.run import compress_in_memory
 
             config = self.quantization_config
-            report = compress_in_memory(model, self._plan, config, self._windows)
+            report = compress_in_memory(model, self._plan, config, self._samples)
             attach(model, config.stored(), report).hf_quantizer.new_modules = self.new_modules
             return model
         for name, parameter in model.named_parameters():

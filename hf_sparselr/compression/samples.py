@@ -1,0 +1,119 @@
+"""The calibration samples of one run: loaded before the weights, or written by the dense model."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config.sparselr_config import SparseLRConfig
+from ..data.calibration import CUSTOM, load_windows, needs_tokenizer
+from ..data.origin import Origin
+from ..data.self_generation import sample_from_model
+from .model_structure import context_length
+
+logger = logging.getLogger("hf_sparselr")
+
+SELF_BATCH = 256  # windows that the dense model writes at a time for distillation
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calibration samples, made when they can be made.
+
+    Attributes:
+        origin: of the dense model; its tokenizer is loaded from there.
+        loaded: token windows, 1-D int64; None for "self", whose windows need the weights.
+    """
+
+    config: SparseLRConfig
+    origin: Origin
+    loaded: list[torch.Tensor] | None
+
+    @classmethod
+    def load(cls, model: PreTrainedModel, config: SparseLRConfig, origin: Origin) -> "Samples":
+        """Reads the data that the config names; the model may be on the meta device.
+
+        Raises:
+            TypeError, ValueError, OSError: see `data.calibration.load_windows`; no tokenizer for text.
+        """
+        source = config.calibration
+        if isinstance(source, str) and source == CUSTOM:
+            raise ValueError(
+                f"calibration={CUSTOM!r} stands for data that were not stored with the config: pass the data again"
+            )
+        if isinstance(source, str) and source == "self":
+            return cls(config, origin, None)
+        tokenizer = config.tokenizer
+        if tokenizer is None and needs_tokenizer(source):
+            tokenizer = origin.tokenizer()
+        windows = load_windows(
+            source,
+            tokenizer,
+            num_samples=config.num_samples,
+            seq_len=_bounded(config.seq_len, model),
+            seed=config.seed,
+            vocab_size=model.config.get_text_config().vocab_size,
+        )
+        return cls(config, origin, windows)
+
+    def calibration(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        """The calibration windows; those of "self" are written by `model`, which is dense."""
+        if self.loaded is not None:
+            return self.loaded
+        config = self.config
+        return sample_from_model(
+            model,
+            self._bos_id(),
+            num_samples=config.num_samples,
+            seq_len=_bounded(config.seq_len, model),
+            seed=config.seed,
+        )
+
+    def for_distillation(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        """The windows that `distill.self_samples` asks the dense model to write beside the calibration windows."""
+        options = self.config.distill
+        if not options.self_samples:
+            return []
+        return sample_from_model(
+            model,
+            self._bos_id(),
+            num_samples=options.self_samples,
+            seq_len=_bounded(options.self_len, model),
+            seed=self.config.seed + 1,
+            batch_size=SELF_BATCH,
+        )
+
+    def _bos_id(self) -> int | None:
+        """The tokenizer's BOS; None leaves it to the model's own."""
+        try:
+            tokenizer = self.config.tokenizer or self.origin.tokenizer()
+        except OSError as error:
+            logger.debug("%s", error)
+            return None
+        return getattr(tokenizer, "bos_token_id", None)
+
+
+def warn_of_few_tokens(windows: Iterable[torch.Tensor], widths: dict[str, int]) -> None:
+    """Warns if a layer has more inputs than there are calibration tokens.
+
+    Args:
+        widths: the number of inputs of every planned layer.
+    """
+    tokens = sum(map(len, windows))
+    widest = max(widths, key=widths.__getitem__)
+    if tokens < widths[widest]:
+        logger.warning(
+            "%d calibration tokens are fewer than the %d inputs of %s: the layer can fit them exactly, and a small "
+            "error then says nothing about other text; raise num_samples or seq_len",
+            tokens,
+            widths[widest],
+            widest,
+        )
+
+
+def _bounded(length: int, model: PreTrainedModel) -> int:
+    """A window's length, bounded by the model's context."""
+    limit = context_length(model)
+    return min(length, limit) if limit else length

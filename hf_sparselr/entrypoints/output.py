@@ -1,0 +1,131 @@
+"""The folder that a verb writes: checked before the work, filled after it."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..compression.linear_layers import weight_shape
+from ..compression.plan import Layer
+from ..data.origin import Origin
+
+logger = logging.get_logger("hf_sparselr")
+
+
+def check_folder(output_dir: str | os.PathLike) -> None:
+    """Whether files can be written there; nothing is created.
+
+    Raises:
+        OSError: it is a file, lies below one, or nothing can be written there.
+    """
+    field = f"output_dir={os.fspath(output_dir)!r}"
+    existing = _existing(output_dir)
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{field}: expected a folder, but {str(existing)!r} is a file")
+    try:
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError("permission denied")
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise PermissionError(
+            f"{field}: expected a folder that can be written, but {str(existing)!r} cannot ({error})"
+        ) from error
+
+
+def check_output(
+    output_dir: str | os.PathLike,
+    model: PreTrainedModel,
+    plan: Mapping[str, Layer],
+    origin: Origin,
+    tokenizer: Any,
+) -> list[Any]:
+    """Whether everything that will be written can be.
+
+    Args:
+        model: dense, or its skeleton, in the dtype in which it will be loaded.
+        tokenizer: the one that the config was given.
+
+    Returns:
+        The processors to save beside the model.
+
+    Raises:
+        OSError: too little space.
+        ValueError: a generation config that transformers refuses to save.
+    """
+    _check_space(output_dir, stored_bytes(model, plan))
+    _check_generation_config(model, origin)
+    return _processors(origin, tokenizer)
+
+
+def _check_space(output_dir: str | os.PathLike, needed: int) -> None:
+    free = shutil.disk_usage(_existing(output_dir)).free
+    if free < needed:
+        raise OSError(
+            f"output_dir={os.fspath(output_dir)!r}: expected {needed:,} bytes free for the checkpoint, found {free:,}"
+        )
+
+
+def stored_bytes(model: PreTrainedModel, plan: Mapping[str, Layer]) -> int:
+    """Bytes of the packed checkpoint of a dense model, or of its skeleton, without the files' headers."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # tied ones once
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    for name, layer in plan.items():
+        weight = model.get_submodule(name).weight
+        shape = rows, columns = weight_shape(model.get_submodule(name))
+        values = layer.pattern.kept(shape) + layer.rank * (rows + columns)
+        total += rows * -(-columns // 8) + (values - weight.numel()) * weight.element_size()
+    return total
+
+
+def _check_generation_config(model: PreTrainedModel, origin: Origin) -> None:
+    config = getattr(model, "generation_config", None)
+    if model.device.type == "meta":  # a skeleton's is not the one beside the weights
+        with suppress(OSError):
+            config = GenerationConfig.from_pretrained(origin.name, **origin.arguments)
+    if config is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config.save_pretrained(folder)
+        except ValueError as error:
+            raise ValueError(
+                f"generation_config of {origin.name or type(model).__name__!r} cannot be saved: {_line(error)} Set "
+                "model.generation_config on a loaded model, and compress that"
+            ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _processors(origin: Origin, tokenizer: Any) -> list[Any]:
+    """The model's processor, and the tokenizer that the config was given, which is saved over it.
+
+    A model without either is saved without, after a warning that says why.
+    """
+    given = [tokenizer] if hasattr(tokenizer, "save_pretrained") else []
+    try:
+        return [origin.processor(), *given]
+    except OSError as error:
+        if not given:
+            logger.warning(f"the checkpoint will hold no tokenizer or processor: {error}")
+        return given
+
+
+def save(model: PreTrainedModel, output_dir: str | os.PathLike, processors: list[Any]) -> None:
+    """Writes the packed checkpoint with its report and card, and the processors beside it."""
+    model.save_pretrained(output_dir)
+    for processor in processors:
+        processor.save_pretrained(output_dir)
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    """The path itself, or the nearest folder or file above it that exists."""
+    absolute = Path(path).absolute()
+    return next(part for part in (absolute, *absolute.parents) if os.path.lexists(part))
