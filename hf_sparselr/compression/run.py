@@ -18,11 +18,8 @@ from .pipeline import make_batches, replace_in, run
 from .plan import Layer
 from .precomputed import Precomputed
 from .report import Report
-<<<<<<< HEAD
-from .training_loop import hold_back
-=======
 from .samples import Samples, warn_of_few_tokens
->>>>>>> config
+from .training_loop import hold_back
 
 logger = logging.getLogger("hf_sparselr")
 
@@ -74,22 +71,9 @@ def distill_in_memory(
     device = work_device(config.device, model.device)
     phases = PhaseTimer(device)
     with phases("distillation"), on_device(teacher, device, options):
-<<<<<<< HEAD
         trained = len(windows) - hold_back(windows)
         windows, kept_back = windows[:trained], windows[trained:]
-        if options.self_samples:
-            tokenizer = config.tokenizer or _tokenizer(teacher.config.name_or_path)
-            windows = windows + sample_from_model(
-                teacher,
-                tokenizer,
-                num_samples=options.self_samples,
-                seq_len=_bounded(options.self_len, model),
-                seed=config.seed + 1,
-                batch_size=SAMPLE_BATCH,
-            )
-=======
         windows = windows + samples.for_distillation(teacher)
->>>>>>> config
         size = math.gcd(config.batch_size, options.batch_size) if takes_batches(teacher, windows[0]) else 1
         bar = transformers_logging.tqdm(total=options.passes, desc="Distilling", unit="pass")
 
