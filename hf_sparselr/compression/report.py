@@ -119,7 +119,13 @@ class Report:
         return "\n".join([table(rows), *([self.allocation_line()] if self.allocation else [])])
 
     def allocation_line(self) -> str:
-        """The choices of a non-uniform allocation, in a line."""
+        """The choices of a non-uniform allocation, in a line; its name alone where a report file lacks them."""
+        try:
+            return self._allocation_choices()
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return str(self.settings.get("allocation", "-"))
+
+    def _allocation_choices(self) -> str:
         zeros, ranks = ([row[field] for row in self.layers] for field in ("sparsity", "rank"))
         line = (
             f"{self.settings['allocation']}: {min(zeros):.2%} to {max(zeros):.2%} zeros, "
