@@ -1,5 +1,6 @@
 """The factors of a compressed model as a LoRA adapter."""
 
+import logging
 import re
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -7,8 +8,12 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..transformers.heads import heads, task_type
-from .guards import _compressed_layers
 from .lora_layer import REPLACING
+from .targets import compressed_layers, refused_by_peft
+
+logger = logging.getLogger("hf_sparselr")
+
+_WITHOUT_ADAPTERS = "hf_sparselr.train_mode trains them without adapters"
 
 # Arguments that lora_config derives from the compressed layers.
 _DERIVED = (
@@ -65,9 +70,7 @@ def lora_config(model: nn.Module, **lora_kwargs) -> LoraConfig:
             "with exclude_modules, a list of names or a regular expression"
         )
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    ranks = {name: layer.rank for name, layer in _compressed_layers(model).items() if layer.rank}
-    if not ranks:
-        raise ValueError("the model holds no compressed layer with low-rank factors: use peft.LoraConfig")
+    ranks = _ranks(model)
     lora_kwargs.setdefault("task_type", task_type(model))
     saved = [*(lora_kwargs.pop("modules_to_save", None) or ()), *heads(model)]
     largest = max(ranks.values())
@@ -85,6 +88,21 @@ def lora_config(model: nn.Module, **lora_kwargs) -> LoraConfig:
     )
     _check_targets(config, model, set(ranks))
     return config
+
+
+def _ranks(model: nn.Module) -> dict[str, int]:
+    """{name: rank} of the layers whose factors PEFT can hold."""
+    ranks = {name: layer.rank for name, layer in compressed_layers(model).items() if layer.rank}
+    if not ranks:
+        raise ValueError("the model holds no compressed layer with low-rank factors: use peft.LoraConfig")
+    refused = refused_by_peft(model, list(ranks))
+    if len(refused) == len(ranks):
+        raise ValueError(f"PEFT refuses LoRA on all layers with low-rank factors: {_WITHOUT_ADAPTERS}")
+    if refused:
+        logger.warning(
+            "PEFT refuses LoRA on %s: these factors stay as they are; %s", refused, _WITHOUT_ADAPTERS
+        )
+    return {name: rank for name, rank in ranks.items() if name not in refused}
 
 
 def as_peft_model(model: nn.Module, adapter_name: str = "default", **lora_kwargs) -> PeftModel:
