@@ -1,4 +1,4 @@
-"""Which parameters of a compressed model train, and which ways of sharding them cannot work."""
+"""Chooses which parameters of a compressed model train."""
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,14 +15,14 @@ MODES = ("factors", "factors+norms", "full")
 
 
 def train_mode(model: nn.Module, mode: str = "factors") -> nn.Module:
-    """Chooses what trains: sets `requires_grad` of every parameter, and lets Trainer take the model as it is.
+    """Sets `requires_grad` of every parameter, and lets Trainer take the model without adapters.
 
-    S keeps its support in every mode: `values` holds the kept entries alone, so their gradient is the dense one
-    projected on the support, and an optimizer's state is as long as they are. The packed mask never trains.
-    The model saves and reloads packed as before.
+    S keeps its support in every mode. `values` holds only the kept entries: their gradient is the dense one projected
+    on the support, and the optimizer's state is as long as they are. The packed mask never trains. The model saves
+    and reloads packed as before.
 
-    Optimizers round every step to the parameters' dtype: load the model with `dtype=torch.float32` for "full"
-    (bf16 autocast on top is fine), or use an optimizer with its own FP32 copy.
+    An optimizer rounds every step to the parameters' dtype. For "full", load the model with `dtype=torch.float32`
+    (BF16 autocast on top is fine), or use an optimizer that keeps an FP32 copy.
 
     Args:
         model: a compressed model, changed in place. Around one with adapters, only "factors" is possible.

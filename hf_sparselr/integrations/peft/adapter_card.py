@@ -1,4 +1,4 @@
-"""The card that PEFT writes beside an adapter: which compressed model it belongs to, and what opens that."""
+"""The card beside an adapter. It names the compressed model, and the package that opens it."""
 
 import os
 from collections.abc import Callable

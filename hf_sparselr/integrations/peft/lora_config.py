@@ -42,21 +42,22 @@ def _check_targets(config: LoraConfig, model: nn.Module, intended: set[str]) -> 
 
 
 def lora_config(model: nn.Module, **lora_kwargs) -> LoraConfig:
-    """A LoraConfig under which the model's low-rank factors are the adapter, so that they can be trained.
+    """A LoraConfig whose adapter is the model's low-rank factors, so that they can be trained.
 
-    The model's output does not change: to the bit in FP32, and in half precision if the adapter keeps that
-    dtype (`autocast_adapter_dtype=False`, as in `as_peft_model`).
+    The model's outputs stay the same: to the bit in FP32, and in half precision if the adapter keeps that dtype
+    (`autocast_adapter_dtype=False`, as in `as_peft_model`).
 
     Args:
-        model: a compressed transformers model. Layers of rank 0 get no adapter.
+        model: a compressed transformers model. Layers of rank 0 get no adapter, and neither do layers on which PEFT
+            refuses LoRA; a warning names these.
         **lora_kwargs: other fields of LoraConfig, for example `lora_dropout`. `task_type` defaults to the model's
             task, where PEFT has a name for it. `modules_to_save` is extended by the task's heads (a classifier,
             say) and by modules that were newly initialised when the model was loaded: they train, too, and are
             saved with the adapter.
 
     Raises:
-        ValueError: an argument that is derived from the model or has no effect, no layer with low-rank factors, or
-            another module whose name ends in a layer's full name.
+        ValueError: an argument that is derived from the model or has no effect, no layer with low-rank factors that
+            PEFT takes, or another module whose name ends in a layer's full name.
     """
     if given := [name for name in _DERIVED if name in lora_kwargs]:
         raise ValueError(

@@ -1,9 +1,9 @@
-"""LoRA over `SparseLRLinear`: adapters that replace its factors or add to them, never touching S.
+"""LoRA over `SparseLRLinear`. Adapters replace its factors or add to them; S never changes.
 
-An adapter with `init_lora_weights="sparselr"` starts from the layer's own A and B and, while active, stands in
-for them: S x + s B' A' x. Every other adapter adds to the layer's output: S x + B A x + s B' A' x.
+An adapter with `init_lora_weights="sparselr"` starts from the layer's own A and B. While it is active it replaces
+them: S x + s B' A' x. Every other adapter adds to the layer's output: S x + B A x + s B' A' x.
 
-PEFT's own layer merges into a dense base weight, which a compressed layer does not have; hence an own class.
+PEFT's own LoRA layer merges into a dense base weight, which a compressed layer does not have.
 """
 
 import copy
@@ -28,7 +28,7 @@ def is_replacing(config: LoraConfig | None) -> bool:
 
 
 def check_config(config: LoraConfig) -> None:
-    """Raises ValueError if PEFT would edit, or read, a dense base weight under this config."""
+    """Raises ValueError if PEFT would read or edit a dense base weight under this config."""
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower() not in _ALLOWED_INITS:
         raise ValueError(
@@ -107,7 +107,7 @@ class SparseLRLoraLayer(LoraLinear):
         return adapter_name not in self.replacing and super().supports_lora_conversion(adapter_name)
 
     def _replacing(self, names: list[str]) -> str | None:
-        """The adapter among these that stands for the layer's factors, if any."""
+        """The adapter among these that replaces the layer's factors, if any."""
         found = [name for name in names if name in self.replacing]
         if len(found) > 1:
             raise ValueError(
@@ -117,10 +117,10 @@ class SparseLRLoraLayer(LoraLinear):
         return found[0] if found else None
 
     def _stands_in(self, name: str) -> bool:
-        """Whether an adapter's A and B can enter the base's product as its own factors do.
+        """Whether an adapter's A and B can enter the base's product in the place of its own factors.
 
-        Then the outputs have the same bits, however that product is computed, and cost no more. If not, the
-        adapter's modules are called: for their hooks (offloading, sharding), dropout, another dtype or scale.
+        The outputs then have the same bits and cost no more. If not, the adapter's modules are called: for their
+        hooks (offloading, sharding), their dropout, another dtype or another scale.
         """
         A, B, dropout, scale = (
             parts[name] for parts in (self.lora_A, self.lora_B, self.lora_dropout, self.scaling)

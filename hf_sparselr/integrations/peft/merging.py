@@ -1,4 +1,4 @@
-"""Merging adapters into the low-rank factors, and cutting the result back to a rank. S stays as it is."""
+"""Merges adapters into the low-rank factors and cuts the result back to a rank. S stays as it is."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -27,15 +27,15 @@ def merge_and_unload(
 ) -> nn.Module:
     """PEFT's `merge_and_unload`, after which no layer's rank exceeds a budget.
 
-    Merging is exact: a replacing adapter takes the place of a layer's factors, additive ones are concatenated to
-    them. Where that exceeds the budget, B A is replaced by the best product of that rank: nearest in the Frobenius
-    norm, or, with calibration data, with the least change of the layer's outputs on them. Nothing dense is built.
+    Merging is exact. A replacing adapter takes the place of a layer's factors; additive ones are concatenated to
+    them. A layer above the budget then gets the best product of the allowed rank: the nearest to B A in the Frobenius
+    norm, or, with calibration data, the one that changes the layer's outputs on them least. No dense weight is built.
 
     Args:
         model: a PEFT model over a compressed one; it is taken apart.
         rank: the largest rank that a layer may have; "own" for the rank that each layer had without adapters; None
             for no limit.
-        calibration: token ids: a tensor (samples, tokens) or an iterable of tensors, lists or batches.
+        calibration: token ids, as a tensor (samples, tokens) or an iterable of tensors, lists or batches.
         adapter_names: the adapters to merge; None for the active ones.
         safe_merge: refuse factors that are not finite.
 
@@ -43,8 +43,9 @@ def merge_and_unload(
         The compressed model without adapters; it saves and reloads packed.
 
     Raises:
-        TypeError, ValueError: no PEFT model over a compressed one, a negative rank, calibration data without a rank
-            or that are no token ids, or what `SparseLRLoraLayer.merge` refuses.
+        TypeError: the model is no PeftModel, or calibration holds no token ids.
+        ValueError: no compressed layer has a LoRA adapter, the rank is negative, calibration is given without a rank,
+            or `SparseLRLoraLayer.merge` refuses.
     """
     own = _own_ranks(model)
     if rank is not None and rank != OWN:
@@ -67,10 +68,10 @@ def merge_and_unload(
 def truncate(
     A: torch.Tensor, B: torch.Tensor, rank: int, gram: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rank-`rank` factors nearest to B A: min |(B A - B' A') X^T|_F over the inputs X, or |B A - B' A'|_F.
+    """The factors of a rank nearest to B A: they minimise |(B A - B' A') X^T|_F for inputs X, or |B A - B' A'|_F.
 
-    With B = Q R, the best B' A' is the projection of B A on the leading eigenvectors of R (A H A^T) R^T in the
-    basis Q, for H = X^T X (Eckart-Young in that norm), so that only A H A^T is needed of the inputs.
+    Let B = Q R and H = X^T X. The best B' A' is the projection of B A on the leading eigenvectors of R (A H A^T) R^T
+    in the basis Q (Eckart-Young in that norm). Of the inputs only A H A^T is needed.
 
     Args:
         A: (r, in), B: (out, r).
@@ -78,7 +79,7 @@ def truncate(
         gram: (r, r), A H A^T: the Gram matrix of A's outputs. None for H = I.
 
     Returns:
-        A' (rank, in) and B' (out, rank), of equal norms direction by direction, in FP64.
+        A' (rank, in) and B' (out, rank) in FP64. Row i of A' and column i of B' have equal norms.
     """
     A, B = A.double(), B.double()
     Q, R = torch.linalg.qr(B)
