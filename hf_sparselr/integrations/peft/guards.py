@@ -5,7 +5,7 @@
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -34,7 +34,8 @@ def check_injection(
     self: BaseTuner, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None = None
 ) -> None:
     """Every adapter of every method passes here while the model is still unchanged."""
-    config, layers = self.peft_config[adapter_name], compressed_layers(model)
+    config: Any = self.peft_config[adapter_name]
+    layers = compressed_layers(model)
     if not layers and not is_replacing(config):
         return
     targeted = _targeted(self, config, model, state_dict)
@@ -52,7 +53,7 @@ def check_injection(
 
 
 def _targeted(
-    tuner: BaseTuner, config: PeftConfig, model: nn.Module, state_dict: dict[str, Tensor] | None
+    tuner: BaseTuner, config: Any, model: nn.Module, state_dict: dict[str, Tensor] | None
 ) -> set[str]:
     """Names of the modules that would get the adapter, an adapter's own ones left out."""
     modules = dict(model.named_modules())
@@ -60,14 +61,14 @@ def _targeted(
     names = [name for name in modules if name and not name.startswith(adapted)]
     if state_dict is not None:
         return {name for name in names if any(key.startswith(f"{name}.") for key in state_dict)}
-    config = tuner._prepare_adapter_config(copy.copy(config), tuner.get_model_config(model))
+    config = cast(Any, tuner._prepare_adapter_config(copy.copy(config), tuner.get_model_config(model)))
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         config.target_modules = list(compressed_layers(model))
     return {name for name in names if tuner._check_target_module_exists(config, name)}
 
 
-def _check_method(config: PeftConfig) -> None:
+def _check_method(config: Any) -> None:
     if config.peft_type == PeftType.LORA:
         check_config(config)
     elif config.peft_type.value not in BESIDE:
@@ -171,7 +172,7 @@ def check_reload(
     name = adapter_name or "default"
     present = getattr(self, "peft_config", {}).get(name)
     if present is not None and compressed_layers(self):
-        config = peft_config or PeftConfig.from_pretrained(peft_model_id, **(adapter_kwargs or {}))
+        config = peft_config or PeftConfig.from_pretrained(str(peft_model_id), **(adapter_kwargs or {}))
         _check_same_kind(name, is_replacing(present), config)
 
 
@@ -183,7 +184,7 @@ def check_intruders(peft_model: nn.Module, old_adapter_name: str) -> None:
         )
 
 
-def check_experts(self: nn.Module) -> None:
+def check_experts(self: Any) -> None:
     if any(layer.replacing for layer in _lora_layers(self.lora_model).values()):
         raise ValueError(
             "X-LoRA adds its experts to each layer, but some of these replace the model's low-rank factors: use "

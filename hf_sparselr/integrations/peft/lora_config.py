@@ -2,6 +2,7 @@
 
 import logging
 import re
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -41,7 +42,7 @@ def _check_targets(config: LoraConfig, model: nn.Module, intended: set[str]) -> 
         raise ValueError(f"PEFT would also target {', '.join(extra)}: pass exclude_modules={extra!r}")
 
 
-def lora_config(model: nn.Module, **lora_kwargs) -> LoraConfig:
+def lora_config(model: nn.Module, **lora_kwargs: Any) -> LoraConfig:
     """A LoraConfig whose adapter is the model's low-rank factors, so that they can be trained.
 
     The model's outputs stay the same: to the bit in FP32, and in half precision if the adapter keeps that dtype
@@ -78,7 +79,7 @@ def lora_config(model: nn.Module, **lora_kwargs) -> LoraConfig:
     # Without the same pattern for alpha, the layers of a smaller rank would be scaled up.
     pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != largest}
     config = LoraConfig(
-        init_lora_weights=REPLACING,
+        init_lora_weights=cast(Any, REPLACING),
         r=largest,
         lora_alpha=largest,
         rank_pattern=pattern,
@@ -106,7 +107,7 @@ def _ranks(model: nn.Module) -> dict[str, int]:
     return {name: rank for name, rank in ranks.items() if name not in refused}
 
 
-def as_peft_model(model: nn.Module, adapter_name: str = "default", **lora_kwargs) -> PeftModel:
+def as_peft_model(model: nn.Module, adapter_name: str = "default", **lora_kwargs: Any) -> PeftModel:
     """The model with its low-rank factors as a trainable adapter in the model's dtype: the same outputs.
 
     Args:

@@ -1,7 +1,7 @@
 """Merges adapters into the low-rank factors and cuts the result back to a rank. S stays as it is."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -47,7 +47,7 @@ def merge_and_unload(
         ValueError: no compressed layer has a LoRA adapter, the rank is negative, calibration is given without a rank,
             or `SparseLRLoraLayer.merge` refuses.
     """
-    own = _own_ranks(model)
+    ranks = _ranks_without_adapters(model)
     if rank is not None and rank != OWN:
         check_integer("rank", rank, 0)
     if rank is None and calibration is not None:
@@ -56,12 +56,12 @@ def merge_and_unload(
     merged = model.merge_and_unload(safe_merge=safe_merge, adapter_names=adapter_names)
     if rank is None:
         return merged
-    budget = own if rank == OWN else dict.fromkeys(own, rank)
-    wide = [layer for layer in own if layer.rank > budget[layer]]
+    budget = ranks if isinstance(rank, str) else dict.fromkeys(ranks, rank)
+    wide = [layer for layer in ranks if layer.rank > budget[layer]]
     grams = _factor_grams(merged, wide, rows) if rows and wide else {}
     for layer in wide:
-        A, B = truncate(layer.A, layer.B, budget[layer], grams.get(layer))
-        layer.A, layer.B = (_frozen(factor, layer.A) for factor in (A, B))
+        A, B = truncate(*_factors(layer), budget[layer], grams.get(layer))
+        layer.A, layer.B = _frozen(A, layer.values), _frozen(B, layer.values)
     return merged
 
 
@@ -90,15 +90,21 @@ def truncate(
     return A / scale.clamp_min(torch.finfo(A.dtype).tiny)[:, None], B * scale
 
 
-def _own_ranks(model: PeftModel) -> dict[SparseLRLinear, int]:
-    """The compressed layers and their ranks without adapters, some of which may be merged already."""
+def _ranks_without_adapters(model: PeftModel) -> dict[SparseLRLinear, int]:
+    """The ranks of the compressed layers before anything was merged into them."""
     if not isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__}: expected a PeftModel")
     adapted = [module for module in model.modules() if isinstance(module, SparseLRLoraLayer)]
     if not adapted:
         raise ValueError("no compressed layer of the model has a LoRA adapter, so there is nothing to merge")
-    ranks = {module: module.rank for module in model.modules() if isinstance(module, SparseLRLinear)}
+    layers = [module for module in model.modules() if isinstance(module, SparseLRLinear)]
+    ranks = {layer: layer.rank for layer in layers}
     return {**ranks, **{layer.base_layer: layer.own_rank for layer in adapted}}
+
+
+def _factors(layer: SparseLRLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of a layer whose rank is not 0."""
+    return cast(torch.Tensor, layer.A), cast(torch.Tensor, layer.B)
 
 
 def _rows(calibration: Any) -> list[torch.Tensor]:
@@ -115,13 +121,13 @@ def _rows(calibration: Any) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _factor_grams(
-    model: nn.Module, layers: list[SparseLRLinear], rows: list[torch.Tensor]
+    model: Any, layers: list[SparseLRLinear], rows: list[torch.Tensor]
 ) -> dict[SparseLRLinear, torch.Tensor]:
     """A H A^T of layers (rank, rank), from the inputs that they see in the model."""
-    sums = {layer: GramAccumulator(layer.rank, layer.A.device) for layer in layers}
+    sums = {layer: GramAccumulator(layer.rank, layer.values.device) for layer in layers}
 
-    def record(layer: SparseLRLinear, inputs: tuple) -> None:
-        sums[layer].add(F.linear(inputs[0].float(), layer.A.float()))
+    def record(layer: SparseLRLinear, inputs: tuple[torch.Tensor, ...]) -> None:
+        sums[layer].add(F.linear(inputs[0].float(), _factors(layer)[0].float()))
 
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     try:

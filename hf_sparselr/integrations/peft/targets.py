@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftType
 from peft.tuners.lora import LoraModel
 from torch import nn
 
@@ -20,8 +21,10 @@ def compressed_layers(model: nn.Module) -> dict[str, SparseLRLinear]:
 def refused_by_peft(model: nn.Module, names: list[str]) -> list[str]:
     """The layers that PEFT refuses to put LoRA on, because their weight is read instead of called."""
     check = getattr(LoraModel, "_check_target_module_compatiblity", None)
+    if check is None:
+        return []
     config, refused = LoraConfig(), []
-    for name in names if check else ():
+    for name in names:
         try:
             check(None, config, model, name.rpartition(".")[2])
         except ValueError:
@@ -29,7 +32,7 @@ def refused_by_peft(model: nn.Module, names: list[str]) -> list[str]:
     return refused
 
 
-def convert_config(call: Callable[[], None], peft_config: PeftConfig, model: nn.Module) -> None:
+def convert_config(call: Callable[[], None], peft_config: Any, model: nn.Module) -> None:
     """Around PEFT's `convert_peft_config_for_transformers`, which turns names of modules into those of experts.
 
     PEFT takes every name that ends in, say, "down_proj" for the experts of a model whose experts transformers keeps
