@@ -1,10 +1,14 @@
 """What importing the package, torch and transformers does to one another; every test is a process of its own."""
 
+import ast
+import importlib
+
 import pytest
 from helpers import tiny
 from helpers.paths import ROOT
 from helpers.subprocesses import check
 
+import hf_sparselr
 from hf_sparselr import compress
 
 AUTOLOAD = "from hf_sparselr.integrations.autoload import autoload; autoload()\n"
@@ -32,6 +36,17 @@ except AttributeError as error:
     assert "hf_sparselr" in str(error) and "absent" in str(error)
 """
     check(code, ROOT, cwd=tmp_path)
+
+
+def test_type_checkers_see_every_public_name():
+    """They read the imports that never run."""
+    tree = ast.parse((ROOT / "hf_sparselr" / "__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.names[0].asname]
+    seen = {node.names[0].asname: (node.module, node.names[0].name) for node in imports}
+    del seen["_autoload"]
+    assert {*seen, "__version__"} == set(hf_sparselr.__all__)
+    for name, (module, inside) in seen.items():
+        assert getattr(hf_sparselr, name) is getattr(importlib.import_module(f"hf_sparselr.{module}"), inside)
 
 
 def test_import_torch_stays_as_light_as_it_was(tmp_path):
