@@ -68,13 +68,15 @@ def check(code, *paths, cwd, torch_imported=False):
     return result
 
 
-def fork(code: str, env: dict[str, str], cwd: Path | str) -> subprocess.CompletedProcess:
+def fork(
+    code: str, env: dict[str, str], cwd: Path | str, timeout: int = TIMEOUT
+) -> subprocess.CompletedProcess:
     """Runs code as `python -c` does, in a fork of a process that has imported torch before `env` was set."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
         for path in outputs:
             path.touch()
-        job = {"code": code, "env": env, "cwd": str(cwd), "timeout": TIMEOUT}
+        job = {"code": code, "env": env, "cwd": str(cwd), "timeout": timeout}
         server = _server()
         server.stdin.write(json.dumps({**job, **{path.name: str(path) for path in outputs}}) + "\n")
         server.stdin.flush()
