@@ -79,7 +79,7 @@ for name in ("single", "shards"):
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "SparseLRLinear"
     assert model(torch.arange(8)[None]).logits.isfinite().all()
 """
-    check(code, ROOT, cwd=tmp_path)
+    check(code, ROOT, cwd=tmp_path, torch_imported=True)
 
 
 def test_loading_a_packed_checkpoint_imports_no_solver(checkpoints, tmp_path):
@@ -97,7 +97,7 @@ assert loaded <= allowed, loaded
 assert model.hf_quantizer.quantization_config.method_options.form == "one-product"
 assert "hf_sparselr.solvers.threebasil" in sys.modules
 """
-    check(code, ROOT, cwd=tmp_path)
+    check(code, ROOT, cwd=tmp_path, torch_imported=True)
 
 
 def test_a_packed_checkpoint_is_refused_without_the_package(checkpoints, tmp_path):
@@ -113,7 +113,7 @@ for name in ("single", "shards"):
         raise AssertionError(f"{{name}} was loaded")
 assert not any(name.startswith("hf_sparselr") for name in sys.modules)
 """
-    check(code, cwd=tmp_path)
+    check(code, cwd=tmp_path, torch_imported=True)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ assert not any(name.startswith("hf_sparselr") for name in sys.modules)
     ],
 )
 def test_every_import_order_registers(first, tmp_path):
-    result = check(f"{first}\n{REGISTERED}", ROOT, cwd=tmp_path)
+    result = check(f"{first}\n{REGISTERED}", ROOT, cwd=tmp_path, torch_imported=True)
     assert "could not register" not in result.stderr
 
 
@@ -146,7 +146,7 @@ else:
     raise AssertionError("PEFT's own call was not checked")
 {REGISTERED}
 """
-    assert "could not register" not in check(code, ROOT, cwd=tmp_path).stderr
+    assert "could not register" not in check(code, ROOT, cwd=tmp_path, torch_imported=True).stderr
 
 
 @pytest.mark.parametrize("host", ["transformers.quantizers", "transformers.quantizers.auto", "peft"])
@@ -198,4 +198,7 @@ sys.modules["hf_sparselr.nn.linear"] = None  # importing it raises ImportError
 import transformers.quantizers
 from transformers import LlamaConfig
 """
-    assert "could not register itself with transformers.quantizers" in check(code, ROOT, cwd=tmp_path).stderr
+    assert (
+        "could not register itself with transformers.quantizers"
+        in check(code, ROOT, cwd=tmp_path, torch_imported=True).stderr
+    )
