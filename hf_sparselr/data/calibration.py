@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..utils.public_names import public_source
+from .model_inputs import Sample, is_model_inputs, samples_of, token_samples
 from .sources import C4, COLUMNS, FILES, INSTEAD, column_of, is_dataset, load_split, read_files
 from .windows import Draw, windows_of_chats, windows_of_documents, windows_of_texts
 
@@ -25,7 +26,8 @@ _STRING = re.compile(r"self|file:.*\S.*|\w[\w.-]*(/\w[\w.-]*)?(:[^\s:]+)?")
 _INT_DTYPES = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _ALLOWED = (
     'pass "self", "file:GLOB", a Hub data set "id" or "id:config", a list of texts, a list of chats (each a '
-    "list of message dicts), a datasets.Dataset, or integer token tensors: (samples, tokens) or an iterable"
+    "list of message dicts), a datasets.Dataset, integer token tensors: (samples, tokens) or an iterable, or an "
+    "iterable of dicts of model inputs, as a processor returns them"
 )
 
 
@@ -70,8 +72,61 @@ def needs_tokenizer(calibration: Any) -> bool:
     return isinstance(calibration, str)
 
 
+def load_samples(
+    calibration: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int, vocab_size: int | None
+) -> list[Sample]:
+    """Calibration samples from any source except "self".
+
+    Dicts of model inputs are taken in order, the first `num_samples`, as they are; see `model_inputs.samples_of`. All
+    other sources give token windows, see `load_windows`.
+
+    Raises:
+        TypeError, ValueError, OSError: as `load_windows`; too few dicts, or values that are no finite tensors.
+    """
+    check_source(calibration)
+    if isinstance(calibration, Iterable) and not isinstance(calibration, str | torch.Tensor):
+        first, calibration = _peek(calibration)
+        if is_model_inputs(first):
+            return _load_model_inputs(calibration, num_samples, vocab_size)
+    return token_samples(
+        load_windows(
+            calibration, tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed, vocab_size=vocab_size
+        )
+    )
+
+
+def _peek(source: Any) -> tuple[Any, Any]:
+    """The first item of a source, and the source with it."""
+    if isinstance(source, Sequence) or is_dataset(source):
+        return (source[0] if isinstance(source, list | tuple) else None), source
+    items = iter(source)
+    first = next(items, None)
+    return first, itertools.chain(() if first is None else (first,), items)
+
+
+def _load_model_inputs(items: Iterable[Any], num_samples: int, vocab_size: int | None) -> list[Sample]:
+    source, samples = "calibration=<dicts of model inputs>", []
+    for index, item in enumerate(items):
+        if len(samples) >= num_samples:
+            break
+        where = f"{source} item {index}"
+        if not isinstance(item, Mapping):
+            raise TypeError(f"{where} is {reprlib.repr(item)}, expected a dict as the ones before it")
+        samples += samples_of(item, where)
+    if len(samples) < num_samples:
+        raise ValueError(
+            f"{source} has {len(samples)} samples, num_samples={num_samples} are needed: pass more, or "
+            f"num_samples={len(samples)}"
+        )
+    samples = samples[:num_samples]
+    _check_vocabulary(
+        [sample["input_ids"] for sample in samples if "input_ids" in sample], source, vocab_size
+    )
+    return samples
+
+
 def load_windows(
-    calibration: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int, vocab_size: int
+    calibration: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int, vocab_size: int | None
 ) -> list[torch.LongTensor]:
     """Token windows from any source except "self".
 
@@ -97,12 +152,17 @@ def load_windows(
     if isinstance(calibration, str) and calibration == "self":
         raise ValueError(f"{source} holds no data: call sample_from_model with the dense model")
     windows = _load(calibration, Draw(source, tokenizer, num_samples, seq_len, seed))
-    for index, window in enumerate(windows):
+    _check_vocabulary(windows, source, vocab_size)
+    return windows
+
+
+def _check_vocabulary(windows: list[torch.Tensor], source: str, vocab_size: int | None) -> None:
+    """Raises ValueError at an id that the model has no embedding for. A model without a vocabulary has no limit."""
+    for index, window in enumerate(windows) if vocab_size else ():
         bad = window[(window < 0) | (window >= vocab_size)].tolist()
         if bad:
             where = f"{source} has id {bad[0]} in sample {index}, outside [0, vocab_size={vocab_size})"
             raise ValueError(f"{where}: pass ids, or a tokenizer, that belong to the model")
-    return windows
 
 
 def _show(calibration: Any) -> str:
@@ -133,6 +193,8 @@ def _check_list(items: Sequence[Any], source: str) -> None:
 def _kind(item: Any) -> str | None:
     if isinstance(item, str):
         return "texts"
+    if is_model_inputs(item):
+        return "model inputs"
     if hasattr(item, "__array__") or (isinstance(item, Mapping) and "input_ids" in item):
         return "token ids"
     if not isinstance(item, list | tuple) or not item:
