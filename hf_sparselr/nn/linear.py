@@ -7,7 +7,7 @@ from torch import nn
 
 from ..format.bitmask import pack, unpack
 from ..format.decomposition import Decomposition
-from ..kernels import PackedWeight, packed_linear
+from ..kernels import PackedWeight, exportable_linear, packed_linear
 from .lazy_weight import LazyDenseWeight
 
 
@@ -131,14 +131,14 @@ class SparseLRLinear(nn.Linear):
         """x: (..., in) to (..., out); `factors`, (A, B) or (None, None), stand in for the layer's own."""
         if factors is not None:
             A, B = factors
-            return packed_linear(inputs, self.packed_weight._replace(A=A, B=B), self.kernel)
-        if self.shared_input is None or torch.is_grad_enabled():
+            return _multiply(inputs, self.packed_weight._replace(A=A, B=B), self.kernel)
+        if self.shared_input is None or torch.is_grad_enabled() or torch.onnx.is_in_onnx_export():
             return self.product(inputs)
         return self.shared_input(self, inputs)
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """`forward` of this layer alone."""
-        return packed_linear(inputs, self.packed_weight, self.kernel)
+        return _multiply(inputs, self.packed_weight, self.kernel)
 
     def to_dense(self) -> nn.Module:
         """The layer it replaced, with S + B A as its weight."""
@@ -161,6 +161,12 @@ class SparseLRLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"sparsity={1 - kept:.4g}, rank={self.rank}, bias={self.bias is not None}"
         )
+
+
+def _multiply(inputs: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Tensor:
+    if torch.onnx.is_in_onnx_export():
+        return exportable_linear(inputs, weight)
+    return packed_linear(inputs, weight, kernel)
 
 
 def packed_layers(model: nn.Module) -> dict[str, SparseLRLinear]:
