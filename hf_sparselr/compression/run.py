@@ -18,7 +18,7 @@ from .pipeline import make_batches, replace_in, run
 from .plan import Layer
 from .precomputed import Precomputed
 from .report import Report
-from .samples import Samples, warn_of_few_tokens
+from .samples import Samples, token_windows, warn_of_few_tokens
 from .training_loop import hold_back
 
 logger = logging.getLogger("hf_sparselr")
@@ -39,8 +39,9 @@ def compress_in_memory(
         precomputed: decompositions to refine instead of solving.
     """
     base = precomputed.reference if precomputed else model
-    windows = samples.calibration(base)
-    warn_of_few_tokens(windows, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
+    calibration = samples.calibration(base)
+    windows = token_windows(calibration)
+    warn_of_few_tokens(calibration, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
     dense_bytes = _bytes(model)
     teacher = None
     if "distill" in config.refine_steps:  # the model is replaced block by block, so its teacher is a copy
@@ -73,7 +74,7 @@ def distill_in_memory(
     with phases("distillation"), on_device(teacher, device, options):
         trained = len(windows) - hold_back(windows)
         windows, kept_back = windows[:trained], windows[trained:]
-        windows = windows + samples.for_distillation(teacher)
+        windows = windows + token_windows(samples.for_distillation(teacher))
         size = math.gcd(config.batch_size, options.batch_size) if takes_batches(teacher, windows[0]) else 1
         bar = transformers_logging.tqdm(total=options.passes, desc="Distilling", unit="pass")
 

@@ -1,14 +1,14 @@
 """The calibration samples of one run: loaded before the weights, or written by the dense model."""
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from ..config.sparselr_config import SparseLRConfig
-from ..data.calibration import CUSTOM, load_windows, needs_tokenizer
+from ..data.calibration import CUSTOM, load_samples, reader_of
+from ..data.model_inputs import Sample, token_samples
 from ..data.origin import Origin
 from ..data.self_generation import sample_from_model
 from .model_structure import context_length
@@ -24,19 +24,20 @@ class Samples:
 
     Attributes:
         origin: of the dense model; its tokenizer is loaded from there.
-        loaded: token windows, 1-D int64; None for "self", whose windows need the weights.
+        loaded: None for "self", whose samples need the weights.
     """
 
     config: SparseLRConfig
     origin: Origin
-    loaded: list[torch.Tensor] | None
+    loaded: list[Sample] | None
 
     @classmethod
     def load(cls, model: PreTrainedModel, config: SparseLRConfig, origin: Origin) -> "Samples":
         """Reads the data that the config names; the model may be on the meta device.
 
         Raises:
-            TypeError, ValueError, OSError: see `data.calibration.load_windows`; no tokenizer for text.
+            TypeError, ValueError, OSError: see `data.calibration.load_samples`; no tokenizer for text, no processor
+                for images or audio.
         """
         source = config.calibration
         if isinstance(source, str) and source == CUSTOM:
@@ -45,38 +46,40 @@ class Samples:
             )
         if isinstance(source, str) and source == "self":
             return cls(config, origin, None)
-        tokenizer = config.tokenizer
-        if tokenizer is None and needs_tokenizer(source):
-            tokenizer = origin.tokenizer()
-        windows = load_windows(
+        needed = reader_of(source)
+        reader = config.tokenizer if needed else None
+        if needed and reader is None:
+            reader = origin.tokenizer() if needed == "tokenizer" else origin.processor()
+        samples = load_samples(
             source,
-            tokenizer,
+            reader,
             num_samples=config.num_samples,
             seq_len=_bounded(config.seq_len, model),
             seed=config.seed,
-            vocab_size=model.config.get_text_config().vocab_size,
+            vocab_size=getattr(model.config.get_text_config(), "vocab_size", None),
         )
-        return cls(config, origin, windows)
+        return cls(config, origin, samples)
 
-    def calibration(self, model: PreTrainedModel) -> list[torch.Tensor]:
-        """The calibration windows; those of "self" are written by `model`, which is dense."""
+    def calibration(self, model: PreTrainedModel) -> list[Sample]:
+        """The calibration samples; those of "self" are written by `model`, which is dense."""
         if self.loaded is not None:
             return self.loaded
         config = self.config
-        return sample_from_model(
+        windows = sample_from_model(
             model,
             self._bos_id(),
             num_samples=config.num_samples,
             seq_len=_bounded(config.seq_len, model),
             seed=config.seed,
         )
+        return token_samples(windows)
 
-    def for_distillation(self, model: PreTrainedModel) -> list[torch.Tensor]:
-        """The windows that `distill.self_samples` asks the dense model to write beside the calibration windows."""
+    def for_distillation(self, model: PreTrainedModel) -> list[Sample]:
+        """The samples that `distill.self_samples` asks the dense model to write beside the calibration samples."""
         options = self.config.distill
         if not options.self_samples:
             return []
-        return sample_from_model(
+        windows = sample_from_model(
             model,
             self._bos_id(),
             num_samples=options.self_samples,
@@ -84,6 +87,7 @@ class Samples:
             seed=self.config.seed + 1,
             batch_size=SELF_BATCH,
         )
+        return token_samples(windows)
 
     def _bos_id(self) -> int | None:
         """The tokenizer's BOS; None leaves it to the model's own."""
@@ -95,13 +99,26 @@ class Samples:
         return getattr(tokenizer, "bos_token_id", None)
 
 
-def warn_of_few_tokens(windows: Iterable[torch.Tensor], widths: dict[str, int]) -> None:
+def token_windows(samples: list[Sample]) -> list[torch.Tensor]:
+    """The token ids (length,) of samples that hold nothing else.
+
+    Raises:
+        ValueError: samples of other model inputs.
+    """
+    if others := {name for sample in samples for name in sample} - {"input_ids"}:
+        raise ValueError(f"calibration holds {', '.join(sorted(others))}: only token ids are supported yet")
+    return [sample["input_ids"][0] for sample in samples]
+
+
+def warn_of_few_tokens(samples: list[Sample], widths: dict[str, int]) -> None:
     """Warns if a layer has more inputs than there are calibration tokens.
 
     Args:
         widths: the number of inputs of every planned layer.
     """
-    tokens = sum(map(len, windows))
+    if any(sample.keys() != {"input_ids"} for sample in samples):
+        return  # how many positions a model makes of other inputs, it alone knows
+    tokens = sum(sample["input_ids"].numel() for sample in samples)
     widest = max(widths, key=widths.__getitem__)
     if tokens < widths[widest]:
         logger.warning(
