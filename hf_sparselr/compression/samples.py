@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from ..config.sparselr_config import SparseLRConfig
-from ..data.calibration import CUSTOM, load_samples, needs_tokenizer
+from ..data.calibration import CUSTOM, load_samples, reader_of
 from ..data.model_inputs import Sample, token_samples
 from ..data.origin import Origin
 from ..data.self_generation import sample_from_model
@@ -36,8 +36,8 @@ class Samples:
         """Reads the data that the config names; the model may be on the meta device.
 
         Raises:
-            TypeError, ValueError, OSError: see `data.calibration.load_samples`; no tokenizer for text; a model input
-                that the model does not take.
+            TypeError, ValueError, OSError: see `data.calibration.load_samples`; no tokenizer for text, no processor
+                for images or audio.
         """
         source = config.calibration
         if isinstance(source, str) and source == CUSTOM:
@@ -46,12 +46,13 @@ class Samples:
             )
         if isinstance(source, str) and source == "self":
             return cls(config, origin, None)
-        tokenizer = config.tokenizer
-        if tokenizer is None and needs_tokenizer(source):
-            tokenizer = origin.tokenizer()
+        needed = reader_of(source)
+        reader = config.tokenizer if needed else None
+        if needed and reader is None:
+            reader = origin.tokenizer() if needed == "tokenizer" else origin.processor()
         samples = load_samples(
             source,
-            tokenizer,
+            reader,
             num_samples=config.num_samples,
             seq_len=_bounded(config.seq_len, model),
             seed=config.seed,

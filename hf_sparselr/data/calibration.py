@@ -1,7 +1,7 @@
-"""Calibration data: from what a user names or passes to a list of token windows.
+"""Calibration data: from a source that a user names or passes to a list of samples.
 
-A window is a 1-D int64 CPU tensor of token ids. Windows are never padded: the statistics that compression
-collects would count padding as input.
+A sample is a dict of model inputs (see `model_inputs`); from text and token ids, a window of token ids. Windows are
+never padded: a Gram matrix would count the padding as input.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..utils.public_names import public_source
-from .model_inputs import Sample, is_model_inputs, samples_of, token_samples
+from .model_inputs import Sample, is_audio, is_image, is_model_inputs, processed, samples_of, token_samples
 from .sources import C4, COLUMNS, FILES, INSTEAD, column_of, is_dataset, load_split, read_files
 from .windows import Draw, windows_of_chats, windows_of_documents, windows_of_texts
 
@@ -26,8 +26,8 @@ _STRING = re.compile(r"self|file:.*\S.*|\w[\w.-]*(/\w[\w.-]*)?(:[^\s:]+)?")
 _INT_DTYPES = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _ALLOWED = (
     'pass "self", "file:GLOB", a Hub data set "id" or "id:config", a list of texts, a list of chats (each a '
-    "list of message dicts), a datasets.Dataset, integer token tensors: (samples, tokens) or an iterable, or an "
-    "iterable of dicts of model inputs, as a processor returns them"
+    "list of message dicts), a datasets.Dataset, integer token tensors ((samples, tokens) or an iterable), dicts of "
+    "model inputs as a processor returns them, or a list of images or of audio arrays"
 )
 
 
@@ -62,66 +62,76 @@ def check_source(calibration: Any) -> None:
         raise TypeError(f"{source} is not calibration data: {_ALLOWED}")
 
 
-def needs_tokenizer(calibration: Any) -> bool:
-    """Whether a source (not "self") holds text, which a tokenizer turns into ids."""
+def reader_of(calibration: Any) -> str | None:
+    """What reads a source (not "self"): the model's "tokenizer", its "processor", or None."""
     if is_dataset(calibration):
         columns = calibration.column_names or next(iter(calibration), {})
-        return column_of(columns, _show(calibration)) != "input_ids"
-    if isinstance(calibration, list | tuple):
-        return _kind(calibration[0]) in ("texts", "chats")
-    return isinstance(calibration, str)
+        return None if column_of(columns, _show(calibration)) == "input_ids" else "tokenizer"
+    if isinstance(calibration, str):
+        return "tokenizer"
+    kind = _kind(calibration[0]) if isinstance(calibration, list | tuple) else None
+    readers = {"texts": "tokenizer", "chats": "tokenizer", "images": "processor", "audio": "processor"}
+    return readers.get(kind or "")
 
 
 def load_samples(
-    calibration: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int, vocab_size: int | None
+    calibration: Any, reader: Any, *, num_samples: int, seq_len: int, seed: int, vocab_size: int | None
 ) -> list[Sample]:
     """Calibration samples from any source except "self".
 
-    Dicts of model inputs are taken in order, the first `num_samples`, as they are; see `model_inputs.samples_of`. All
-    other sources give token windows, see `load_windows`.
+    Dicts of model inputs are taken in order, the first `num_samples`, as they are (see `model_inputs.samples_of`); so
+    is what the processor makes of images and audio. All other sources give token windows, see `load_windows`.
+
+    Args:
+        reader: the model's tokenizer or processor, see `reader_of`; else None.
+        vocab_size: of the model; None if it has no vocabulary.
 
     Raises:
         TypeError, ValueError, OSError: as `load_windows`; too few dicts, or values that are no finite tensors.
     """
     check_source(calibration)
-    if isinstance(calibration, Iterable) and not isinstance(calibration, str | torch.Tensor):
-        first, calibration = _peek(calibration)
-        if is_model_inputs(first):
-            return _load_model_inputs(calibration, num_samples, vocab_size)
-    return token_samples(
-        load_windows(
-            calibration, tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed, vocab_size=vocab_size
-        )
-    )
+    kind, calibration = _peek(calibration)
+    if kind in ("images", "audio"):
+        if reader is None:
+            raise ValueError(
+                f"{_show(calibration)} holds {kind}, and tokenizer=None: pass the model's processor"
+            )
+        calibration, kind = processed(calibration, kind, reader), "model inputs"
+    if kind == "model inputs":
+        return _load_model_inputs(calibration, num_samples, vocab_size)
+    size = {"num_samples": num_samples, "seq_len": seq_len, "seed": seed}
+    return token_samples(load_windows(calibration, reader, **size, vocab_size=vocab_size))
 
 
-def _peek(source: Any) -> tuple[Any, Any]:
-    """The first item of a source, and the source with it."""
-    if isinstance(source, Sequence) or is_dataset(source):
-        return (source[0] if isinstance(source, list | tuple) else None), source
+def _peek(source: Any) -> tuple[str | None, Any]:
+    """The kind of the items of a source, None where the source itself is a kind; and the source, still whole."""
+    if isinstance(source, str | torch.Tensor) or is_dataset(source):
+        return None, source
+    if isinstance(source, list | tuple):
+        return _kind(source[0]), source
     items = iter(source)
-    first = next(items, None)
-    return first, itertools.chain(() if first is None else (first,), items)
+    first = list(itertools.islice(items, 1))
+    return (_kind(first[0]) if first else None), itertools.chain(first, items)
 
 
 def _load_model_inputs(items: Iterable[Any], num_samples: int, vocab_size: int | None) -> list[Sample]:
-    source, samples = "calibration=<dicts of model inputs>", []
+    source = "calibration=<dicts of model inputs>"
+    samples: list[Sample] = []
     for index, item in enumerate(items):
-        if len(samples) >= num_samples:
-            break
         where = f"{source} item {index}"
         if not isinstance(item, Mapping):
             raise TypeError(f"{where} is {reprlib.repr(item)}, expected a dict as the ones before it")
         samples += samples_of(item, where)
+        if len(samples) >= num_samples:
+            break
     if len(samples) < num_samples:
         raise ValueError(
             f"{source} has {len(samples)} samples, num_samples={num_samples} are needed: pass more, or "
             f"num_samples={len(samples)}"
         )
     samples = samples[:num_samples]
-    _check_vocabulary(
-        [sample["input_ids"] for sample in samples if "input_ids" in sample], source, vocab_size
-    )
+    for name in ("input_ids", "decoder_input_ids"):
+        _check_vocabulary([sample[name] for sample in samples if name in sample], source, vocab_size)
     return samples
 
 
@@ -158,7 +168,7 @@ def load_windows(
 
 def _check_vocabulary(windows: list[torch.Tensor], source: str, vocab_size: int | None) -> None:
     """Raises ValueError at an id that the model has no embedding for. A model without a vocabulary has no limit."""
-    for index, window in enumerate(windows) if vocab_size else ():
+    for index, window in enumerate(windows if vocab_size else ()):
         bad = window[(window < 0) | (window >= vocab_size)].tolist()
         if bad:
             where = f"{source} has id {bad[0]} in sample {index}, outside [0, vocab_size={vocab_size})"
@@ -195,6 +205,10 @@ def _kind(item: Any) -> str | None:
         return "texts"
     if is_model_inputs(item):
         return "model inputs"
+    if is_image(item) and not isinstance(item, torch.Tensor):
+        return "images"
+    if is_audio(item):
+        return "audio"
     if hasattr(item, "__array__") or (isinstance(item, Mapping) and "input_ids" in item):
         return "token ids"
     if not isinstance(item, list | tuple) or not item:

@@ -4,9 +4,10 @@ A sample is {argument name: tensor}, with one row in the first dimension of ever
 (1, length)} or what a processor returns for an image. Token windows are the special case with input_ids alone.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 Sample = dict[str, torch.Tensor]
@@ -20,6 +21,28 @@ def token_samples(windows: Iterable[torch.Tensor]) -> list[Sample]:
 def is_model_inputs(item: Any) -> bool:
     """Whether an item is a mapping of model inputs that holds more than token ids and their mask."""
     return isinstance(item, Mapping) and bool(set(item) - {"input_ids", "attention_mask", "content", "role"})
+
+
+def is_image(item: Any) -> bool:
+    """Whether an item is a PIL image, or an array (height, width, channels)."""
+    return type(item).__module__.startswith("PIL.") or getattr(item, "ndim", 0) == 3
+
+
+def is_audio(item: Any) -> bool:
+    """Whether an item is an array of samples (time,) of sound, in floating point."""
+    return isinstance(item, np.ndarray) and item.ndim == 1 and item.dtype.kind == "f"
+
+
+def processed(items: Iterable[Any], kind: str, processor: Any) -> Iterator[Mapping[str, Any]]:
+    """What a processor makes of images or of audio, an item at a time.
+
+    Args:
+        kind: "images" or "audio"; audio has the sampling rate of the processor's feature extractor.
+    """
+    if kind == "images":
+        return (processor(images=item, return_tensors="pt") for item in items)
+    extractor = getattr(processor, "feature_extractor", processor)
+    return (extractor(item, sampling_rate=extractor.sampling_rate, return_tensors="pt") for item in items)
 
 
 def samples_of(item: Mapping, where: str) -> list[Sample]:

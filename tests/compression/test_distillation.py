@@ -161,7 +161,7 @@ def test_a_trained_model_predicts_better_afterwards() -> None:
     model = compress(copy.deepcopy(teacher), config)
     before, report = perplexity(model, ids), model.sparselr_report
     samples = Samples.load(teacher, config, Origin(""))
-    offline.distill_in_memory(model, teacher, samples.calibration(teacher), samples, report)
+    offline.distill_in_memory(model, teacher, offline.token_windows(samples.loaded), samples, report)
     assert report.distill["loss_after"] < 0.85 * report.distill["loss_before"]
     assert perplexity(model, ids) < 0.6 * before
 

@@ -36,8 +36,8 @@ class PackedNames:
         patterns = config.get(PACKED_LAYERS)
         if not isinstance(patterns, (list, tuple)) or not patterns:
             raise ValueError(
-                f"{PACKED_LAYERS}={patterns!r}: expected the names of the packed layers; load the model in transformers "
-                "and save it again with this version of hf_sparselr"
+                f"{PACKED_LAYERS}={patterns!r}: expected the names of the packed layers; load the model in "
+                "transformers and save it again with this version of hf_sparselr"
             )
         self.save_id = config.get(SAVE_ID)
         self.stored = tuple(expand_names(patterns))
