@@ -89,7 +89,9 @@ class SparseLRLinear(nn.Linear):
         """S + B A and the bias, as the kernels take them."""
         if not torch.compiler.is_compiling():
             try:
-                return PackedWeight(*_PARTS(self._parameters), self.in_features)  # ten times as fast as attributes
+                return PackedWeight(
+                    *_PARTS(self._parameters), self.in_features
+                )  # ten times as fast as attributes
             except KeyError:  # the copies of DataParallel have no parameters
                 pass
         return PackedWeight(self.mask, self.values, self.A, self.B, self.bias, self.in_features)

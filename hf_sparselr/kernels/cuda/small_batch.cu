@@ -5,8 +5,10 @@
  * metadata of a sparse product. In which order columns are contracted is nobody's business: a thread owns neighbours.
  * The warps of a block add their parts in shared memory, in one order.
  *
- * Compiled for: WEIGHTS that share x, ROWS of S of a warp (16 or 32), WARPS of a block, TILES of 8 rows of x, PAIRS
- * (2:4), STRIDE bytes of shared memory for a row's values of one step, RANK (factors or not), BIAS, HALF (FP16).
+ * Compiled for: WEIGHTS that share x, ROWS of S of a warp (16 or 32), WARPS of a block, RESIDENT blocks of a
+ * multiprocessor that registers are left for, AHEAD steps whose loads are issued together (1 or 4, for PAIRS), TILES of 8
+ * rows of x, PAIRS (2:4), STRIDE bytes of shared memory for a row's values of one step, RANK (factors or not), FOURS (B can be read four
+ * entries at a time, BF16), BIAS, HALF (FP16).
  *
  * Nothing is read beyond `nonzeros` values, whatever the mask holds.
  */
@@ -35,7 +37,7 @@ struct Arguments {
 
 #define THREADS (32 * WARPS)
 #define BATCH (8 * TILES)
-#define STAGES 3
+#define STAGES 2
 #define COLUMNS 128 /* of a step */
 
 __device__ __forceinline__ float widen(u16 value) {
@@ -75,7 +77,11 @@ __device__ __forceinline__ void multiply(float *d, u32 a0, u32 a1, u32 a2, u32 a
       "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, " #SELECTOR ";"                                              \
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                          \
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(b2), "r"(b3), "r"(e))
+#if __CUDACC_VER_MAJOR__ * 10 + __CUDACC_VER_MINOR__ >= 125
 #define ORDERED "::ordered_metadata"
+#else
+#define ORDERED
+#endif
 
 template <int SELECTOR>
 __device__ __forceinline__ void multiply_sparse(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, u32 b2,
@@ -114,8 +120,7 @@ __device__ __forceinline__ u32 metadata(u32 mask) {
 __device__ __forceinline__ void accumulate(const Weight &w, const Arguments &args, int top, int warp, int lane,
                                            float sums[ROWS / 16][TILES][4]) {
   int g = lane / 4, t = lane % 4, odd = t & 1;
-  int steps = (int)args.blocks; /* of 64 columns */
-  int begin = steps * warp / WARPS, end = steps * (warp + 1) / WARPS;
+  int steps = (int)args.blocks; /* of 64 columns; the warps take turns, so that a block reads on */
   long long width = args.ins / 2;
   const u64 *words[ROWS / 8];
   const u16 *values[ROWS / 8], *x[TILES];
@@ -128,8 +133,12 @@ __device__ __forceinline__ void accumulate(const Weight &w, const Arguments &arg
 #pragma unroll
   for (int i = 0; i < TILES; i++)
     x[i] = args.x + min(8 * i + g, (int)args.count - 1) * args.ins + 16 * (t / 2) + 32 * odd;
-#pragma unroll UNROLLED
-  for (int step = begin; step < end; step++) {
+#if AHEAD == 1
+#pragma unroll 1
+#else
+#pragma unroll 4
+#endif
+  for (int step = warp; step < steps; step += WARPS) {
     uint4 kept[ROWS / 8];
     u32 code[ROWS / 16];
 #pragma unroll
@@ -197,12 +206,19 @@ __device__ __forceinline__ void expand(u32 byte, u32 at, u32 table, u32 *out) {
 
 struct Step { /* what is known of 128 columns of a row */
   u64 first, second;
+  int offset; /* values of the row before them */
 };
 
-__device__ __forceinline__ Step read_step(const u64 *words, int step, int blocks) {
-  Step s;
-  s.first = 2 * step < blocks ? __ldg(words + 2 * step) : 0;
+__device__ __forceinline__ Step read_step(const u64 *words, const u16 *offsets, int step, int blocks) {
+  Step s = {0, 0, 0};
+  if (2 * step >= blocks) return s;
+  s.first = __ldg(words + 2 * step);
   s.second = 2 * step + 1 < blocks ? __ldg(words + 2 * step + 1) : 0;
+#ifdef PER_BLOCK
+  s.offset = 2 * step * PER_BLOCK;
+#else
+  s.offset = __ldg(offsets + 2 * step);
+#endif
   return s;
 }
 
@@ -227,24 +243,22 @@ __device__ __forceinline__ void accumulate(const Weight &w, const Arguments &arg
   u32 table = (u32)__cvta_generic_to_shared(shared);
   u32 own = table + 128 + warp * (STAGES * ROWS * STRIDE); /* of the warp: (stage, row) */
   int blocks = (int)args.blocks, steps = (blocks + 1) / 2;
-  int begin = steps * warp / WARPS, end = steps * (warp + 1) / WARPS;
   const u64 *words[PARTS];
-  long long ahead[PARTS]; /* the place of the next value to be copied */
-  int here[PARTS];        /* the place of the next value to be multiplied, in shared memory, in bytes of its row */
-  Step masks[STAGES + 1][PARTS];
+  long long starts[PARTS];
+  const u16 *offsets[PARTS];
+  Step masks[STAGES + 1][PARTS]; /* of the steps of this warp from now on; the warps take turns */
 #pragma unroll
   for (int i = 0; i < PARTS; i++) {
     long long row = min(top + 8 * i + g, (int)w.outs - 1);
     words[i] = w.words + row * blocks;
-    int block = min(2 * begin, blocks - 1);
 #ifdef PER_BLOCK
-    ahead[i] = (row * blocks + block) * PER_BLOCK;
+    starts[i] = row * blocks * PER_BLOCK;
 #else
-    ahead[i] = w.starts[row] + (long long)w.offsets[row * blocks + block];
+    starts[i] = w.starts[row];
+    offsets[i] = w.offsets + row * blocks;
 #endif
-    here[i] = (int)(ahead[i] & 7) * 2;
 #pragma unroll
-    for (int s = 0; s < STAGES; s++) masks[s][i] = read_step(words[i], begin + s, begin + s < end ? blocks : 0);
+    for (int s = 0; s < STAGES; s++) masks[s][i] = read_step(words[i], offsets[i], warp + s * WARPS, blocks);
   }
   const u16 *x[TILES];
 #pragma unroll
@@ -253,23 +267,24 @@ __device__ __forceinline__ void accumulate(const Weight &w, const Arguments &arg
   for (int s = 0; s < STAGES - 1; s++) {
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
-      int kept = kept_of(masks[s][i]);
-      copy_values(w.values, w.nonzeros, ahead[i], kept, own + (s * ROWS + 8 * i + g) * STRIDE, t);
-      ahead[i] += kept;
+      u32 to = own + (s * ROWS + 8 * i + g) * STRIDE;
+      copy_values(w.values, w.nonzeros, starts[i] + masks[s][i].offset, kept_of(masks[s][i]), to, t);
     }
     asm volatile("cp.async.commit_group;");
   }
   int stage = 0;
-  for (int step = begin; step < end; step++) {
+  for (int step = warp; step < steps; step += WARPS) {
     int next = stage + STAGES - 1;
     next = next >= STAGES ? next - STAGES : next;
     __syncwarp(); /* all have read what was in that stage */
+    int here[PARTS]; /* the place of the next value, in shared memory, in bytes of its row */
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
-      masks[STAGES][i] = read_step(words[i], step + STAGES, step + STAGES < end ? blocks : 0);
-      int kept = kept_of(masks[STAGES - 1][i]);
-      copy_values(w.values, w.nonzeros, ahead[i], kept, own + (next * ROWS + 8 * i + g) * STRIDE, t);
-      ahead[i] += kept;
+      masks[STAGES][i] = read_step(words[i], offsets[i], step + STAGES * WARPS, blocks);
+      Step later = masks[STAGES - 1][i];
+      u32 to = own + (next * ROWS + 8 * i + g) * STRIDE;
+      copy_values(w.values, w.nonzeros, starts[i] + later.offset, kept_of(later), to, t);
+      here[i] = ((int)starts[i] + masks[0][i].offset & 7) * 2;
     }
     asm volatile("cp.async.commit_group;");
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1));
@@ -298,19 +313,48 @@ __device__ __forceinline__ void accumulate(const Weight &w, const Arguments &arg
       }
     }
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) {
-      /* The next step begins where this one ended, in a row of its own that begins at a multiple of 16 bytes. */
-      here[i] &= 15;
+    for (int i = 0; i < PARTS; i++)
 #pragma unroll
       for (int s = 0; s < STAGES; s++) masks[s][i] = masks[s + 1][i];
-    }
     stage = stage + 1 == STAGES ? 0 : stage + 1;
   }
   asm volatile("cp.async.wait_group 0;");
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) small_batch(const __grid_constant__ Arguments args) {
+#ifdef FOURS
+__device__ __forceinline__ uint2 read_factors(const Weight &w, long long row, int q) {
+  return row < w.outs && q < w.rank ? __ldg((const uint2 *)(w.B + row * w.rank + q)) : make_uint2(0, 0);
+}
+
+/* Two neighbours as BF16, and what that leaves of them. */
+__device__ __forceinline__ void split(float low, float high, u32 &first, u32 &second) {
+  u16 a = narrow(low), b = narrow(high);
+  first = a | (u32)b << 16;
+  second = narrow(low - widen(a)) | (u32)narrow(high - widen(b)) << 16;
+}
+
+/* sums += B u for four factors of each thread; u as two terms of 16 bits, which is as good as FP32. */
+__device__ __forceinline__ void add_low_rank(const Weight &w, const Arguments &args, int q, int g, const uint2 *factors,
+                                             float sums[ROWS / 16][TILES][4]) {
+#pragma unroll
+  for (int n = 0; n < TILES; n++) {
+    float4 u = make_float4(0, 0, 0, 0);
+    if (q < w.rank) u = *(const float4 *)(args.u + w.at + min(8 * n + g, (int)args.count - 1) * w.rank + q);
+    u32 first[2], second[2];
+    split(u.x, u.y, first[0], second[0]);
+    split(u.z, u.w, first[1], second[1]);
+#pragma unroll
+    for (int i = 0; i < ROWS / 16; i++) {
+      uint2 p = factors[2 * i], r = factors[2 * i + 1];
+      multiply(sums[i][n], p.x, r.x, p.y, r.y, first[0], first[1]);
+      multiply(sums[i][n], p.x, r.x, p.y, r.y, second[0], second[1]);
+    }
+  }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) small_batch(const __grid_constant__ Arguments args) {
   int number = 0, first = 0;
 #pragma unroll
   for (int i = 1; i < WEIGHTS; i++)
@@ -322,7 +366,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) small_batch(const __grid_c
   __syncthreads();
 #endif
   float sums[ROWS / 16][TILES][4] = {};
+#ifdef FOURS
+  uint2 factors[ROWS / 8]; /* of B, asked for early: this warp's first 16, of which a thread has four */
+#pragma unroll
+  for (int i = 0; i < ROWS / 8; i++) factors[i] = read_factors(w, top + 8 * i + lane / 4, 16 * warp + 4 * (lane % 4));
+#endif
   accumulate(w, args, top, warp, lane, sums);
+#if defined(RANK) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory"); /* from here on u is complete */
+#endif
+#ifdef FOURS
+  for (int q = 16 * warp; q < w.rank; q += 16 * WARPS) {
+    if (q != 16 * warp)
+#pragma unroll
+      for (int i = 0; i < ROWS / 8; i++) factors[i] = read_factors(w, top + 8 * i + lane / 4, q + 4 * (lane % 4));
+    add_low_rank(w, args, q + 4 * (lane % 4), lane / 4, factors, sums);
+  }
+#endif
   __syncthreads();
   float *parts = (float *)shared; /* (warps, batch, rows) */
 #pragma unroll
@@ -335,30 +395,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) small_batch(const __grid_c
         parts[(warp * BATCH + sample) * ROWS + row] = sums[i][n][j];
       }
   __syncthreads();
-#ifdef RANK
-  asm volatile("griddepcontrol.wait;" ::: "memory"); /* from here on u is complete */
-#endif
   for (int at = threadIdx.x; at < BATCH * ROWS; at += THREADS) {
     int row = at % ROWS, sample = at / ROWS;
     if (top + row >= w.outs || sample >= args.count) continue;
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < WARPS; i++) sum += parts[i * BATCH * ROWS + at];
-#ifdef RANK
-    const u16 *B = w.B + (top + row) * w.rank;
-    const float *u = args.u + w.at + sample * w.rank;
-    int q = 0;
-#ifdef EIGHTS
-#pragma unroll 4
-    for (; q < w.rank; q += 8) {
-      uint4 b = load16(B + q);
-      float4 low = *(const float4 *)(u + q), high = *(const float4 *)(u + q + 4);
-      sum += widen(b.x) * low.x + widen(b.x >> 16) * low.y + widen(b.y) * low.z + widen(b.y >> 16) * low.w;
-      sum += widen(b.z) * high.x + widen(b.z >> 16) * high.y + widen(b.w) * high.z + widen(b.w >> 16) * high.w;
-    }
-#else
-    for (; q < w.rank; q++) sum += widen(B[q]) * u[q];
-#endif
+#if defined(RANK) && !defined(FOURS)
+    for (int q = 0; q < w.rank; q++)
+      sum += widen(w.B[(top + row) * w.rank + q]) * args.u[w.at + sample * w.rank + q];
 #endif
 #ifdef BIAS
     sum += widen(w.bias[top + row]);
@@ -370,7 +415,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) small_batch(const __grid_c
 #ifdef RANK
 /* u = x A^T: one factor a block, all rows of x. */
 extern "C" __global__ void __launch_bounds__(256) low_rank(const __grid_constant__ Arguments args) {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
   int q = blockIdx.x, number = 0;
 #pragma unroll
   for (int i = 0; i + 1 < WEIGHTS; i++)
