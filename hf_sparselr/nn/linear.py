@@ -1,6 +1,7 @@
 """SparseLRLinear: a linear layer whose weight is a packed S plus low-rank factors."""
 
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 from torch import nn
@@ -9,6 +10,8 @@ from ..format.bitmask import pack, unpack
 from ..format.decomposition import Decomposition
 from ..kernels import PackedWeight, exportable_linear, packed_linear
 from .lazy_weight import LazyDenseWeight
+
+_PARTS = itemgetter("mask", "values", "A", "B", "bias")
 
 
 class SparseLRLinear(nn.Linear):
@@ -53,9 +56,9 @@ class SparseLRLinear(nn.Linear):
         # Parameters, not buffers: accelerate does not offload buffers by default.
         self.mask = frozen(out_features, -(-in_features // 8), dtype=torch.uint8)
         self.values = frozen(nonzeros)
-        self.A = frozen(rank, in_features) if rank else None
-        self.B = frozen(out_features, rank) if rank else None
-        self.bias = frozen(out_features) if bias else None
+        self.register_parameter("A", frozen(rank, in_features) if rank else None)
+        self.register_parameter("B", frozen(out_features, rank) if rank else None)
+        self.register_parameter("bias", frozen(out_features) if bias else None)
         self._is_hf_initialized = True  # transformers must not draw a random weight for it
 
     @classmethod
@@ -84,11 +87,14 @@ class SparseLRLinear(nn.Linear):
     @property
     def packed_weight(self) -> PackedWeight:
         """S + B A and the bias, as the kernels take them."""
-        own, names = self._parameters, ("mask", "values", "A", "B", "bias")
-        # A Module takes ten times as long for an attribute; parameters that are plain tensors now are attributes.
-        return PackedWeight(
-            *[own[name] if name in own else getattr(self, name) for name in names], self.in_features
-        )
+        if not torch.compiler.is_compiling():
+            try:
+                return PackedWeight(
+                    *_PARTS(self._parameters), self.in_features
+                )  # ten times as fast as attributes
+            except KeyError:  # the copies of DataParallel have no parameters
+                pass
+        return PackedWeight(self.mask, self.values, self.A, self.B, self.bias, self.in_features)
 
     @property
     def rank(self) -> int:
