@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..format.bitmask import unpack
 from ..format.checkpoint import PAYLOAD
+from ..integrations.transformers.adapters import reject_adapters
 from ..nn.linear import SparseLRLinear, packed_layers
 
 BASE, ADAPTER = "base", "adapter"
@@ -56,10 +57,7 @@ def _check(model: PreTrainedModel) -> dict[str, SparseLRLinear]:
         raise ValueError(
             "the model holds no compressed layer with low-rank factors: dequantize() and save it"
         )
-    if any(name.endswith(".base_layer") for name in layers):
-        raise ValueError(
-            "the model has adapters: merge them (hf_sparselr.merge_and_unload) or unload them first"
-        )
+    reject_adapters(model, "export")
     if offloaded := [name for name, layer in layers.items() if layer.values.is_meta]:
         raise ValueError(f"{offloaded[0]} is not in memory: load the model without offloading")
     return layers

@@ -26,6 +26,7 @@ from ..format.checkpoint import (
 from ..format.patterns import NM, Pattern, Unstructured
 from ..format.seal import check_seal, damaged_tensors, read_seal
 from ..solvers.registry import PRECOMPUTED
+from ..utils.public_names import hub_id
 
 _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
@@ -144,6 +145,8 @@ def _verify(files: list[str], stored: Mapping[str, Mapping[str, Entry]], layers:
 def _directory(path: str) -> Path:
     if os.path.isdir(path):
         return Path(path)
+    if hub_id(path) is None:
+        raise FileNotFoundError(f"{path}: no such folder, and no Hub id")
     return Path(snapshot_download(path, allow_patterns=[CONFIG, "model*.safetensors", _INDEX]))
 
 
