@@ -130,10 +130,10 @@ def check_dense(
         if not known:
             unexpected[targets[0]] = stored
         _check_dtype(stored, entry, [state[target].dtype for target in known])
-    missing = state.keys() - found
-    for tied, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if {tied, source} & found:
-            missing -= {tied, source}
+    missing = state.keys() - found - set(model._keys_to_ignore_on_save or ())
+    for alike in _names_of_one_tensor(model):
+        if any(name in found or name.rpartition(".")[0] in packed for name in alike):
+            missing -= alike
     info = SimpleNamespace(missing_keys=missing, unexpected_keys=set(unexpected))
     model._adjust_missing_and_unexpected_keys(info)
     if info.missing_keys:
@@ -143,6 +143,17 @@ def check_dense(
         raise FormatError(
             f"{entries[stored].file}: tensor {stored} is unexpected: the model has no such tensor"
         )
+
+
+def _names_of_one_tensor(model: "PreTrainedModel") -> list[set[str]]:
+    """Groups of names for tensors that are stored once: tied weights, and those of modules with several names."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    groups: dict[int, set[str]] = {}
+    for members in (model.named_parameters, model.named_buffers):
+        for name, tensor in members(remove_duplicate=False):
+            groups.setdefault(id(tensor), set()).add(name)
+    shared = [names for names in groups.values() if len(names) > 1]
+    return [*shared, *({tied, source} for tied, source in ties.items())]
 
 
 def writing_class(model: "PreTrainedModel") -> "type[PreTrainedModel] | None":
