@@ -1,4 +1,4 @@
-"""What a compression run did: one row a layer, one row a block, printed and saved as JSON."""
+"""The report of a compression run: one row a layer, one row a block, printed and saved as JSON."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ FILE_NAME = "sparselr_report.json"
 
 logger = logging.getLogger("hf_sparselr")
 
-# What a report file may say of every field; a field that says something else is left out.
+# Types of the fields in a report file; a field with a value of another type is left out.
 _TYPES = {
     "settings": dict,
     "layers": list,
@@ -75,7 +75,7 @@ class Report:
         return path
 
     def public(self) -> dict:
-        """What is written: JSON values (numbers that are not finite become null), no paths."""
+        """The content of the file: JSON values (numbers that are not finite become null), no paths."""
         content = {name: getattr(self, name) for name in _TYPES}
         content["base_model"] = hub_id(self.base_model) if self.base_on_hub else None
         content["settings"] = {name: value for name, value in self.settings.items() if name != "save_id"}

@@ -29,7 +29,7 @@ def export_portable(
     Args:
         model: a compressed model without adapters; merge them first (`merge_and_unload`).
         directory: gets the folders "base" and "adapter".
-        base_name: what the adapter calls its base, such as the Hub id under which the base will be published. None:
+        base_name: the base's name in the adapter, such as the Hub id under which the base will be published. None:
             the path of the base's folder.
 
     Returns:

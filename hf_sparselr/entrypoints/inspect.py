@@ -91,7 +91,7 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | os.PathLike, verify: bool = False) -> Inspection:
-    """Reads what a compressed checkpoint holds; of the weights only the files' headers.
+    """Reads the content of a compressed checkpoint: settings, layers and bytes, from config.json and file headers.
 
     Looks at the files that transformers would load, and checks that they belong together.
 
@@ -136,7 +136,9 @@ def _verify(files: list[str], stored: Mapping[str, Mapping[str, Entry]], layers:
             raise FormatError(f"{file}: has no checksums to verify: hf_sparselr did not save it")
         if damaged:
             more = f" ({len(damaged) - 1} more are)" if len(damaged) > 1 else ""
-            raise FormatError(f"{file}: tensor {damaged[0]} is damaged: it is not what was saved{more}")
+            raise FormatError(
+                f"{file}: tensor {damaged[0]} is damaged: its bytes are not those that were saved{more}"
+            )
     asked = {name: config.layer_pattern(name) for name in stored}
     patterns = {name: pattern for name, pattern in asked.items() if isinstance(pattern, NM)}
     check_masks(stored, {layer["name"]: layer["shape"][1] for layer in layers}, patterns)
@@ -194,7 +196,7 @@ def _weight_files(directory: Path, model_config: dict) -> list[Path]:
 
 
 def _payload(file: Path) -> int:
-    """Bytes of all tensors in a safetensors file: what follows the header, whose length the first 8 bytes tell."""
+    """Bytes of all tensors in a safetensors file. They follow the header, whose length is in the first 8 bytes."""
     with file.open("rb") as stream:
         header = int.from_bytes(stream.read(8), "little")
     return file.stat().st_size - 8 - header

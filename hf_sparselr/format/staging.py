@@ -49,7 +49,7 @@ class Staging:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._moving:  # what is left is complete, and needed
+        if self._moving:  # the files that are left are complete, and needed
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         for path in self._made:

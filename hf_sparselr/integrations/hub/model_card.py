@@ -67,10 +67,10 @@ def model_card(
 
     Args:
         config: the settings of the run.
-        report: what the run did; None leaves out sizes, perplexity, layers and base model.
+        report: of the run; None leaves out sizes, perplexity, layers and base model.
         repo_id: where the card will be: "user/name", or None for a directory.
-        licence: an identifier, or the fields license, license_name and license_link of a card. None: what the card
-            of the base model says, if it is found (no error if it is not). Nothing is looked up for a report that
+        licence: an identifier, or the fields license, license_name and license_link of a card. None: those of the
+            base model's card, if it is found (no error if it is not). Nothing is looked up for a report that
             was read from a checkpoint.
         architecture: the model's class name; gives the pipeline tag and the class in the loading example.
     """

@@ -36,7 +36,7 @@ def check_checkpoint(
 ) -> dict[str, Parts]:
     """Checks a whole checkpoint: names, shapes, dtypes, masks, ranks, and that its files belong together.
 
-    Reads headers and masks only. What the weights are worth, `inspect --verify` tells.
+    Reads headers and masks only. `inspect --verify` compares the weights with their checksums.
 
     Args:
         model: a skeleton with dense linear layers.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # transformers imports this module before it has the class
 
 
 class StoredNames:
-    """What the tensors of a checkpoint are called in a model, by the rules with which transformers loads them.
+    """The names that the tensors of a checkpoint have in a model, by the rules with which transformers loads them.
 
     Attributes:
         targets: {stored name: names of the model's tensors that it becomes}. Several where it is split, and the same

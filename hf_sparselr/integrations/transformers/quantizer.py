@@ -137,7 +137,7 @@ class SparseLRQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict, dict]:
         """The state dict with a zero-element `weight` per packed layer: stock transformers refuses such a file.
 
-        transformers saves what this returns instead of the state dict given to `save_pretrained`, which is the only
+        transformers saves the returned one, and not the state dict given to `save_pretrained`, which is the only
         whole one of a sharded model.
         """
         state = dict(model.state_dict() if self.given_state is None else self.given_state)
@@ -148,7 +148,7 @@ class SparseLRQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         reject_adapters(model, "dequantize")
-        if isinstance(dtype, str):  # what saving a model leaves in its config
+        if isinstance(dtype, str):  # saving a model leaves a name in its config
             dtype = getattr(torch, dtype)
         for name, module in packed_layers(model).items():
             model.set_submodule(name, module.to_dense().to(dtype).requires_grad_(True))
