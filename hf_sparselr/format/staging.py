@@ -104,7 +104,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file in one step: readers see the old content or the new."""
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", newline="")  # line ends stay as they are
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
