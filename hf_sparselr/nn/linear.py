@@ -30,6 +30,8 @@ class SparseLRLinear(nn.Linear):
             `shared_input.SharedInputGroup`), or None.
     """
 
+    A: nn.Parameter | None
+    B: nn.Parameter | None
     kernel = "auto"
     shared_input: Callable[["SparseLRLinear", torch.Tensor], torch.Tensor] | None = None
     number = 0
