@@ -2,9 +2,9 @@
 
     hf-sparselr bench kernels --shapes llama-3-8b 4096x4096 --rows 1 8 2048 --patterns 2:4 0.5 0.7 --rank 64
 
-Both sides in the same run, the median of many calls, on a GPU of replays of a CUDA graph with a flushed L2 cache.
-"GB/s" counts the packed bytes (mask, values, factors); "of bound" is the time in which a device copy moves as many,
-over the time taken; "host us" is what an eager packed call costs before the GPU has it.
+Both sides run in the same process. A time is the median of many calls; on a GPU, of replays of a CUDA graph with a
+flushed L2 cache. "GB/s" counts the packed bytes (mask, values, factors). "of bound" is the time in which a device copy
+moves as many bytes, divided by the time taken. "host us" is the time of an eager packed call on the host.
 """
 
 import argparse
