@@ -12,8 +12,9 @@ from ..data.self_generation import can_generate_text
 from ..format.patterns import Pattern
 from ..solvers.registry import PRECOMPUTED
 from ..utils.validation import covers, matches
+from .experts import compressible_layers
 from .linear_layers import weight_shape
-from .model_structure import Stacks, linear_layers
+from .model_structure import Stacks
 
 if TYPE_CHECKING:
     from ..config.sparselr_config import SparseLRConfig
@@ -46,7 +47,7 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
             "refine what is there with hf_sparselr.refine"
         )
     _check_distillable(model, config)
-    layers = linear_layers(model)
+    layers = compressible_layers(model)
     for field in ("targets", "overrides"):
         for pattern in getattr(config, field) or ():
             if not any(covers(pattern, name) for name in layers):

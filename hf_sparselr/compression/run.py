@@ -12,6 +12,8 @@ from ..utils.phase_timer import PhaseTimer
 from ..utils.public_names import loaded_from_hub
 from .activations import work_device
 from .distillation import copy_sharing_blocks, distill, on_device, takes_batches
+from .expert_products import transposed_parameters
+from .experts import fuse_experts, unfuse_experts
 from .linear_layers import weight_shape
 from .model_structure import find_stacks
 from .pipeline import replace_in, run
@@ -39,13 +41,15 @@ def compress_in_memory(
         precomputed: decompositions to refine instead of solving.
     """
     base = precomputed.reference if precomputed else model
-    calibration = samples.calibration(base)
-    warn_of_few_tokens(calibration, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
     dense_bytes = _bytes(model)
+    calibration = samples.calibration(base)
     teacher = None
     if "distill" in config.refine_steps:  # the model is replaced block by block, so its teacher is a copy
         teacher = precomputed.reference if precomputed else copy_sharing_blocks(model, find_stacks(model))
+    unfuse_experts(model, plan, transposed_parameters(model, plan, calibration[0]))
+    warn_of_few_tokens(calibration, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
     report = run(model, plan, config, calibration, replace_in(model), precomputed)
+    fuse_experts(model)  # those of which none was packed
     if teacher is not None:
         distill_in_memory(model, teacher, calibration, samples, report)
     report.base_model = base.config.name_or_path or None
