@@ -1,6 +1,5 @@
-"""How a module multiplies with the weights of its experts, where it does not say: seen in one forward pass."""
+"""How modules multiply with the weights of their experts, where they do not say: seen in a forward pass."""
 
-import re
 from collections.abc import Iterable
 
 import torch
@@ -11,50 +10,52 @@ from ..nn.packed_experts import WatchedStack
 from .capture import model_inputs
 from .experts import expert_parameters, stack_shape
 
+Places = dict[str, tuple[nn.Module, str, int]]
+
 
 @torch.no_grad()
-def transposed_parameters(model: nn.Module, names: Iterable[str], batch: Sample) -> set[str]:
-    """Of the parameters that hold the named layers, those whose module multiplies x W instead of x W^T.
+def watch_experts(model: nn.Module, names: Iterable[str], batch: Sample) -> tuple[set[str], set[str]]:
+    """Looks for the products of modules that do not say whether they hold weights as (out, in) or (in, out).
 
-    Most modules say which they do. Others run once on the first sample, and the products are watched.
+    Args:
+        names: of the layers to compress.
+        batch: the model runs on its first sample.
 
-    Raises:
-        ValueError: a module uses a parameter in another way, so its experts cannot become linear layers.
+    Returns:
+        The parameters that hold weights as (in, out), and those that are not used in products x W of single experts.
     """
     wanted = {name.rpartition(".")[0] for name in names}
-    unknown = {
-        name: place
-        for name, place in expert_parameters(model).items()
-        if name in wanted and not hasattr(place[0], "is_transposed")
-    }
-    if not unknown:
-        return set()
+    kinds: dict[tuple, Places] = {}
+    for name, place in expert_parameters(model).items():
+        if name in wanted and not hasattr(place[0], "is_transposed"):
+            kinds.setdefault((type(place[0]), place[1]), {})[name] = place
+    transposed, unusable = set(), set()
+    for places in kinds.values():
+        uses = _watch(model, places, batch)
+        for name in places:
+            if uses is None or len(uses[name]) > 1:
+                unusable.add(name)
+            elif uses[name] == {True}:
+                transposed.add(name)
+    return transposed, unusable
+
+
+def _watch(model: nn.Module, places: Places, batch: Sample) -> dict[str, set[bool]] | None:
+    """The uses of parameters in a forward pass; None if the pass fails because they are no tensors."""
     watched, parameters = {}, {}
     try:
-        for name, (module, key, experts) in unknown.items():
+        for name, (module, key, experts) in places.items():
             parameters[name] = getattr(module, key)
             watched[name] = WatchedStack(parameters[name], stack_shape(parameters[name], experts))
             delattr(module, key)
             setattr(module, key, watched[name])
         model(**model_inputs(model, first_row(batch)))
-    except TypeError as error:
-        raise ValueError(
-            f"the experts {_names(unknown)} cannot become linear layers ({error}): leave them dense with "
-            f"ignore={sorted({re.escape(name) for name in unknown})}"
-        ) from error
+    except (TypeError, AttributeError):
+        return None
     finally:
         for name, parameter in parameters.items():
-            module, key, _ = unknown[name]
-            delattr(module, key)
+            module, key, _ = places[name]
+            if key in vars(module):
+                delattr(module, key)
             setattr(module, key, parameter)
-    mixed = [name for name, stack in watched.items() if len(stack.uses) > 1]
-    if mixed:
-        raise ValueError(
-            f"the experts {_names(mixed)} are multiplied from both sides: leave them dense with ignore"
-        )
-    return {name for name, stack in watched.items() if stack.uses == {True}}
-
-
-def _names(names: Iterable[str]) -> str:
-    names = list(names)
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    return {name: stack.uses for name, stack in watched.items()}

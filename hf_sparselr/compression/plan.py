@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger("hf_sparselr")
 
+_NO_LAYERS = "their module does not multiply with the weights of one expert at a time"
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -113,6 +115,25 @@ def _misfit(name: str, shape: tuple[int, int], pattern: Pattern, rank: int) -> s
     if not rank and not pattern.kept(shape):
         return f"{name}: a budget this small gives its weight {shape[0]} x {shape[1]} neither S nor a rank"
     return None
+
+
+def usable_plan(
+    plan: dict[str, Layer], unusable: set[str], config: "SparseLRConfig"
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The plan without the experts of parameters that cannot become linear layers, and these with the reason.
+
+    Raises:
+        ValueError: there are such parameters, unless `on_incompatible="skip"`.
+    """
+    dense = {name: _NO_LAYERS for name in plan if name.rpartition(".")[0] in unusable}
+    if dense and config.on_incompatible == "error":
+        raise ValueError(
+            f"experts {_shorten(sorted(unusable))}: {_NO_LAYERS}; leave them dense with "
+            f'ignore={sorted(map(re.escape, unusable))[:4]}, or on_incompatible="skip"'
+        )
+    if dense:
+        logger.warning(f"experts {_shorten(sorted(unusable))} stay dense: {_NO_LAYERS}")
+    return {name: layer for name, layer in plan.items() if name not in dense}, dense
 
 
 def reachable_plan(
