@@ -12,14 +12,17 @@ from ..data.self_generation import can_generate_text
 from ..format.patterns import Pattern
 from ..solvers.registry import PRECOMPUTED
 from ..utils.validation import covers, matches
+from .experts import compressible_layers
 from .linear_layers import weight_shape
-from .model_structure import Stacks, linear_layers
+from .model_structure import Stacks
 
 if TYPE_CHECKING:
     from ..config.sparselr_config import SparseLRConfig
 
 
 logger = logging.get_logger("hf_sparselr")
+
+_NO_LAYERS = "their module does not multiply with the weights of one expert at a time"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
             "refine what is there with hf_sparselr.refine"
         )
     _check_distillable(model, config)
-    layers = linear_layers(model)
+    layers = compressible_layers(model)
     for field in ("targets", "overrides"):
         for pattern in getattr(config, field) or ():
             if not any(covers(pattern, name) for name in layers):
@@ -112,6 +115,25 @@ def _misfit(name: str, shape: tuple[int, int], pattern: Pattern, rank: int) -> s
     if not rank and not pattern.kept(shape):
         return f"{name}: a budget this small gives its weight {shape[0]} x {shape[1]} neither S nor a rank"
     return None
+
+
+def usable_plan(
+    plan: dict[str, Layer], unusable: set[str], config: "SparseLRConfig"
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The plan without the experts of parameters that cannot become linear layers, and these with the reason.
+
+    Raises:
+        ValueError: there are such parameters, unless `on_incompatible="skip"`.
+    """
+    dense = {name: _NO_LAYERS for name in plan if name.rpartition(".")[0] in unusable}
+    if dense and config.on_incompatible == "error":
+        raise ValueError(
+            f"experts {_shorten(sorted(unusable))}: {_NO_LAYERS}; leave them dense with "
+            f'ignore={sorted(map(re.escape, unusable))[:4]}, or on_incompatible="skip"'
+        )
+    if dense:
+        logger.warning(f"experts {_shorten(sorted(unusable))} stay dense: {_NO_LAYERS}")
+    return {name: layer for name, layer in plan.items() if name not in dense}, dense
 
 
 def reachable_plan(

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
+from ...compression.experts import fuse_experts
 from ...compression.linear_layers import weight_shape
 from ...compression.model_structure import linear_layers
 from ...compression.plan import plan_layers
@@ -28,6 +29,7 @@ from ...utils.modules import check_device
 from ...utils.public_names import hub_id
 from .adapters import reject_adapters
 from .checks import check_checkpoint
+from .experts import unfuse_packed_experts
 from .names import spare
 
 
@@ -82,7 +84,9 @@ class SparseLRQuantizer(HfQuantizer):
         """Replaces the linear layers that the checkpoint holds packed by empty modules of the right shapes."""
         if not files:
             raise FormatError("a compressed checkpoint is read from .safetensors files, but none were given")
-        entries, layers = read_headers(files), linear_layers(model)
+        entries = read_headers(files)
+        unfuse_packed_experts(model, entries)
+        layers = linear_layers(model)
         packed = check_checkpoint(model, self.quantization_config, entries)
         for name, parts in packed.items():
             model.set_submodule(name, _empty_layer(model, name, layers[name], parts))
@@ -152,6 +156,7 @@ class SparseLRQuantizer(HfQuantizer):
             dtype = getattr(torch, dtype)
         for name, module in packed_layers(model).items():
             model.set_submodule(name, module.to_dense().to(dtype).requires_grad_(True))
+        fuse_experts(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
