@@ -26,6 +26,9 @@ from .timing import host_milliseconds, milliseconds
 logger = logging.getLogger(__name__)
 
 
+_TIE = 1.04  # of times that are as good as the same: the first of the options costs the host the least
+
+
 def known(rows: int, weight: PackedWeight, captured: bool) -> LaunchConfig | None:
     """What was chosen for such a product, in a CUDA graph or not, or None if nothing was."""
     return _table(weight.values.device).get(_name(rows, weight, captured))
@@ -55,7 +58,8 @@ def choose(
 
 
 def _keep(rows: int, weight: PackedWeight, captured: bool, times: dict[LaunchConfig, float]) -> LaunchConfig:
-    best, name = min(times, key=times.get), _name(rows, weight, captured)
+    name, fastest = _name(rows, weight, captured), min(times.values())
+    best = next(config for config, time in times.items() if time <= _TIE * fastest)
     logger.info("%s: %s is the fastest (ms: %s)", name, best, {str(c): round(t, 4) for c, t in times.items()})
     _table(weight.values.device)[name] = best
     return best

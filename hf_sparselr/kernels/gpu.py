@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -44,7 +43,7 @@ def multiply(
         binding: what is known of the weights.
         kernel: "auto" or "packed".
     """
-    rows = math.prod(inputs.shape[:-1])
+    rows = inputs.numel() // binding.in_features if binding.in_features else 0
     captured = rows > MEDIUM_ROWS and torch.cuda.is_current_stream_capturing()
     product = binding.products.get((rows if rows <= FEW_ROWS else bucket(rows), kernel, captured))
     if product is None or inputs.get_device() != torch.cuda.current_device():

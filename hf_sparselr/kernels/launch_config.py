@@ -73,9 +73,9 @@ SMALL_BATCH = (
 )
 MMA = (LaunchConfig("mma", 16, 8, resident=2), LaunchConfig("mma", 16, 8, resident=3))
 MMA_PAIRS = (  # of 2:4
-    LaunchConfig("mma", 16, 8, ahead=1),
     LaunchConfig("mma", 16, 8, ahead=4, resident=3),
-    LaunchConfig("mma", 16, 4, ahead=4),
+    LaunchConfig("mma", 16, 8, ahead=1, resident=3),
+    LaunchConfig("mma", 16, 4, ahead=4, resident=4),
     LaunchConfig("mma", 16, 4, ahead=1, resident=6),
 )
 MEDIUM_BATCH = tuple(LaunchConfig("medium_batch", 64, 4, split=split) for split in (1, 2, 4, 8))
@@ -84,7 +84,7 @@ BESIDE = LaunchConfig("unpack_then_gemm")
 
 # Up to so many rows of x: what is tried for values of 16 bits, and of 32.
 TABLE = (
-    (1, (*GEMV, *MMA_PAIRS, JOINED), (*GEMV, JOINED)),
+    (1, (*MMA_PAIRS, *GEMV, JOINED), (*GEMV, JOINED)),
     (FEW_ROWS, (*MMA_PAIRS, *MMA, *SMALL_BATCH, JOINED), (*GEMV, JOINED)),
     (MEDIUM_ROWS, (*MEDIUM_BATCH, JOINED, BESIDE), (JOINED, BESIDE)),
     (float("inf"), (JOINED, BESIDE), (JOINED, BESIDE)),
