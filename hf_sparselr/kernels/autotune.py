@@ -26,6 +26,7 @@ from .timing import host_milliseconds, milliseconds
 logger = logging.getLogger(__name__)
 
 
+_FEW_OUTS = 4096  # rows of S, below which their number makes no difference to what is the fastest
 _TIE = 1.04  # of times that are as good as the same: the first of the options costs the host the least
 
 
@@ -67,9 +68,10 @@ def _keep(rows: int, weight: PackedWeight, captured: bool, times: dict[LaunchCon
 
 def _name(rows: int, weight: PackedWeight, captured: bool) -> str:
     index, dtype = index_of(weight.mask, weight.in_features), str(weight.values.dtype).removeprefix("torch.")
-    outs, ins = weight.out_features, weight.in_features
+    # Layers that may share a launch share a choice: q, k and v differ in their rows.
+    outs, ins = max(weight.out_features, _FEW_OUTS), weight.in_features
     graph = " in a graph" if captured and rows > MEDIUM_ROWS else ""
-    kind = "2:4" if index.pairs else f"{index.nonzeros / (outs * ins):.1f}"
+    kind = "2:4" if index.pairs else f"{index.nonzeros / (weight.out_features * ins):.1f}"
     return f"{outs}x{ins} {kind} rank {weight.rank} {dtype} {bucket(rows)}{graph}"
 
 

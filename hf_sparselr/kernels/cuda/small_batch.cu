@@ -1,4 +1,4 @@
-/* y = x S^T + u B^T + bias for up to 16 rows of x, S packed, on the tensor cores; u = x A^T.
+/* y = x S^T + u B^T + bias for up to 32 rows of x, S packed, on the tensor cores; u = x A^T.
  *
  * A warp owns ROWS rows of S and a part of the columns. It brings the mask and the values of a few columns into
  * registers as the first factor of a product of the tensor cores, zeros included, or at 2:4 as the factor and the
@@ -335,25 +335,27 @@ __device__ __forceinline__ void project(const Arguments &args, int q, float *par
     if (number == i && q >= args.weights[i].rank) q -= (int)args.weights[i].rank, number = i + 1;
   const Weight &w = args.weights[number];
   const u16 *A = w.A + q * args.ins;
-  float sums[BATCH] = {};
-  for (int k = 8 * threadIdx.x; k < args.ins; k += 8 * THREADS) {
-    uint4 a = load16(A + k);
-    float wide[8] = {widen(a.x), widen(a.x >> 16), widen(a.y), widen(a.y >> 16),
-                     widen(a.z), widen(a.z >> 16), widen(a.w), widen(a.w >> 16)};
+  for (int base = 0; base < args.count; base += 8) { /* eight rows of x at a time */
+    float sums[8] = {};
+    for (int k = 8 * threadIdx.x; k < args.ins; k += 8 * THREADS) {
+      uint4 a = load16(A + k);
+      float wide[8] = {widen(a.x), widen(a.x >> 16), widen(a.y), widen(a.y >> 16),
+                       widen(a.z), widen(a.z >> 16), widen(a.w), widen(a.w >> 16)};
 #pragma unroll
-    for (int n = 0; n < BATCH; n++) {
-      uint4 v = load16(args.x + min(n, (int)args.count - 1) * args.ins + k);
-      sums[n] += wide[0] * widen(v.x) + wide[1] * widen(v.x >> 16) + wide[2] * widen(v.y) + wide[3] * widen(v.y >> 16);
-      sums[n] += wide[4] * widen(v.z) + wide[5] * widen(v.z >> 16) + wide[6] * widen(v.w) + wide[7] * widen(v.w >> 16);
+      for (int n = 0; n < 8; n++) {
+        uint4 v = load16(args.x + min(base + n, (int)args.count - 1) * args.ins + k);
+        sums[n] += wide[0] * widen(v.x) + wide[1] * widen(v.x >> 16) + wide[2] * widen(v.y) + wide[3] * widen(v.y >> 16);
+        sums[n] += wide[4] * widen(v.z) + wide[5] * widen(v.z >> 16) + wide[6] * widen(v.w) + wide[7] * widen(v.w >> 16);
+      }
     }
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+      for (int step = 16; step; step /= 2) sums[n] += __shfl_xor_sync(~0u, sums[n], step);
+    if (threadIdx.x % 32 == 0)
+#pragma unroll
+      for (int n = 0; n < 8; n++) parts[threadIdx.x / 32 * BATCH + base + n] = sums[n];
   }
-#pragma unroll
-  for (int n = 0; n < BATCH; n++)
-#pragma unroll
-    for (int step = 16; step; step /= 2) sums[n] += __shfl_xor_sync(~0u, sums[n], step);
-  if (threadIdx.x % 32 == 0)
-#pragma unroll
-    for (int n = 0; n < BATCH; n++) parts[threadIdx.x / 32 * BATCH + n] = sums[n];
   __syncthreads();
   if (threadIdx.x < args.count) {
     float sum = 0;
