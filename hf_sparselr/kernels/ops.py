@@ -3,7 +3,9 @@
 Which kernel runs is decided when they run, so a compiled model does not depend on the number of rows.
 """
 
+import functools
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch.nn import functional as F
@@ -85,12 +87,18 @@ def products(
         for weight in weights:
             check_inputs(inputs, weight)
     if inputs.is_cuda and kernel != "dense" and _uses_triton(inputs):
-        from .gpu import multiply
-
-        return multiply(inputs, weights, binding, kernel)
+        return _gpu().multiply(inputs, weights, binding, kernel)
     rows = inputs.reshape(-1, binding.in_features)
     outs = [_product(rows, weight, kernel) for weight in weights]
     return [out.view(*inputs.shape[:-1], out.shape[1]) for out in outs]
+
+
+@functools.cache
+def _gpu() -> ModuleType:
+    """Only with Triton."""
+    from . import gpu
+
+    return gpu
 
 
 def _uses_triton(tensor: torch.Tensor) -> bool:
@@ -117,9 +125,7 @@ def unpacked(weight: PackedWeight) -> torch.Tensor:
     """S + B A as a new tensor (out, in)."""
     if not _uses_triton(weight.values):
         return dense_weight(weight)
-    from .gpu import densify
-
-    return densify(weight)
+    return _gpu().densify(weight)
 
 
 @torch.library.custom_op("hf_sparselr::input_gradient", mutates_args=())
