@@ -30,6 +30,7 @@ ALLOCATIONS = ("uniform", "owl", "global")
 REFINEMENTS = ("tm", "distill", "tm+distill", None)
 MAX_SEED = 2**32 - 1  # what NumPy takes; torch takes more
 MAX_RANK = 2**20
+MAX_TOKENS = 2**31 - 1
 
 
 def about(kind: Kind, help: str, *, stored: bool = True, on_command_line: bool = True) -> dict[str, Any]:
@@ -103,7 +104,8 @@ class Fields:
     )
     num_samples: int = field(default=128, metadata=about(Integer(1), "calibration windows"))
     seq_len: int = field(
-        default=2048, metadata=about(Integer(2), "tokens in a window, bounded by the model's context")
+        default=2048,
+        metadata=about(Integer(2, MAX_TOKENS), "tokens in a window, bounded by the model's context"),
     )
     batch_size: int = field(
         default=8,

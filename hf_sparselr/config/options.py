@@ -75,8 +75,8 @@ class OwlOptions:
     spread: float = 0.08
 
     def __post_init__(self) -> None:
-        for name in ("outlier_threshold", "spread"):
-            check_number(f"allocation_options.{name}", getattr(self, name), 0, exclusive=True)
+        check_number("allocation_options.outlier_threshold", self.outlier_threshold, 0, exclusive=True)
+        check_number("allocation_options.spread", self.spread, 0, 1, exclusive=True)
 
     def check(self, pattern: Pattern, rank: int | None) -> None:
         """Raises ValueError where the uniform settings leave nothing to choose."""
@@ -109,14 +109,10 @@ class GlobalOptions:
     iterations: int = 20
 
     def __post_init__(self) -> None:
-        check_number("allocation_options.spread", self.spread, 0)
-        check_number("allocation_options.rank_floor", self.rank_floor, 0)
+        check_number("allocation_options.spread", self.spread, 0, 1)
+        check_number("allocation_options.rank_floor", self.rank_floor, 0, 1)
         check_number("allocation_options.rank_ceiling", self.rank_ceiling, 1)
         check_integer("allocation_options.iterations", self.iterations, 1)
-        if self.rank_floor > 1:
-            raise ValueError(
-                f"allocation_options.rank_floor={self.rank_floor!r}: expected a number in [0, 1]"
-            )
 
     def check(self, pattern: Pattern, rank: int | None) -> None:
         """Raises ValueError where the uniform settings leave nothing to choose."""
