@@ -7,6 +7,23 @@ import importlib
 
 from .integrations import autoload as _autoload
 
+TYPE_CHECKING = False  # a type checker takes it for true; typing itself need not be imported
+if TYPE_CHECKING:
+    from .compression.report import plot as plot_report  # noqa: F401
+    from .compression.report import table as format_table  # noqa: F401
+    from .config.sparselr_config import SparseLRConfig as SparseLRConfig
+    from .data.sources import load_texts as load_texts
+    from .entrypoints.compress import compress as compress
+    from .entrypoints.export import export_portable as export_portable
+    from .entrypoints.inspect import inspect_checkpoint as inspect_checkpoint
+    from .entrypoints.perplexity import perplexity as perplexity
+    from .entrypoints.refine import refine as refine
+    from .entrypoints.train_mode import train_mode as train_mode
+    from .integrations.peft.lora_config import as_peft_model as as_peft_model
+    from .integrations.peft.lora_config import lora_config as lora_config
+    from .integrations.peft.merging import merge_and_unload as merge_and_unload
+    from .nn.linear import SparseLRLinear as SparseLRLinear
+
 __version__ = "0.1.0"
 
 # public name: "module:name there"
@@ -30,7 +47,7 @@ _PUBLIC = {
 __all__ = [*_PUBLIC, "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")

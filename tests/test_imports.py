@@ -1,10 +1,14 @@
 """What importing the package, torch and transformers does to one another; every test is a process of its own."""
 
+import ast
+import importlib
+
 import pytest
 from helpers import tiny
 from helpers.paths import ROOT
 from helpers.subprocesses import check
 
+import hf_sparselr
 from hf_sparselr import compress
 
 AUTOLOAD = "from hf_sparselr.integrations.autoload import autoload; autoload()\n"
@@ -32,6 +36,17 @@ except AttributeError as error:
     assert "hf_sparselr" in str(error) and "absent" in str(error)
 """
     check(code, ROOT, cwd=tmp_path)
+
+
+def test_type_checkers_see_every_public_name():
+    """They read the imports that never run."""
+    tree = ast.parse((ROOT / "hf_sparselr" / "__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.names[0].asname]
+    seen = {node.names[0].asname: (node.module, node.names[0].name) for node in imports}
+    del seen["_autoload"]
+    assert {*seen, "__version__"} == set(hf_sparselr.__all__)
+    for name, (module, inside) in seen.items():
+        assert getattr(hf_sparselr, name) is getattr(importlib.import_module(f"hf_sparselr.{module}"), inside)
 
 
 def test_import_torch_stays_as_light_as_it_was(tmp_path):
@@ -64,7 +79,7 @@ for name in ("single", "shards"):
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "SparseLRLinear"
     assert model(torch.arange(8)[None]).logits.isfinite().all()
 """
-    check(code, ROOT, cwd=tmp_path)
+    check(code, ROOT, cwd=tmp_path, torch_imported=True)
 
 
 def test_loading_a_packed_checkpoint_imports_no_solver(checkpoints, tmp_path):
@@ -82,7 +97,7 @@ assert loaded <= allowed, loaded
 assert model.hf_quantizer.quantization_config.method_options.form == "one-product"
 assert "hf_sparselr.solvers.threebasil" in sys.modules
 """
-    check(code, ROOT, cwd=tmp_path)
+    check(code, ROOT, cwd=tmp_path, torch_imported=True)
 
 
 def test_a_packed_checkpoint_is_refused_without_the_package(checkpoints, tmp_path):
@@ -98,7 +113,7 @@ for name in ("single", "shards"):
         raise AssertionError(f"{{name}} was loaded")
 assert not any(name.startswith("hf_sparselr") for name in sys.modules)
 """
-    check(code, cwd=tmp_path)
+    check(code, cwd=tmp_path, torch_imported=True)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +126,7 @@ assert not any(name.startswith("hf_sparselr") for name in sys.modules)
     ],
 )
 def test_every_import_order_registers(first, tmp_path):
-    result = check(f"{first}\n{REGISTERED}", ROOT, cwd=tmp_path)
+    result = check(f"{first}\n{REGISTERED}", ROOT, cwd=tmp_path, torch_imported=True)
     assert "could not register" not in result.stderr
 
 
@@ -131,7 +146,7 @@ else:
     raise AssertionError("PEFT's own call was not checked")
 {REGISTERED}
 """
-    assert "could not register" not in check(code, ROOT, cwd=tmp_path).stderr
+    assert "could not register" not in check(code, ROOT, cwd=tmp_path, torch_imported=True).stderr
 
 
 @pytest.mark.parametrize("host", ["transformers.quantizers", "transformers.quantizers.auto", "peft"])
@@ -183,4 +198,7 @@ sys.modules["hf_sparselr.nn.linear"] = None  # importing it raises ImportError
 import transformers.quantizers
 from transformers import LlamaConfig
 """
-    assert "could not register itself with transformers.quantizers" in check(code, ROOT, cwd=tmp_path).stderr
+    assert (
+        "could not register itself with transformers.quantizers"
+        in check(code, ROOT, cwd=tmp_path, torch_imported=True).stderr
+    )

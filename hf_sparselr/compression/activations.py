@@ -42,7 +42,10 @@ class Workplace:
 
     def keep(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """Hidden states where and as they wait."""
-        return [batch.to(self.activation_device, self.activation_dtype) for batch in hidden]
+        return [
+            batch.to(self.activation_device, self.activation_dtype if batch.is_floating_point() else None)
+            for batch in hidden
+        ]
 
     def keep_calls(self, calls: list[Call]) -> list[Call]:
         """Arguments beside the hidden states, so that no pass waits for them."""

@@ -18,7 +18,7 @@ from ..config.sparselr_config import SparseLRConfig
 from ..utils.modules import named_tensors
 from ..utils.phase_timer import PhaseTimer
 from .activations import Workplace
-from .capture import Call
+from .capture import Call, replay
 from .layer_inputs import LayerGroup, group_by_input
 from .layer_solving import solve_layers
 from .plan import Layer
@@ -55,6 +55,7 @@ class BlockResult:
         hidden, dense_hidden: the inputs of the next block.
         row: of the report.
         layer_rows: the rows of its layers.
+        dense: {name of a planned layer that stays dense: why}.
     """
 
     block: nn.Module
@@ -62,6 +63,7 @@ class BlockResult:
     dense_hidden: list[torch.Tensor] | None
     row: dict
     layer_rows: list[dict]
+    dense: dict[str, str]
 
 
 def compress_block(
@@ -80,11 +82,11 @@ def compress_block(
         precomputed: decompositions to take over. The dense block is then the one of its reference model.
 
     Raises:
-        ValueError: naming the layer: NaN or Inf in its inputs, or it saw none.
+        ValueError: naming the layer: NaN or Inf in its inputs.
     """
     started = time.perf_counter()
     place, layers = Workplace.of(block, config), layers_of(name, block, plan)
-    phases, layer_rows, tm = PhaseTimer(place.device), [], None
+    phases, layer_rows, tm, unused = PhaseTimer(place.device), [], None, {}
     working = working_copy(block, place.device)
     dense = working_copy(precomputed.reference.get_submodule(name), place.device) if precomputed else working
     with phases("propagation"):
@@ -95,7 +97,7 @@ def compress_block(
     if layers:
         with phases("capture and Gram"):
             groups = group_by_input(working, list(layers), hidden, calls, place)
-            _check_called(name, layers, groups)
+            unused = _unused(name, working, layers, groups, hidden, calls, place)
             targets = _matching_targets(dense, hidden, dense_hidden, calls, config, place)
         layer_rows = solve_layers(
             working, dense, layers, groups, hidden, calls, config, place, phases, precomputed
@@ -118,7 +120,7 @@ def compress_block(
         "phases": phases.seconds,
         "peaks": phases.peaks,
     }
-    return BlockResult(working, hidden, dense_hidden, row, layer_rows)
+    return BlockResult(working, hidden, dense_hidden, row, layer_rows, unused)
 
 
 def layers_of(name: str, block: nn.Module, plan: dict[str, Layer]) -> dict[str, Layer]:
@@ -140,13 +142,36 @@ def working_copy(block: nn.Module, device: torch.device) -> nn.Module:
     return block
 
 
-def _check_called(name: str, layers: dict[str, Layer], groups: list[LayerGroup]) -> None:
+def _unused(
+    name: str,
+    block: nn.Module,
+    layers: dict[str, Layer],
+    groups: list[LayerGroup],
+    hidden: list[torch.Tensor],
+    calls: list[Call],
+    place: Workplace,
+) -> dict[str, str]:
+    """The planned layers that no calibration input reached, and why: {dotted name: reason}."""
     called = {layer for group in groups for layer in group.layers}
     unused = [layer for layer in layers if layer not in called]
-    if unused:
-        raise ValueError(
-            f"{name}.{unused[0]} saw no calibration input ({len(unused)} such layers): ignore it, or pass other data"
-        )
+    if not unused:
+        return {}
+    weights = [block.get_submodule(layer).weight for layer in unused]
+    flags = [weight.requires_grad for weight in weights]
+    with torch.enable_grad():
+        for weight in weights:
+            weight.requires_grad_(True)
+        output = replay(block, hidden[0], calls[0])
+        gradients = [None] * len(weights)
+        if output.requires_grad:
+            gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
+    for weight, flag in zip(weights, flags, strict=True):
+        weight.requires_grad_(flag)
+    never, read = "no calibration input reached it", "its weight is read, the layer is not called"
+    return {
+        layers[layer].name: never if gradient is None else read
+        for layer, gradient in zip(unused, gradients, strict=True)
+    }
 
 
 def _matching_targets(

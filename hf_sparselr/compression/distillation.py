@@ -17,13 +17,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..config.options import DistillOptions
+from ..data.model_inputs import Sample, first_row, rows
 from ..format.bitmask import unpack, unpack_mask
 from ..format.decomposition import Decomposition
 from ..nn.linear import SparseLRLinear, packed_layers
 from ..utils.modules import eval_mode, named_tensors
 from ..utils.precision import arithmetic
 from .capture import instance_forwards, model_inputs
-from .model_structure import find_stacks
+from .model_structure import Stacks, find_stacks
+from .padding import MASKS
 from .training_loop import Groups, Training, group_batches, restore, snapshot, train
 from .working_linear import WorkingLinear, trainable
 
@@ -31,29 +33,30 @@ JUDGING_WINDOWS = 8  # on which the loss before and after is measured, where non
 BETAS = (0.9, 0.95)
 
 
-def copy_sharing_blocks(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> nn.Module:
+def copy_sharing_blocks(model: nn.Module, stacks: Stacks) -> nn.Module:
     """A copy of a dense model, to distill from. Its blocks share their tensors with the model's: the pipeline replaces
     those and never edits them. The other tensors are its own."""
-    blocks = [tensor for stack in stacks.values() for tensor in (*stack.parameters(), *stack.buffers())]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in blocks})
+    blocks = [block for stack in stacks.values() for block in stack.values()]
+    tensors = [tensor for block in blocks for _, tensor in named_tensors(block)]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def distill(
     model: nn.Module,
     teacher: nn.Module,
-    batches: list[torch.Tensor],
+    batches: list[Sample],
     options: DistillOptions,
     seed: int,
     device: torch.device,
     on_pass: Callable[[float], None] = lambda loss: None,
-    kept_back: list[torch.Tensor] | None = None,
+    kept_back: list[Sample] | None = None,
 ) -> dict:
     """Trains a packed model in place; its tensors keep their dtypes, devices and support.
 
     Args:
         model: with `SparseLRLinear` layers.
         teacher: the dense model, `on_device`.
-        batches: token ids (batch, length).
+        batches: model inputs.
         seed: of the order of the steps.
         on_pass: called after every pass with its mean loss.
         kept_back: batches that are not trained on. The result is kept only if it is better on them than the start.
@@ -65,7 +68,7 @@ def distill(
     started = time.perf_counter()
     layers = packed_layers(model)
     dtypes = {name: tensor.dtype for name, tensor in named_tensors(model)}
-    judging = kept_back or batches[: max(1, JUDGING_WINDOWS // len(batches[0]))]
+    judging = kept_back or batches[: max(1, JUDGING_WINDOWS // rows(batches[0]))]
     with _original_places(model), eval_mode(model), _checkpointing(model, options.checkpointing):
         try:
             groups = _unpack(model, layers, device, options)
@@ -90,90 +93,120 @@ def distill(
 
 
 def _train(model, teacher, groups: Groups, batches, options: DistillOptions, seed: int, on_pass) -> Training:
-    count = _predictions(teacher, batches[0], options)
+    counts = {
+        id(batch): count for batch, count in zip(batches, predictions(teacher, batches, options), strict=True)
+    }
+    device = next(iter(groups.values()))[0].device
+    padded = any(_is_padded(batch) for batch in batches)
 
-    def size(step: list[torch.Tensor]) -> int:
-        return sum(map(count, step))
+    def size(step: list[Sample]) -> int | torch.Tensor:
+        total = sum(counts[id(batch)] for batch in step)
+        return torch.tensor(float(total), device=device) if padded else total
 
-    def backward(batch: torch.Tensor, size: int) -> torch.Tensor:
+    def backward(batch: Sample, size: int | torch.Tensor) -> torch.Tensor:
         return add_gradients(model, teacher, batch, size, options)
 
-    steps = _steps(batches, options.batch_size)
+    steps = _steps(batches, list(counts.values()), options.batch_size)
     return train(model, groups, steps, size, backward, options, BETAS, seed, on_pass, keep_best=False)
 
 
 def add_gradients(
-    model: nn.Module, teacher: nn.Module, ids: torch.Tensor, size: int, options: DistillOptions
+    model: nn.Module, teacher: nn.Module, batch: Sample, size: int | torch.Tensor, options: DistillOptions
 ) -> torch.Tensor:
     """Adds the gradient of a batch's summed divergence / `size` to the model's parameters, and returns that quotient.
 
     Args:
         model, teacher: on one device.
-        ids: (batch, length), on any device.
+        batch: model inputs, on any device.
     """
     device = next(model.parameters()).device
-    ids = ids.to(device)
     with arithmetic(device, options.precision):
-        student = _logits(model, ids)
+        student = _logits(model, batch)
         with torch.no_grad():
-            target = _logits(teacher, ids)
+            target = _logits(teacher, batch)
+            real = _real_positions(batch, student)
             gradient = torch.empty_like(student)
             loss = torch.zeros((), device=device)
-            for row in range(len(ids)):  # FP32 copies of all logits could be larger than the model
+            for row in range(len(student)):  # FP32 copies of all logits could be larger than the model
                 mine = F.log_softmax(student[row].float(), -1)
                 theirs = F.log_softmax(target[row].float(), -1)
-                loss += (theirs.exp() * (theirs - mine)).sum() / size
-                gradient[row] = (mine.exp() - theirs.exp()) / size
+                divergence, slope = theirs.exp() * (theirs - mine), mine.exp() - theirs.exp()
+                if real is not None:
+                    divergence, slope = divergence * real[row][:, None], slope * real[row][:, None]
+                loss += divergence.sum() / size
+                gradient[row] = slope / size
         student.backward(gradient)
     return loss
 
 
 @torch.no_grad()
-def _mean_loss(model, teacher, batches, options: DistillOptions, device) -> float:
+def _mean_loss(model, teacher, batches: list[Sample], options: DistillOptions, device: torch.device) -> float:
     total = torch.zeros((), device=device, dtype=torch.float64)
     for batch in batches:
         with arithmetic(device, options.precision):
-            student, target = (_logits(each, batch.to(device)) for each in (model, teacher))
-        for mine, theirs in zip(student, target, strict=True):
+            student, target = (_logits(each, batch) for each in (model, teacher))
+        real = _real_positions(batch, student)
+        for row, (mine, theirs) in enumerate(zip(student, target, strict=True)):
+            if real is not None:
+                mine, theirs = mine[real[row]], theirs[real[row]]
             total += F.kl_div(
                 F.log_softmax(mine.float(), -1),
                 F.log_softmax(theirs.float(), -1),
                 log_target=True,
                 reduction="sum",
             )
-    return float(total) / sum(map(_predictions(teacher, batches[0], options), batches))
+    return float(total) / sum(predictions(teacher, batches, options))
 
 
 @torch.no_grad()
-def _predictions(
-    teacher: nn.Module, batch: torch.Tensor, options: DistillOptions
-) -> Callable[[torch.Tensor], int]:
-    """How many distributions a model predicts for a batch: one a token, or one a row (sequence classification)."""
-    device = next(teacher.parameters()).device
-    with arithmetic(device, options.precision):
-        by_token = _logits(teacher, batch[:1].to(device)).ndim > 2
-    return lambda batch: batch.numel() if by_token else len(batch)
+def predictions(teacher: nn.Module, batches: list[Sample], options: DistillOptions) -> list[int]:
+    """How many distributions the model predicts for each batch: one a token, a row or a patch, but none for padding."""
+    device, per_row, counts = next(teacher.parameters()).device, {}, []
+    for batch in batches:
+        kind = tuple((key, tensor.shape[1:]) for key, tensor in batch.items())
+        if kind not in per_row or _is_padded(batch):
+            sample = batch if _is_padded(batch) else first_row(batch)
+            with arithmetic(device, options.precision):
+                logits = _logits(teacher, sample)
+            real = _real_positions(sample, logits)
+            per_row[kind] = (
+                logits.shape[:-1].numel() / rows(sample) if real is None else int(real.sum()) / rows(sample)
+            )
+        counts.append(round(per_row[kind] * rows(batch)))
+    return counts
+
+
+def _is_padded(batch: Sample) -> bool:
+    return any(key in batch and not bool(batch[key].all()) for key in MASKS)
+
+
+def _real_positions(batch: Sample, logits: torch.Tensor) -> torch.Tensor | None:
+    """(rows, length) bool: the positions of logits (rows, length, vocabulary) that are no padding; None for all."""
+    for key in reversed(MASKS):  # the logits are the decoder's
+        mask = batch.get(key)
+        if mask is not None and mask.shape == logits.shape[:2] and logits.ndim == 3:
+            return mask.bool().to(logits.device)
+    return None
 
 
 @torch.no_grad()
-def takes_batches(model: nn.Module, window: torch.Tensor) -> bool:
-    """Whether a model predicts for several windows at a time. Classifiers without a padding token refuse it."""
+def takes_batches(model: nn.Module, sample: Sample) -> bool:
+    """Whether a model predicts for several samples at a time. Classifiers without a padding token refuse it."""
     try:
-        _logits(model, torch.stack([window, window]))
+        _logits(model, {key: torch.cat([tensor, tensor]) for key, tensor in sample.items()})
     except ValueError:
         return False
     return True
 
 
-def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(**model_inputs(model, ids)).logits
+def _logits(model: nn.Module, batch: Sample) -> torch.Tensor:
+    return model(**model_inputs(model, batch)).logits
 
 
-def _steps(batches: list[torch.Tensor], windows: int) -> list[list[torch.Tensor]]:
-    """Batches grouped into steps of at least the tokens of `windows` long windows (the last may have fewer)."""
-    tokens = windows * max(batch.shape[1] for batch in batches)
-    groups = group_batches([batch.numel() for batch in batches], tokens)
-    return [[batches[index] for index in group] for group in groups]
+def _steps(batches: list[Sample], counts: list[int], samples: int) -> list[list[Sample]]:
+    """Batches grouped into steps of at least the predictions of so many long samples. The last may have fewer."""
+    least = samples * max(count // rows(batch) for batch, count in zip(batches, counts, strict=True))
+    return [[batches[index] for index in group] for group in group_batches(counts, least)]
 
 
 def _unpack(
@@ -268,7 +301,7 @@ def _original_places(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Inside, blocks recompute their activations. transformers' own switch does nothing in eval mode."""
-    blocks = [block for stack in find_stacks(model).values() for block in stack] if wanted else []
+    blocks = [block for stack in find_stacks(model).values() for block in stack.values()] if wanted else []
     recomputing = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     with instance_forwards(blocks, lambda _, forward: partial(recomputing, forward)):
         yield

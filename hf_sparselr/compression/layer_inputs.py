@@ -12,6 +12,7 @@ from ..utils.precision import arithmetic
 from .activations import Workplace
 from .capture import Call, replay
 from .linear_layers import weight_shape
+from .padding import real_rows
 
 
 class _Reached(Exception):  # noqa: N818 (not an error: the rest of the block is not needed)
@@ -46,8 +47,7 @@ def group_by_input(
     alive: list[torch.Tensor] = []  # while they live, equal addresses mean the same tensor
 
     def note(layer: str, number: int):
-        def hook(module: nn.Module, args: tuple) -> None:
-            x = args[0]
+        def hook(x: torch.Tensor) -> None:
             seen.setdefault(layer, []).append((number, x.data_ptr(), x.shape, x.stride()))
             alive.append(x)
 
@@ -73,26 +73,38 @@ def group_by_input(
 def gram_of_inputs(
     block: nn.Module, group: LayerGroup, hidden: list[torch.Tensor], calls: list[Call], place: Workplace
 ) -> torch.Tensor:
-    """X^T X (in, in), FP32, over all inputs of a group in the block as it now is."""
+    """X^T X (in, in), FP32, over all inputs of a group in the block as it now is, without padding."""
     layer = group.layers[0]
     accumulator = GramAccumulator(weight_shape(block.get_submodule(layer))[1], place.device)
 
-    def collect(module: nn.Module, args: tuple) -> None:
-        accumulator.add(args[0].bfloat16() if place.precision == "bf16" else args[0])
-        if group.called_once:
-            raise _Reached  # the rest of the block is not needed
+    for batch, call in zip(hidden, calls, strict=True):
 
-    with hooked(block, {layer: collect}):
-        for batch, call in zip(hidden, calls, strict=True):
-            with suppress(_Reached), arithmetic(place.device, place.precision):
-                replay(block, batch, call)
+        def collect(x: torch.Tensor, masks: tuple[torch.Tensor, ...] = call.masks) -> None:
+            x = real_rows(x, masks)
+            accumulator.add(x.bfloat16() if place.precision == "bf16" else x)
+            if group.called_once:
+                raise _Reached  # the rest of the block is not needed
+
+        with (
+            hooked(block, {layer: collect}),
+            suppress(_Reached),
+            arithmetic(place.device, place.precision),
+        ):
+            replay(block, batch, call)
     return accumulator.gram
 
 
 @contextmanager
 def hooked(block: nn.Module, hooks: dict[str, Callable]) -> Iterator[None]:
-    """Inside, every call of the named layers first calls their hook with (module, args)."""
-    handles = [block.get_submodule(layer).register_forward_pre_hook(hook) for layer, hook in hooks.items()]
+    """Inside, every call of the named layers first calls their hook with the layer's input."""
+
+    def pre_hook(hook: Callable) -> Callable:
+        return lambda module, args, kwargs: hook(args[0] if args else next(iter(kwargs.values())))
+
+    handles = [
+        block.get_submodule(layer).register_forward_pre_hook(pre_hook(hook), with_kwargs=True)
+        for layer, hook in hooks.items()
+    ]
     try:
         yield
     finally:

@@ -2,46 +2,75 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ..config.sparselr_config import SparseLRConfig
+from ..data.model_inputs import Sample
 from ..solvers.gram import ScaledGram
 from ..utils.precision import arithmetic
 from .activations import Workplace
 from .allocation import DenseGroup
 from .block import layers_of, working_copy
-from .capture import Call, capture_block_inputs, replay
+from .capture import BrokenChainError, Call, capture_block_inputs, capture_calls, replay
 from .layer_inputs import gram_of_inputs, group_by_input
 from .layer_solving import naming
 from .linear_layers import dense_weight, set_dense_weight
-from .model_structure import find_stacks
 from .plan import Layer
+from .survey import Survey
 
 TRIAL_WINDOWS = 8  # on which the loss of a block is measured
 
 
 @torch.no_grad()
 def dense_groups(
-    model: nn.Module, plan: dict[str, Layer], config: SparseLRConfig, batches: list[torch.Tensor]
+    model: nn.Module,
+    plan: dict[str, Layer],
+    config: SparseLRConfig,
+    batches: list[Sample],
+    segments: list[dict[str, nn.Module]],
+    survey: Survey,
 ) -> Iterator[DenseGroup]:
-    """The planned layers of the dense model, of one block after the other."""
-    stacks = find_stacks(model)
-    bar = transformers_logging.tqdm(
-        total=sum(map(len, stacks.values())), desc="Measuring blocks", unit="block"
-    )
-    for stack_name, stack in stacks.items():
-        recording = capture_block_inputs(model, stack, batches)
-        hidden = recording.inputs
-        for index, calls in enumerate(recording.calls):
-            name, place = f"{stack_name}.{index}", Workplace.of(stack[index], config)
-            block, hidden = working_copy(stack[index], place.device), place.keep(hidden)
-            yield from _groups_of_block(name, block, plan, config, hidden, calls, place)
-            hidden = place.forward(block, hidden, calls)
+    """The planned layers of the dense model, of one block after the other.
+
+    Args:
+        segments: chains of blocks, and single blocks, in the order of the model's calls.
+    """
+    bar = transformers_logging.tqdm(total=sum(map(len, segments)), desc="Measuring blocks", unit="block")
+    for segment in segments:
+        for name, block, hidden, calls in _block_inputs(model, config, batches, segment, survey):
+            place = Workplace.of(block, config)
+            dense, hidden = working_copy(block, place.device), place.keep(hidden)
+            yield from _groups_of_block(name, dense, plan, config, hidden, calls, place)
             bar.update()
     bar.close()
+
+
+def _block_inputs(
+    model: nn.Module,
+    config: SparseLRConfig,
+    batches: list[Sample],
+    segment: dict[str, nn.Module],
+    survey: Survey,
+) -> Iterator[tuple[str, nn.Module, list[torch.Tensor], list[Call]]]:
+    """(name, block, hidden states, other arguments) of the blocks of a chain, or of a single block."""
+    if all(survey.most_calls[name] == 1 for name in segment):
+        with suppress(BrokenChainError):
+            recording = capture_block_inputs(model, segment, batches)
+            hidden = recording.inputs
+            for name, block in segment.items():
+                yield name, block, hidden, recording.calls[name]
+                place = Workplace.of(block, config)
+                hidden = place.forward(
+                    working_copy(block, place.device), place.keep(hidden), recording.calls[name]
+                )
+            return
+    for name, block in segment.items():
+        hidden, calls, _ = capture_calls(model, name, batches, survey.most_calls[name] == 1)
+        yield name, block, hidden, calls
 
 
 def _groups_of_block(

@@ -12,42 +12,81 @@ from .linear_layers import is_linear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Stacks = dict[str, dict[str, nn.Module]]  # {name of the stack: {dotted name of the block: block}}
 
-def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The outermost module lists that hold transformer blocks: {dotted name: list}, in order of definition.
+
+def find_stacks(model: nn.Module) -> Stacks:
+    """The stacks of blocks of a model, in order of definition.
+
+    A stack is an nn.ModuleList or nn.Sequential whose members all hold linear layers. Of lists inside one another,
+    those count whose members the model marks as blocks (GradientCheckpointingLayer, _no_split_modules), else the
+    outermost. The parts of a model without any list are blocks themselves.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has no linear layers.
     """
     # Not at the top: it loads transformers.quantizers, which registers our quantizer, which imports this module.
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     block_names = set(getattr(model, "_no_split_modules", None) or ())
 
-    def is_block(module: nn.Module) -> bool:
+    def is_marked(module: nn.Module) -> bool:
         return isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in block_names
 
-    stacks = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in stacks)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(is_block, module)):
-            stacks[name] = module
-    if not stacks:
+    marked = {id(module) for module in model.modules() if _is_list(module) and all(map(is_marked, module))}
+    stacks: Stacks = {}
+    seen: set[int] = set()
+
+    def visit(name: str, module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        holds_marked = any(id(part) in marked for part in module.modules() if part is not module)
+        if id(module) in marked or (
+            not holds_marked and _is_list(module) and all(map(_holds_layers, module))
+        ):
+            members = {f"{name}.{key}": member for key, member in module.named_children()}
+            stacks[name] = {key: member for key, member in members.items() if id(member) not in seen}
+            seen.update(map(id, members.values()))
+            return
+        for key, child in module.named_children():
+            visit(f"{name}.{key}" if name else key, child)
+
+    visit("", model)
+    stacks = {name: blocks for name, blocks in stacks.items() if blocks}
+    if stacks:
+        return stacks
+    base, prefix = getattr(model, "base_model", model), ""
+    if base is not model:
+        prefix = next((f"{name}." for name, part in model.named_modules() if part is base), "")
+    parts = {f"{prefix}{key}": part for key, part in base.named_children() if _holds_layers(part)}
+    if not parts:
         raise ValueError(
-            f"{type(model).__name__} has no list of transformer blocks: expected an nn.ModuleList whose members are "
-            "GradientCheckpointingLayer or named in _no_split_modules"
+            f"{type(model).__name__} has no transformer blocks: no part of it holds linear layers"
         )
-    return stacks
+    return {prefix.removesuffix("."): parts}
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    """Whether linear layers are inside a module, which is none itself."""
+    return not is_linear(module) and any(map(is_linear, module.modules()))
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers inside the blocks: {dotted name: layer}."""
-    return {
-        f"{stack}.{name}": module
-        for stack, blocks in find_stacks(model).items()
-        for name, module in blocks.named_modules()
-        if is_linear(module)
-    }
+    """All linear layers inside the blocks: {dotted name: layer}, a layer that has several names once."""
+    layers: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for blocks in find_stacks(model).values():
+        for block_name, block in blocks.items():
+            for name, module in block.named_modules():
+                if is_linear(module) and id(module) not in seen:
+                    seen.add(id(module))
+                    layers[f"{block_name}.{name}"] = module
+    return layers
 
 
 def context_length(model: "PreTrainedModel") -> int | None:
@@ -57,9 +96,19 @@ def context_length(model: "PreTrainedModel") -> int | None:
     padding index leaves that many rows unused.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tokens = model.get_input_embeddings()
-    for module in model.modules() if limit else ():
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    tokens = input_embeddings(model)
+    for module in model.modules():
         is_table = isinstance(module, nn.Embedding) and module is not tokens
         if is_table and module.num_embeddings == limit and module.padding_idx is not None:
             return limit - module.padding_idx - 1
     return limit
+
+
+def input_embeddings(model: "PreTrainedModel") -> nn.Module | None:
+    """The embeddings of token ids, or None: some models have none, or several."""
+    try:
+        return model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None

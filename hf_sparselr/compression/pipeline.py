@@ -4,28 +4,34 @@ The loop itself holds one block. Where finished blocks go, into the model or int
 on one block is in `block`.
 """
 
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ..config.sparselr_config import SparseLRConfig
+from ..data.model_inputs import Sample, make_batches
 from ..utils.modules import eval_mode
 from ..utils.precision import matmuls
 from .allocation import allocate
-from .block import BlockInputs, compress_block
-from .capture import capture_block_inputs
+from .block import BlockInputs, BlockResult, compress_block
+from .capture import BrokenChainError, capture_block_inputs, capture_calls
+from .distillation import copy_sharing_blocks
 from .measuring import dense_groups
-from .model_structure import find_stacks
-from .plan import Layer
+from .model_structure import Stacks, find_stacks
+from .plan import Layer, reachable_plan
 from .precomputed import Precomputed
 from .report import Report
+from .survey import Survey, survey_blocks
 from .training_loop import hold_back
 
 Sink = Callable[[str, nn.Module], None]  # (dotted name of the block, finished block)
+
+logger = logging.getLogger("hf_sparselr")
 
 
 @matmuls("highest")
@@ -33,105 +39,201 @@ def run(
     model: nn.Module,
     plan: dict[str, Layer],
     config: SparseLRConfig,
-    windows: list[torch.Tensor],
+    samples: list[Sample],
     sink: Sink,
     precomputed: Precomputed | None = None,
 ) -> Report:
     """Compresses the blocks of a model.
 
     Args:
-        model: dense, not on the meta device. It is not changed; its modes, train or eval, are as before at the end.
+        model: dense, not on the meta device. Only the sink changes it.
         plan: the layers to compress, from `plan_layers`.
-        windows: token ids, 1-D int64, on the CPU.
-        sink: takes the finished blocks, in order.
+        samples: calibration samples on the CPU.
+        sink: takes the finished blocks, in the order in which the model calls them.
         precomputed: decompositions of the model's layers, for refinement alone.
 
     Returns:
         The report, without `sizes`.
 
     Raises:
-        ValueError: NaN or Inf in a weight or in a layer's inputs, or a layer without inputs; naming the layer.
+        ValueError: NaN or Inf in a weight or in a layer's inputs, naming the layer; stacks that no sample reaches.
     """
     started = time.perf_counter()
-    reference = precomputed.reference if precomputed else model
     _check_weights(model, plan)
     report = Report(config.to_dict())
-    batches, kept_back = _batches(windows, config)
-    stacks = find_stacks(model)
-    bar = transformers_logging.tqdm(
-        total=sum(map(len, stacks.values())), desc="Compressing blocks", unit="block"
-    )
+    batches, kept_back = _batches(samples, config)
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     model.eval()
     try:
-        plan, report.allocation = allocate(config, plan, dense_groups(model, plan, config, batches))
-        for name, stack in stacks.items():
-            recording = capture_block_inputs(model, stack, batches)
-            inputs = BlockInputs(recording.inputs, None, [], kept_back)
-            if _needs_dense_stream(config):
-                inputs.dense_hidden = recording.inputs
-                if precomputed:
-                    inputs.dense_hidden = _first_inputs(reference, name, batches)
-            for index, block in enumerate(stack):
-                inputs.calls, recording.calls[index] = recording.calls[index], []
-                result = compress_block(f"{name}.{index}", block, plan, inputs, config, precomputed)
-                inputs.hidden, inputs.dense_hidden = result.hidden, result.dense_hidden
-                report.layers += result.layer_rows
-                report.blocks.append(result.row)
-                _set_modes(block, f"{name}.{index}", modes)
-                sink(f"{name}.{index}", result.block)
-                bar.update()
-    finally:
+        stacks = find_stacks(model)
+        survey = survey_blocks(model, stacks, batches)
+        plan, report.dense = reachable_plan(plan, stacks, survey.order, config)
+        segments = _working_order(stacks, survey, plan)
+        groups = dense_groups(model, plan, config, batches, segments, survey)
+        plan, report.allocation = allocate(config, plan, groups)
+        bar = transformers_logging.tqdm(
+            total=sum(map(len, segments)), desc="Compressing blocks", unit="block"
+        )
+        work = _compressed_blocks(model, plan, config, segments, survey, batches, kept_back, precomputed)
+        for name, result in work:
+            report.layers += result.layer_rows
+            report.blocks.append(result.row)
+            report.dense |= result.dense
+            _set_modes(result.block, name, modes)
+            sink(name, result.block)
+            bar.update()
         bar.close()
+    finally:
         _set_modes(model, "", modes)
     report.seconds = time.perf_counter() - started
     report.peak_memory = max((peak for row in report.blocks for peak in row["peaks"].values()), default=None)
     return report
 
 
-def replace_in(model: nn.Module) -> Sink:
-    """The sink that puts finished blocks into a model in memory."""
-    return model.set_submodule
+def _working_order(stacks: Stacks, survey: Survey, plan: dict[str, Layer]) -> list[dict[str, nn.Module]]:
+    """The blocks to work on, in the order in which the model calls them: whole chains, and other blocks one by one."""
+    segments: dict[str, dict[str, nn.Module]] = {}  # by the first block
+    stack_of = {name: stack for stack, blocks in stacks.items() for name in blocks}
+    planned = {stack for stack, blocks in stacks.items() if any(_has_layers(name, plan) for name in blocks)}
+    for name in survey.order:
+        stack = stack_of[name]
+        if stack not in planned:
+            continue
+        if stack not in survey.chains:
+            if _has_layers(name, plan):
+                segments[name] = {name: stacks[stack][name]}
+        elif stack not in {stack_of[first] for first in segments}:
+            segments[name] = {key: block for key, block in stacks[stack].items() if key in survey.order}
+    return list(segments.values())
 
 
-def _first_inputs(model: nn.Module, stack: str, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+def _has_layers(block: str, plan: dict[str, Layer]) -> bool:
+    return any(name.startswith(f"{block}.") for name in plan)
+
+
+def _compressed_blocks(
+    model: nn.Module,
+    plan: dict[str, Layer],
+    config: SparseLRConfig,
+    segments: list[dict[str, nn.Module]],
+    survey: Survey,
+    batches: list[Sample],
+    kept_back: int,
+    precomputed: Precomputed | None,
+) -> Iterator[tuple[str, BlockResult]]:
+    """Compresses one block after the other: (name, result). The sink takes one before the next is asked for."""
+    reference = precomputed.reference if precomputed else None
+    if reference is None and _needs_dense_stream(config) and not _all_chains(segments, survey):
+        reference = copy_sharing_blocks(model, find_stacks(model))
+    for segment in segments:
+        if all(survey.most_calls[name] == 1 for name in segment):
+            try:
+                yield from _chain(model, plan, config, segment, batches, kept_back, precomputed)
+                continue
+            except BrokenChainError:
+                pass  # not on all samples
+        for name in segment:
+            yield name, _single(model, plan, config, name, survey, batches, kept_back, precomputed, reference)
+
+
+def _all_chains(segments: list[dict[str, nn.Module]], survey: Survey) -> bool:
+    return all(survey.most_calls[name] == 1 for segment in segments for name in segment)
+
+
+def _chain(
+    model: nn.Module,
+    plan: dict[str, Layer],
+    config: SparseLRConfig,
+    blocks: dict[str, nn.Module],
+    batches: list[Sample],
+    kept_back: int,
+    precomputed: Precomputed | None,
+) -> Iterator[tuple[str, BlockResult]]:
+    """A chain: one pass of the model records all arguments, and each block's outputs are the next one's inputs."""
+    recording = capture_block_inputs(model, blocks, batches)
+    kept_back = sum(index >= len(batches) - kept_back for index in recording.batches)
+    inputs = BlockInputs(recording.inputs, None, [], kept_back)
+    if _needs_dense_stream(config):
+        inputs.dense_hidden = recording.inputs
+        if precomputed:
+            inputs.dense_hidden = _first_inputs(precomputed.reference, blocks, batches)
+    for name, block in blocks.items():
+        inputs.calls = recording.calls.pop(name)
+        result = compress_block(name, block, plan, inputs, config, precomputed)
+        inputs.hidden, inputs.dense_hidden = result.hidden, result.dense_hidden
+        yield name, result
+
+
+def _first_inputs(
+    model: nn.Module, blocks: dict[str, nn.Module], batches: list[Sample]
+) -> list[torch.Tensor]:
     with eval_mode(model):
-        return capture_block_inputs(model, model.get_submodule(stack), batches).inputs
+        own = {name: model.get_submodule(name) for name in blocks}
+        return capture_block_inputs(model, own, batches).inputs
+
+
+def _single(
+    model: nn.Module,
+    plan: dict[str, Layer],
+    config: SparseLRConfig,
+    name: str,
+    survey: Survey,
+    batches: list[Sample],
+    kept_back: int,
+    precomputed: Precomputed | None,
+    reference: nn.Module | None,
+) -> BlockResult:
+    """A block that is no part of a chain, or is called several times: passes of the whole model record its calls."""
+    once = survey.most_calls[name] == 1
+    hidden, calls, indices = capture_calls(model, name, batches, once)
+    kept_back = sum(index >= len(batches) - kept_back for index in indices)
+    inputs = BlockInputs(hidden, None, calls, kept_back)
+    if _needs_dense_stream(config) and reference is not None:
+        with eval_mode(reference):
+            inputs.dense_hidden = capture_calls(reference, name, batches, once)[0]
+    return compress_block(name, model.get_submodule(name), plan, inputs, config, precomputed)
+
+
+def replace_in(model: nn.Module) -> Sink:
+    """The sink that puts finished blocks into a model in memory, wherever their dense selves are."""
+
+    def sink(name: str, block: nn.Module) -> None:
+        dense = model.get_submodule(name)
+        for place, part in list(model.named_modules(remove_duplicate=False)):
+            if part is dense:
+                model.set_submodule(place, block)
+
+    return sink
 
 
 def _needs_dense_stream(config: SparseLRConfig) -> bool:
     return "tm" in config.refine_steps and config.tm.target != "block"
 
 
-def make_batches(windows: list[torch.Tensor], size: int) -> list[torch.Tensor]:
-    """Stacks consecutive windows of equal length: (<= size, length) each, never padded."""
-    batches: list[list[torch.Tensor]] = []
-    for window in windows:
-        if not batches or len(batches[-1]) == size or len(batches[-1][0]) != len(window):
-            batches.append([])
-        batches[-1].append(window)
-    return [torch.stack(batch) for batch in batches]
-
-
-def _batches(windows: list[torch.Tensor], config: SparseLRConfig) -> tuple[list[torch.Tensor], int]:
-    """Batches of all windows, and how many at the end hold the windows that are kept back from refinement."""
-    size, trained = _micro_batch(config), len(windows)
+def _batches(samples: list[Sample], config: SparseLRConfig) -> tuple[list[Sample], int]:
+    """Batches of all samples, and how many at the end hold those that are kept back from refinement."""
+    size, trained = _micro_batch(config), len(samples)
     if config.refine_steps:
-        trained -= hold_back(windows)
-    kept_back = make_batches(windows[trained:], size)
-    return make_batches(windows[:trained], size) + kept_back, len(kept_back)
+        trained -= hold_back(samples)
+    kept_back = make_batches(samples[trained:], size)
+    return make_batches(samples[:trained], size) + kept_back, len(kept_back)
 
 
 def _micro_batch(config: SparseLRConfig) -> int:
-    """Windows at a time: TM's steps must be made of whole batches, whatever `batch_size` is."""
+    """Samples at a time: TM's steps must be made of whole batches, whatever `batch_size` is."""
     if "tm" not in config.refine_steps:
         return config.batch_size
     return math.gcd(config.batch_size, config.tm.batch_size)
 
 
 def _set_modes(module: nn.Module, name: str, modes: dict[str, bool]) -> None:
-    """Puts every part of a module into the mode, train or eval, that stands beside its name."""
+    """Puts every part of a module into the mode, train or eval, that stands beside its name.
+
+    A part that the model made while it ran has the mode of the module around it.
+    """
     for inner, part in module.named_modules(prefix=name):
+        while inner not in modes:
+            inner = inner.rpartition(".")[0]
         part.training = modes[inner]
 
 

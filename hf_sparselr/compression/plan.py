@@ -1,5 +1,6 @@
 """The plan: which linear layers of a model are compressed, each with its pattern and rank."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from ..format.patterns import Pattern
 from ..solvers.registry import PRECOMPUTED
 from ..utils.validation import covers, matches
 from .linear_layers import weight_shape
-from .model_structure import find_stacks, linear_layers
+from .model_structure import Stacks, linear_layers
 
 if TYPE_CHECKING:
     from ..config.sparselr_config import SparseLRConfig
@@ -54,7 +55,6 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
     for pattern in config.ignore or ():
         if not any(matches(pattern, name) for name in modules):
             raise ValueError(f"ignore: {pattern!r} matches no module; layers are {_shorten(layers)}")
-    _reject_experts(model, config)
     plan, misfits = {}, []
     for name, layer in layers.items():
         if any(covers(pattern, name) for pattern in config.ignore or ()):
@@ -114,20 +114,44 @@ def _misfit(name: str, shape: tuple[int, int], pattern: Pattern, rank: int) -> s
     return None
 
 
-def _reject_experts(model: nn.Module, config: "SparseLRConfig") -> None:
-    experts = {
-        f"{stack}.{name}".removesuffix(".")
-        for stack, blocks in find_stacks(model).items()
-        for name, module in blocks.named_modules()
-        if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-        and not isinstance(module, nn.Conv1d)
+def reachable_plan(
+    plan: dict[str, Layer], stacks: Stacks, called: list[str], config: "SparseLRConfig"
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The planned layers of the blocks that calibration reaches, and the others with the reason: {layer name: why}.
+
+    Args:
+        called: the names of the blocks that a pass over all samples called.
+
+    Raises:
+        ValueError: stacks that no sample reaches, all in one message, unless `on_incompatible="skip"`.
+    """
+    block_of = {
+        name: block for blocks in stacks.values() for block in blocks for name in _inside(block, plan)
     }
-    left = [name for name in experts if not any(covers(pattern, name) for pattern in config.ignore or ())]
-    if left:
+    missed = {name: block for name, block in block_of.items() if block not in called}
+    whole = [stack for stack, blocks in stacks.items() if missed and set(missed.values()) & set(blocks)]
+    whole = [stack for stack in whole if not set(stacks[stack]) & set(called)]
+    if whole and config.on_incompatible == "error":
+        counts = {stack: sum(block in stacks[stack] for block in missed.values()) for stack in whole}
+        shown = ", ".join(f"{stack} ({count} layers)" for stack, count in counts.items())
         raise ValueError(
-            f"experts stored as 3-D parameters are not supported yet: {_shorten(sorted(left))}; "
-            "pass ignore=[...] with a pattern that covers them to leave them dense"
+            f"no calibration sample reaches {shown}: pass samples that do, or leave them dense with "
+            f"ignore={[re.escape(stack) for stack in whole]}"
         )
+    if missed:
+        logger.warning(
+            f"{len(missed)} layers stay dense, because no calibration sample reaches them: {_shorten(missed, 8)}"
+        )
+    kept = {name: layer for name, layer in plan.items() if name not in missed}
+    if not kept:
+        raise ValueError(
+            "no calibration sample reaches a layer to compress: pass samples that the model's blocks see"
+        )
+    return kept, dict.fromkeys(missed, "no calibration sample reaches its block")
+
+
+def _inside(block: str, plan: dict[str, Layer]) -> list[str]:
+    return [name for name in plan if name.startswith(f"{block}.")]
 
 
 def _shorten(names: Iterable[str], limit: int = 12) -> str:

@@ -37,6 +37,9 @@ class Report:
         settings: the config as stored in config.json.
         layers: a dict a layer: name, shape, pattern, rank, sparsity (share of zeros), relative_error
             (tr(E H E^T) / tr(W H W^T) on the calibration inputs, before refinement), iterations, seconds, ...
+        dense: {planned layer that stayed dense: why}.
+        coverage: {"packed": weights in packed layers, "total": weights of all linear layers and experts in the blocks,
+            "dense": {name of a layer or parameter that stayed dense: its weights}}.
         allocation: measurements and choices of a non-uniform allocation, {} for a uniform one.
         distill: losses (a pass), loss_before, loss_after, passes, seconds; None without distillation.
         blocks: a dict a block: name, tm (loss_before, loss_after, ...; None without refinement), seconds, phases
@@ -53,6 +56,8 @@ class Report:
     settings: dict
     layers: list[dict] = field(default_factory=list)
     blocks: list[dict] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
+    coverage: dict = field(default_factory=dict)
     allocation: dict = field(default_factory=dict)
     distill: dict | None = None
     sizes: dict = field(default_factory=dict)
@@ -119,7 +124,13 @@ class Report:
         return "\n".join([table(rows), *([self.allocation_line()] if self.allocation else [])])
 
     def allocation_line(self) -> str:
-        """The choices of a non-uniform allocation, in a line."""
+        """The choices of a non-uniform allocation, in a line; its name alone where a report file lacks them."""
+        try:
+            return self._allocation_choices()
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return str(self.settings.get("allocation", "-"))
+
+    def _allocation_choices(self) -> str:
         zeros, ranks = ([row[field] for row in self.layers] for field in ("sparsity", "rank"))
         line = (
             f"{self.settings['allocation']}: {min(zeros):.2%} to {max(zeros):.2%} zeros, "

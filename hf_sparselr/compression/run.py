@@ -3,22 +3,22 @@
 import logging
 import math
 
-import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..config.sparselr_config import SparseLRConfig
+from ..data.model_inputs import Sample, make_batches
 from ..utils.phase_timer import PhaseTimer
 from ..utils.public_names import loaded_from_hub
 from .activations import work_device
 from .distillation import copy_sharing_blocks, distill, on_device, takes_batches
 from .linear_layers import weight_shape
 from .model_structure import find_stacks
-from .pipeline import make_batches, replace_in, run
+from .pipeline import replace_in, run
 from .plan import Layer
 from .precomputed import Precomputed
 from .report import Report
-from .samples import Samples, token_windows, warn_of_few_tokens
+from .samples import Samples, warn_of_few_tokens
 from .training_loop import hold_back
 
 logger = logging.getLogger("hf_sparselr")
@@ -40,15 +40,14 @@ def compress_in_memory(
     """
     base = precomputed.reference if precomputed else model
     calibration = samples.calibration(base)
-    windows = token_windows(calibration)
     warn_of_few_tokens(calibration, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
     dense_bytes = _bytes(model)
     teacher = None
     if "distill" in config.refine_steps:  # the model is replaced block by block, so its teacher is a copy
         teacher = precomputed.reference if precomputed else copy_sharing_blocks(model, find_stacks(model))
-    report = run(model, plan, config, windows, replace_in(model), precomputed)
+    report = run(model, plan, config, calibration, replace_in(model), precomputed)
     if teacher is not None:
-        distill_in_memory(model, teacher, windows, samples, report)
+        distill_in_memory(model, teacher, calibration, samples, report)
     report.base_model = base.config.name_or_path or None
     report.base_on_hub = loaded_from_hub(base.config) is not None
     report.sizes = {"dense": dense_bytes, "packed": _bytes(model)}
@@ -58,24 +57,24 @@ def compress_in_memory(
 def distill_in_memory(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
-    windows: list[torch.Tensor],
+    calibration: list[Sample],
     samples: Samples,
     report: Report,
 ) -> None:
     """Distils a packed model from the dense one.
 
     Args:
-        windows: calibration windows; the dense model writes others beside them, if the config asks for that.
+        calibration: the calibration samples; the dense model writes others beside them, if the config asks for that.
     """
     config = samples.config
     options = config.distill
     device = work_device(config.device, model.device)
     phases = PhaseTimer(device)
     with phases("distillation"), on_device(teacher, device, options):
-        trained = len(windows) - hold_back(windows)
-        windows, kept_back = windows[:trained], windows[trained:]
-        windows = windows + token_windows(samples.for_distillation(teacher))
-        size = math.gcd(config.batch_size, options.batch_size) if takes_batches(teacher, windows[0]) else 1
+        count = len(calibration) - hold_back(calibration)
+        kept_back = calibration[count:]
+        trained = calibration[:count] + samples.for_distillation(teacher)
+        size = math.gcd(config.batch_size, options.batch_size) if takes_batches(teacher, trained[0]) else 1
         bar = transformers_logging.tqdm(total=options.passes, desc="Distilling", unit="pass")
 
         def on_pass(loss: float) -> None:
@@ -85,7 +84,7 @@ def distill_in_memory(
         report.distill = distill(
             model,
             teacher,
-            make_batches(windows, size),
+            make_batches(trained, size),
             options,
             config.seed,
             device,

@@ -3,7 +3,6 @@
 import logging
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from ..config.sparselr_config import SparseLRConfig
@@ -11,6 +10,7 @@ from ..data.calibration import CUSTOM, load_samples, reader_of
 from ..data.model_inputs import Sample, token_samples
 from ..data.origin import Origin
 from ..data.self_generation import sample_from_model
+from .capture import check_arguments
 from .model_structure import context_length
 
 logger = logging.getLogger("hf_sparselr")
@@ -58,6 +58,7 @@ class Samples:
             seed=config.seed,
             vocab_size=getattr(model.config.get_text_config(), "vocab_size", None),
         )
+        check_arguments(model, samples)
         return cls(config, origin, samples)
 
     def calibration(self, model: PreTrainedModel) -> list[Sample]:
@@ -99,25 +100,16 @@ class Samples:
         return getattr(tokenizer, "bos_token_id", None)
 
 
-def token_windows(samples: list[Sample]) -> list[torch.Tensor]:
-    """The token ids (length,) of samples that hold nothing else.
-
-    Raises:
-        ValueError: samples of other model inputs.
-    """
-    if others := {name for sample in samples for name in sample} - {"input_ids"}:
-        raise ValueError(f"calibration holds {', '.join(sorted(others))}: only token ids are supported yet")
-    return [sample["input_ids"][0] for sample in samples]
-
-
 def warn_of_few_tokens(samples: list[Sample], widths: dict[str, int]) -> None:
     """Warns if a layer has more inputs than there are calibration tokens.
+
+    Nothing is said of samples other than tokens: how many positions a model makes of an image, only the model knows.
 
     Args:
         widths: the number of inputs of every planned layer.
     """
-    if any(sample.keys() != {"input_ids"} for sample in samples):
-        return  # how many positions a model makes of other inputs, it alone knows
+    if not all("input_ids" in sample for sample in samples):
+        return
     tokens = sum(sample["input_ids"].numel() for sample in samples)
     widest = max(widths, key=widths.__getitem__)
     if tokens < widths[widest]:

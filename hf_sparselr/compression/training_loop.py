@@ -37,8 +37,8 @@ def train(
     module: nn.Module,
     groups: Groups,
     steps: list[list[Any]],
-    size: Callable[[list[Any]], float],
-    backward: Callable[[Any, float], torch.Tensor],
+    size: Callable[[list[Any]], float | torch.Tensor],
+    backward: Callable[[Any, float | torch.Tensor], torch.Tensor],
     options: TMOptions | DistillOptions,
     betas: tuple[float, float],
     seed: int,
@@ -53,7 +53,7 @@ def train(
     Args:
         groups: {"S", "factors", "vectors": parameters}, on one device. No other parameter gets a gradient.
         steps: the batches of every step, nested containers of tensors.
-        size: the number by which the losses of a step's batches are divided.
+        size: the number by which the losses of a step's batches are divided. A tensor if steps may differ in it.
         backward: (batch, size) -> the batch's loss / size, a scalar without gradient; adds its gradient.
         betas: of Adam.
         seed: of the order of the steps.
@@ -68,8 +68,9 @@ def train(
     total = torch.zeros((), device=device)
     result, best, least = Training(), None, math.inf
 
-    def step(batches: list[Any]) -> None:
-        divisor = size(batches)
+    sizes = [size(batches) for batches in steps]
+
+    def step(batches: list[Any], divisor: float | torch.Tensor) -> None:
         optimizer.zero_grad()
         for batch in batches:
             total.add_(backward(batch, divisor))
@@ -80,7 +81,7 @@ def train(
         for number in range(1, options.passes + 1):
             total.zero_()
             for index in torch.randperm(len(steps), generator=generator).tolist():
-                run(steps[index])
+                run(steps[index], sizes[index])
                 schedule.step()
             mean = float(total) / len(steps)
             if not math.isfinite(mean):

@@ -89,14 +89,16 @@ def _train(block, batches, options: TMOptions, seed: int, scale: float, on_pass,
     indices = group_batches([len(x) for x, _, _ in batches], options.batch_size)
     steps = [[batches[index] for index in group] for group in indices]
 
-    def size(step: list) -> float:
-        return sum(target.numel() for _, target, _ in step) * scale
+    def size(step: list) -> float | torch.Tensor:
+        total = sum(_entries(target, call) for _, target, call in step) * scale
+        masked = any(call.masks for _, _, call in step)
+        return torch.tensor(total, device=device) if masked else total
 
-    def backward(batch: tuple, size: float) -> torch.Tensor:
+    def backward(batch: tuple, size: float | torch.Tensor) -> torch.Tensor:
         x, target, call = batch
         with arithmetic(device, options.precision):
             out = replay(block, x, call)
-            loss = (out.float() - target.to(device)).square().sum() / size
+            loss = _difference(out, target, call).square().sum() / size
             loss.backward()
         return loss.detach()
 
@@ -125,5 +127,24 @@ def mean_squared_error(
     for x, target, call in batches:
         with arithmetic(device, precision):
             out = replay(block, x, call)
-        total += (out.float() - target.to(device)).square().sum(dtype=torch.float64)
-    return float(total) / sum(target.numel() for _, target, _ in batches)
+        total += _difference(out, target, call).square().sum(dtype=torch.float64)
+    return float(total) / sum(_entries(target, call) for _, target, call in batches)
+
+
+def _output_mask(target: torch.Tensor, call: Call) -> torch.Tensor | None:
+    return next((mask for mask in call.masks if mask.shape == target.shape[:2]), None)
+
+
+def _entries(target: torch.Tensor, call: Call) -> int:
+    """How many entries of an output count: those that are no padding."""
+    mask = _output_mask(target, call)
+    return target.numel() if mask is None else int(mask.sum()) * target[0, 0].numel()
+
+
+def _difference(out: torch.Tensor, target: torch.Tensor, call: Call) -> torch.Tensor:
+    """out - target, zero at padding."""
+    difference = out.float() - target.to(out.device)
+    mask = _output_mask(target, call)
+    if mask is None:
+        return difference
+    return difference.masked_fill(~mask.to(out.device)[(...,) + (None,) * (difference.ndim - 2)], 0.0)

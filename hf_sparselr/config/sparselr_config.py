@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..data import calibration as calibration_sources
+from ..format.checkpoint import FORMAT_VERSION, PACKED_LAYERS, QUANT_METHOD
 from ..format.patterns import EMPTY, Pattern, parse
 from ..solvers.registry import METHODS
 from ..utils.validation import build_options, check_choice, check_integer, covers, reject_unknown
@@ -19,8 +20,6 @@ from .presets import PRESETS
 
 logger = logging.getLogger("hf_sparselr")
 
-QUANT_METHOD = "sparselr"
-FORMAT_VERSION = 1
 DEFAULT_RANK_RATIO = 0.25
 
 _GROUPS = ("allocation_options", "method_options", "tm", "distill")
@@ -83,6 +82,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         check_choice("quant_method", fields.pop("quant_method", QUANT_METHOD), (QUANT_METHOD,))
         if "format_version" in fields:
             _check_version(fields.pop("format_version"))
+            fields.pop(PACKED_LAYERS, None)  # of the files, written with them
             fields = _known_fields(fields)
         made = super().from_dict(fields, return_unused_kwargs, **kwargs)
         (made[0] if return_unused_kwargs else made).save_id = save_id

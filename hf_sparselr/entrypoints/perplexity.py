@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..compression.pipeline import make_batches
 from ..data import calibration as sources
+from ..data.model_inputs import make_batches, token_samples
 from ..data.windows import start_ids, text_length
 from ..utils.modules import eval_mode
 from ..utils.validation import check_integer
@@ -182,7 +182,7 @@ def _windows_of_text(
 def _batches(windows: list[torch.Tensor], scored: list[int], size: int):
     """Windows of equal length together, with their parts of `scored`."""
     start = 0
-    for batch in make_batches(windows, size):
+    for batch in (sample["input_ids"] for sample in make_batches(token_samples(windows), size)):
         yield batch, scored[start : start + len(batch)]
         start += len(batch)
 

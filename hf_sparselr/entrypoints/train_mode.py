@@ -1,4 +1,6 @@
-"""Which parameters of a compressed model train, and which ways of sharding them cannot work."""
+"""Chooses which parameters of a compressed model train."""
+
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,14 +17,14 @@ MODES = ("factors", "factors+norms", "full")
 
 
 def train_mode(model: nn.Module, mode: str = "factors") -> nn.Module:
-    """Chooses what trains: sets `requires_grad` of every parameter, and lets Trainer take the model as it is.
+    """Sets `requires_grad` of every parameter, and lets Trainer take the model without adapters.
 
-    S keeps its support in every mode: `values` holds the kept entries alone, so their gradient is the dense one
-    projected on the support, and an optimizer's state is as long as they are. The packed mask never trains.
-    The model saves and reloads packed as before.
+    S keeps its support in every mode. `values` holds only the kept entries: their gradient is the dense one projected
+    on the support, and the optimizer's state is as long as they are. The packed mask never trains. The model saves
+    and reloads packed as before.
 
-    Optimizers round every step to the parameters' dtype: load the model with `dtype=torch.float32` for "full"
-    (bf16 autocast on top is fine), or use an optimizer with its own FP32 copy.
+    An optimizer rounds every step to the parameters' dtype. For "full", load the model with `dtype=torch.float32`
+    (BF16 autocast on top is fine), or use an optimizer that keeps an FP32 copy.
 
     Args:
         model: a compressed model, changed in place. Around one with adapters, only "factors" is possible.
@@ -51,8 +53,9 @@ def train_mode(model: nn.Module, mode: str = "factors") -> nn.Module:
     model.requires_grad_(False)
     for parameter in chosen:
         parameter.requires_grad_(True)
-    if hasattr(model, "hf_quantizer") and not adapted:
-        model.hf_quantizer.is_qat_trainable = True
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not adapted:
+        quantizer.is_qat_trainable = True
     return model
 
 
@@ -63,7 +66,7 @@ def _own_parameters(model: nn.Module, mode: str) -> list[nn.Parameter]:
     floats = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     if mode == "full":
         return floats
-    factors = [factor for layer in layers if layer.rank for factor in (layer.A, layer.B)]
+    factors = [factor for layer in layers for factor in (layer.A, layer.B) if factor is not None]
     if not factors:
         return []
     whole = [p for head in heads(model).values() for p in head.parameters() if p.is_floating_point()]
@@ -83,7 +86,8 @@ def _adapter_factors(model: nn.Module, mode: str) -> list[nn.Parameter]:
     pairs = [(layer, name) for layer in layers for name in layer.active_adapters if name in layer.replacing]
     if not pairs:
         return []
+    factors = [p for layer, name in pairs for module in layer.pair(name) for p in module.parameters()]
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    copies = [wrapper.modules_to_save[name] for wrapper in wrappers for name in wrapper.active_adapters]
-    factors = [module[name].weight for layer, name in pairs for module in (layer.lora_A, layer.lora_B)]
+    active = [(wrapper.modules_to_save, name) for wrapper in wrappers for name in wrapper.active_adapters]
+    copies = [modules[name] for modules, name in active if name in modules]
     return factors + [p for copy in copies for p in copy.parameters() if p.is_floating_point()]

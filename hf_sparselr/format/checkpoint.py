@@ -10,7 +10,10 @@ from safetensors import SafetensorError, safe_open
 from .bitmask import count_kept
 from .patterns import NM
 
+QUANT_METHOD = "sparselr"
+FORMAT_VERSION = 1
 CONFIG, SETTINGS = "config.json", "quantization_config"
+PACKED_LAYERS = "packed_layers"  # key in it: the names of the packed layers, as patterns (see `layer_names`)
 PAYLOAD = ("mask", "values", "A", "B", "bias")
 SENTINEL = "weight"
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -14,7 +14,7 @@ class Decomposition:
         mask: (out, in) bool, the support.
         A: (rank, in) FP32, or None at rank 0.
         B: (out, rank) FP32, or None at rank 0.
-        stats: what the solver did, JSON values only (`iterations`, `seconds` and so on).
+        stats: of the solver, JSON values only (`iterations`, `seconds` and so on).
     """
 
     S: torch.Tensor

@@ -1,7 +1,7 @@
-"""Sparsity patterns: what "2:4" and 0.5 mean, and the nearest matrix that obeys them.
+"""Sparsity patterns, such as "2:4" and 0.5, and the masks that obey them.
 
-A pattern selects the entries of a score matrix that stay. The selected entries are the support; a kept
-value may itself be 0.0.
+A pattern selects the entries of a score matrix that stay. The selected entries are the support. A kept value may
+itself be 0.
 """
 
 import math
@@ -11,8 +11,8 @@ import torch
 
 MAX_M = 32
 COMPARE = ("row", "layer")  # where unstructured scores compete
-SAMPLE = 2**20
-NEAR = 0.005  # of a guess, as a share
+SAMPLE = 2**20  # scores that are sorted to estimate a threshold
+NEAR = 0.005  # relative distance from a guess within which a threshold is looked for first
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,22 @@ class Unstructured:
         return top_mask(scores, self.kept(scores.shape))
 
     def near_mask(self, scores: torch.Tensor) -> torch.Tensor:
-        """`mask` for the inside of an iteration, see `threshold`."""
+        """`mask` up to the errors of `threshold`, for the inside of an iteration."""
         return scores > self.threshold(scores)
 
     def threshold(self, scores: torch.Tensor, guess: float | None = None) -> torch.Tensor:
-        """What the kept scores are above, (1,): ties all go, and large matrices on a GPU keep about 1e-4 more or less.
+        """The largest score that goes; all scores above it are kept.
 
-        No sort of the whole: on the CPU a few passes if it is within `NEAR` of the guess, such as the one of the last
-        iteration; on a GPU without a host synchronisation.
+        Ties with it go too, so fewer than `kept` may stay. On a GPU the threshold is estimated from a sample, without
+        a host synchronisation: the number kept is off by about 1e-4 of the entries.
+
+        Args:
+            scores: float, any shape.
+            guess: a threshold that is probably near, such as the one of the last iteration. On the CPU it saves
+                most of the selection.
+
+        Returns:
+            (1,), in the dtype and on the device of the scores.
         """
         zeros = scores.numel() - self.kept(scores.shape)
         if not zeros:
@@ -138,7 +146,7 @@ def parse(sparsity: str | float, field: str = "sparsity") -> Pattern:
 
 
 def from_text(text: str) -> str | float:
-    """What a command line says of sparsity, for `parse`: a number where it is one, else "n:m" or an error to come."""
+    """The text of a command-line option as `parse` takes it: a number if it reads as one, else the text."""
     try:
         return float(text)
     except ValueError:
@@ -146,7 +154,10 @@ def from_text(text: str) -> str | float:
 
 
 def sampled_threshold(scores: torch.Tensor, zeros: int) -> torch.Tensor:
-    """The score (1,) that about `zeros` are not above: from a sample, moved once by what the count of all says."""
+    """Estimates the score (1,) that `zeros` scores do not exceed.
+
+    The estimate comes from a sorted sample, and is corrected once by counting all scores.
+    """
     flat = scores.flatten()
     stride = flat.numel() // SAMPLE | 1
     while math.gcd(stride, scores.shape[-1]) > 1:  # else some columns would be left out

@@ -21,7 +21,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import CONFIG, SETTINGS, Entry, FormatError
+from .checkpoint import CONFIG, PACKED_LAYERS, SETTINGS, Entry, FormatError
+from .layer_names import compact_names
 from .staging import unfinished
 
 METADATA = "sparselr"
@@ -60,7 +61,9 @@ def read_seal(file: str | os.PathLike) -> Seal | None:
 
 
 def seal(directory: str | os.PathLike, files: Iterable[str | os.PathLike], ranks: Mapping[str, int]) -> str:
-    """Seals the weight files of a checkpoint, and writes the save id into its config.json.
+    """Seals the weight files of a checkpoint, and writes the save id and the packed layers into its config.json.
+
+    Engines that serve a model do not open its files: config.json tells them which layers are packed.
 
     The files are changed in place, so they must not be a checkpoint that is in use.
 
@@ -90,7 +93,9 @@ def seal(directory: str | os.PathLike, files: Iterable[str | os.PathLike], ranks
         _replace_header(file, start, {"__metadata__": dict(sorted(metadata.items())), **_tensors(header)})
     config = Path(directory) / CONFIG
     stored = json.loads(config.read_text(encoding="utf-8"))
-    stored[SETTINGS][SAVE_ID] = save
+    packed = (name.removesuffix(".mask") for name in tensors if name.endswith(".mask"))
+    layers = [layer for layer in packed if f"{layer}.values" in tensors]
+    stored[SETTINGS] |= {SAVE_ID: save, PACKED_LAYERS: compact_names(layers)}
     config.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return save
 

@@ -18,6 +18,7 @@ from .checkpoint import CONFIG
 
 _PREFIX = ".sparselr-save-"
 _PARTIAL, _COMPLETE = ".partial", ".complete"
+_STAGING = re.compile(rf"{re.escape(_PREFIX)}(.*)-(\d+)-[0-9a-f]{{8}}\.(?:partial|complete)")
 _ABANDONED = 3600  # seconds without a write
 
 
@@ -31,13 +32,13 @@ def weight_file(variant: str | None = None) -> re.Pattern:
 class Staging:
     """A folder inside `directory` in which a save is written; a context manager.
 
-    On an exception before `commit`, the folder vanishes, and `directory` too if it was made for it.
+    On an exception before `commit` has moved a file, the folder vanishes, and `directory` too if it was made for it.
     """
 
     def __init__(self, directory: str | os.PathLike, variant: str | None = None) -> None:
         self.directory = Path(directory)
         self.variant = variant
-        self.committed = False
+        self.committed = self._moving = False
         self.folder = (
             self.directory / f"{_PREFIX}{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{_PARTIAL}"
         )
@@ -48,7 +49,7 @@ class Staging:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.folder.suffix != _PARTIAL:
+        if self._moving:  # what is left is complete, and needed
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         for path in self._made:
@@ -68,17 +69,23 @@ class Staging:
         self.folder = complete
         names = [str(path.relative_to(complete)) for path in sorted(complete.rglob("*")) if path.is_file()]
         matches = weight_file(self.variant).fullmatch
-        for name in sorted(names, key=lambda name: (name == CONFIG, not matches(name), name)):
+        order = sorted(names, key=lambda name: (name == CONFIG, not matches(name), name))
+        for number, name in enumerate(order):
             target = self.directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(complete / name, target)
+            self._moving = True
+            try:
+                os.replace(complete / name, target)
+            except OSError:
+                self._moving = number > 0
+                raise
         for name in stale(os.listdir(self.directory), names, self.variant):
             os.remove(self.directory / name)
         shutil.rmtree(complete, ignore_errors=True)
         for folder in self.directory.glob(f"{_PREFIX}*"):
             if _is_abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-        self.committed = True
+        self.committed, self._moving = True, False
         return names
 
 
@@ -106,7 +113,10 @@ def write_text(path: Path, text: str) -> None:
 
 def _is_abandoned(folder: Path) -> bool:
     """Whether nobody writes to a staging folder any more: its process is gone, or has left it for an hour."""
-    node, pid, _ = folder.name.removeprefix(_PREFIX).rsplit("-", 2)
+    named = _STAGING.fullmatch(folder.name)
+    if named is None:
+        return False
+    node, pid = named.groups()
     if os.name == "posix" and node == platform.node() and int(pid) != os.getpid():
         try:
             os.kill(int(pid), 0)

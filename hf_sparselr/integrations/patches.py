@@ -55,6 +55,13 @@ PATCHES: dict[str, tuple[Patch, ...]] = {
             "peft.guards:check_injection",
             lost="adapters on compressed layers are not checked, and LoRA's do not merge",
         ),
+        # In models with experts as 3-D parameters PEFT takes any layer whose name ends like an expert's for these.
+        Patch(
+            "peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers",
+            "peft.targets:convert_config",
+            lost="in models with experts, adapters may target these instead of the compressed layers they name",
+            around=True,
+        ),
         # PEFT mixes the factors of adapters without knowing that some hold the model's own.
         Patch(
             "peft.tuners.lora:LoraModel.add_weighted_adapter",

@@ -110,15 +110,15 @@ def _call(
     **changes: Any,
 ) -> Any:
     """Calls the host's function with some arguments changed, whether they were passed by position or by name."""
-    if not changes:
-        return call(*args, **kwargs)
     bound = signature.bind(*args, **kwargs)
-    given = {name: changes.pop(name) if name in changes else value for name, value in bound.arguments.items()}
     rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    new = {name: changes.pop(name) for name in list(changes) if name in signature.parameters}
-    if changes and rest is not None:
-        new[rest] = {**given.get(rest, {}), **changes}
-    bound.arguments = {**given, **new}
+    for name, value in changes.items():
+        if name in signature.parameters:
+            bound.arguments[name] = value
+        elif rest is not None:
+            bound.arguments[rest] = {**bound.arguments.get(rest, {}), name: value}
+        else:
+            raise TypeError(f"{call.__name__}() has no argument {name!r}")
     return call(*bound.args, **bound.kwargs)
 
 

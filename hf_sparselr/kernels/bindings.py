@@ -7,6 +7,9 @@ import torch
 from .packed_weight import PackedWeight
 from .tensor_cache import TensorCache, version
 
+_pointer, _size = torch.Tensor.data_ptr, torch.Tensor.numel
+_ABSENT = torch.empty(0)
+
 # x (..., in), its rows and the weights to (..., out) of each.
 Product = Callable[[torch.Tensor, int, Sequence[PackedWeight]], list[torch.Tensor]]
 
@@ -15,16 +18,16 @@ class Binding:
     """Weights that were checked. Holds none of their memory.
 
     Attributes:
-        layout: shapes and dtypes of all tensors.
+        sizes: of all tensors.
         versions: of the masks.
         dtype, device, in_features: of all weights; the device as its index, -1 for the CPU.
         products: ready kernels for their addresses, by the number of rows and what else they depend on.
     """
 
-    def __init__(self, weights: Sequence[PackedWeight], layout: list, versions: list[int]) -> None:
+    def __init__(self, weights: Sequence[PackedWeight], sizes: list, versions: list[int]) -> None:
         for weight in weights:
             weight.check()
-        self.layout, self.versions = layout, versions
+        self.sizes, self.versions = sizes, versions
         self.dtype, self.device = weights[0].values.dtype, weights[0].values.get_device()
         self.in_features = weights[0].in_features
         self.products: dict[tuple, Product] = {}
@@ -41,26 +44,29 @@ class Binding:
 _BINDINGS: TensorCache[Binding] = TensorCache()
 
 
-def binding_of(weights: Sequence[PackedWeight]) -> Binding:
-    """Checks weights, or finds that these were checked and not changed in shape, dtype or mask since.
+def tensors_of(weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
+    """Five of each weight, an empty one for what is not there."""
+    return [_ABSENT if tensor is None else tensor for weight in weights for tensor in weight[:5]]
+
+
+def binding_of(weights: Sequence[PackedWeight], tensors: list[torch.Tensor] | None = None) -> Binding:
+    """Checks weights, or finds that these were checked and not changed in size or mask since.
+
+    Args:
+        tensors: `tensors_of` the weights, if they are at hand.
 
     Raises:
         ValueError, TypeError: see `PackedWeight.check`.
     """
-    key, layout = [], []
-    for mask, values, A, B, bias, in_features in weights:
-        key += (mask.data_ptr(), values.data_ptr(), in_features)
-        layout += (mask.shape, mask.dtype, values.shape, values.dtype)
-        for tensor in (A, B, bias):
-            if tensor is None:
-                key.append(None)
-            else:
-                key.append(tensor.data_ptr())
-                layout += (tensor.shape, tensor.dtype)
-    key = tuple(key)
-    versions = [version(weight.mask) for weight in weights]
+    if tensors is None:
+        tensors = tensors_of(weights)
+    key = (weights[0].in_features, *map(_pointer, tensors))
     binding = _BINDINGS.get(key)
-    if binding is None or binding.layout != layout or binding.versions != versions:
-        binding = Binding(weights, layout, versions)
-        _BINDINGS.put(key, binding, [tensor for weight in weights for tensor in weight.tensors])
-    return binding
+    if (
+        binding is not None
+        and binding.sizes == list(map(_size, tensors))
+        and binding.versions == list(map(version, tensors[::5]))
+    ):
+        return binding
+    binding = Binding(weights, list(map(_size, tensors)), list(map(version, tensors[::5])))
+    return _BINDINGS.put(key, binding, [tensor for weight in weights for tensor in weight.tensors])

@@ -1,17 +1,22 @@
 """The entry to the packed product: which way is taken where."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch.autograd import forward_ad
 
 from ..utils.availability import TRITON
 from . import ops
+from .bindings import tensors_of
 from .override import KERNELS, chosen_kernel
 from .packed_weight import PackedWeight
 from .reference import autocast_dtype, plain_linear, reference_linear
 
 __all__ = ["KERNELS", "packed_linear", "packed_linears"]
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}  # another subclass may stand for anything
+_requires_grad = attrgetter("requires_grad")
 
 
 def packed_linear(inputs: torch.Tensor, weight: PackedWeight, kernel: str = "auto") -> torch.Tensor:
@@ -44,25 +49,29 @@ def packed_linears(
     Returns:
         (..., out) of each.
     """
-    dtype = autocast_dtype(inputs)
-    if dtype is not None:
-        inputs, weights = inputs.to(dtype), [weight.to(dtype) for weight in weights]
     if torch.compiler.is_compiling():
         return _traced(inputs, weights, kernel)
     kernel = chosen_kernel(kernel)
+    dtype = autocast_dtype(inputs)
+    if dtype is not None:
+        inputs, weights = inputs.to(dtype), [weight.to(dtype) for weight in weights]
     if _is_transformed():
         return [plain_linear(inputs, weight) for weight in weights]
-    if not _is_in_memory(inputs, weights):
+    tensors = tensors_of(weights)
+    if type(inputs) not in _PLAIN or not _PLAIN.issuperset(map(type, tensors)) or inputs.is_meta:
         return [reference_linear(inputs, weight) for weight in weights]
-    if torch.is_grad_enabled() and (inputs.requires_grad or any(map(_trains, weights))):
+    if torch.is_grad_enabled() and (inputs.requires_grad or any(map(_requires_grad, tensors))):
         return [_differentiable(inputs, weight, kernel) for weight in weights]
     if torch._C._len_torch_dispatch_stack():  # a mode that wants to see operators
         return [ops.linear(inputs, *weight, kernel) for weight in weights]
-    return ops.products(inputs, weights, kernel)
+    return ops.products(inputs, weights, kernel, tensors)
 
 
 def _traced(inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str) -> list[torch.Tensor]:
     """As torch.compile is to see it: operators, whose checks come when they run."""
+    dtype = autocast_dtype(inputs)
+    if dtype is not None:
+        inputs, weights = inputs.to(dtype), [weight.to(dtype) for weight in weights]
     kind = inputs.device.type
     differentiated = torch.is_grad_enabled() and (inputs.requires_grad or any(map(_trains, weights)))
     if not _has_operator(kind, differentiated):
@@ -96,11 +105,3 @@ def _trains(weight: PackedWeight) -> bool:
 def _is_transformed() -> bool:
     """Within vmap, grad or jvp of `torch.func`, or forward-mode derivatives."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def _is_in_memory(inputs: torch.Tensor, weights: Sequence[PackedWeight]) -> bool:
-    """Whether kernels can read everything: not a meta tensor, nor a subclass, which may stand for anything."""
-    if not (inputs.is_cuda or inputs.is_cpu):
-        return False
-    plain = (torch.Tensor, torch.nn.Parameter)
-    return type(inputs) in plain and all(type(t) in plain for weight in weights for t in weight.tensors)

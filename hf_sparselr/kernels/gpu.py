@@ -10,6 +10,7 @@ import torch
 
 from .autotune import choose, known
 from .bindings import Binding, Product, binding_of
+from .cuda import small_batch
 from .cuda.sparse_cores import bind_sparse, prepare, sparse_configs
 from .launch import drives
 from .launch_config import FEW_ROWS, MEDIUM_ROWS, LaunchConfig, bucket, candidates
@@ -24,6 +25,7 @@ from .triton.unpack_then_gemm import bind_unpacked
 _BINDERS = {
     "gemv": bind_decode,
     "small_batch": bind_decode,
+    "mma": small_batch.bind_mma,
     "medium_batch": bind_medium_batch,
     "unpack_then_gemm": bind_unpacked,
     "sparse_cores": bind_sparse,
@@ -90,7 +92,7 @@ def bind(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight], kerne
     groups = defaultdict(list)
     for number, (weight, config) in enumerate(zip(weights, configs, strict=True)):
         alone = len(weights) == 1 or not config.shares
-        groups[number if alone else (config.order, kind_of(weight))].append(number)
+        groups[number if alone else (config.order, _kind_of(weight, config))].append(number)
     parts = []
     for numbers in groups.values():
         largest = max(numbers, key=lambda number: weights[number].out_features)
@@ -98,6 +100,13 @@ def bind(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight], kerne
     if len(parts) == 1:
         return parts[0][1]
     return functools.partial(_in_parts, parts)
+
+
+def _kind_of(weight: PackedWeight, config: LaunchConfig) -> tuple:
+    """What weights that share a launch have in common."""
+    if config.kernel == "mma":
+        return small_batch.kind_of(weight, index_of(weight.mask, weight.in_features))
+    return kind_of(weight)
 
 
 def run(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Product:
@@ -119,14 +128,19 @@ def _in_parts(
 
 def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -> LaunchConfig:
     """The configuration that is the fastest for a weight; measures it where that is not known."""
-    options = candidates(rows, weight.values.dtype, weight.rank)
+    index = index_of(weight.mask, weight.in_features)
+    native = rows <= FEW_ROWS and small_batch.supports(weight, index)
+    options = candidates(rows, weight, index.pairs, native)
     if kernel == "packed" and rows <= FEW_ROWS:
         return options[0]
-    index = index_of(weight.mask, weight.in_features)
     capturing = inputs.is_cuda and torch.cuda.is_current_stream_capturing()
     sparse = rows > MEDIUM_ROWS and index.pairs and prepare(inputs.device, capturing)
     config = known(rows, weight, capturing)
-    if config is not None and (sparse or config.kernel != "sparse_cores"):
+    if (
+        config is not None
+        and (sparse or config.kernel != "sparse_cores")
+        and (native or config.kernel != "mma")
+    ):
         return config
     if capturing:  # nothing can be measured now
         return options[0]

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
+from .packed_weight import PackedWeight
 
-FEW_ROWS = 16  # of x that "gemv" and "small_batch" take
+FEW_ROWS = 16  # of x that "gemv", "small_batch" and "mma" take
 MEDIUM_ROWS = 256  # of x for which "medium_batch" is worth trying, as it unpacks S for each 128
 MOST_ROWS = 8192  # more make no difference to what is the fastest
 
@@ -15,12 +15,15 @@ class LaunchConfig:
 
     Attributes:
         kernel: reads the packed S: "gemv" multiplies one row of x in FP32 registers, "small_batch" gives up to 16 rows
-            of 16 bits to the tensor cores, "medium_batch" more of them. "unpack_then_gemm" unpacks S first.
+            of 16 bits to the tensor cores, "medium_batch" more of them; "mma" does as "small_batch", in CUDA C++.
+            "unpack_then_gemm" unpacks S first.
             "sparse_cores": the sparse tensor cores, by cuSPARSELt.
         rows: output rows of a program, a power of two ("small_batch": at least 16).
         warps: of a program.
         split: programs that share output rows, each with a part of the columns (not for "gemv").
-        ahead: read the mask of the next columns, of 2:4 also the values, before multiplying these ("small_batch" only).
+        ahead: "small_batch": read the mask of the next columns, of 2:4 also the values, before multiplying these. "mma"
+            at 2:4: steps along the columns whose loads are issued together.
+        resident: blocks of a multiprocessor that registers are left for ("mma" only).
         joined: "unpack_then_gemm" multiplies by S + B A, not by S, B and A; "sparse_cores" by [S, B] and A.
         algorithm: cuSPARSELt's number for one ("sparse_cores" only).
     """
@@ -29,7 +32,8 @@ class LaunchConfig:
     rows: int = 0
     warps: int = 0
     split: int = 1
-    ahead: bool = False
+    ahead: int = 0
+    resident: int = 1
     joined: bool = False
     algorithm: int = 0
 
@@ -41,14 +45,15 @@ class LaunchConfig:
     @property
     def shares(self) -> bool:
         """Whether one launch takes several weights with the same input."""
-        return self.kernel in ("gemv", "small_batch")
+        return self.kernel in ("gemv", "small_batch", "mma")
 
     def __str__(self) -> str:
         if self.kernel == "sparse_cores":
             return f"{self.kernel} {self.algorithm}" + " joined" * self.joined
         if not self.rows:
             return self.kernel + " joined" * self.joined
-        more = f" / {self.split}" * (self.split > 1) + " ahead" * self.ahead
+        more = f" / {self.split}" * (self.split > 1) + f" {self.ahead} ahead" * (self.ahead > 0)
+        more += f" {self.resident} resident" * (self.resident > 1)
         return f"{self.kernel} {self.rows} rows {self.warps} warps{more}"
 
 
@@ -60,11 +65,18 @@ GEMV = (  # of one order
 SMALL_BATCH = (
     LaunchConfig("small_batch", 16, 8, split=2),
     LaunchConfig("small_batch", 16, 4),
-    LaunchConfig("small_batch", 16, 8, ahead=True),
-    LaunchConfig("small_batch", 16, 8, split=2, ahead=True),
+    LaunchConfig("small_batch", 16, 8, ahead=1),
+    LaunchConfig("small_batch", 16, 8, split=2, ahead=1),
     LaunchConfig("small_batch", 16, 4, split=4),
-    LaunchConfig("small_batch", 16, 4, split=4, ahead=True),
-    LaunchConfig("small_batch", 16, 2, split=4, ahead=True),
+    LaunchConfig("small_batch", 16, 4, split=4, ahead=1),
+    LaunchConfig("small_batch", 16, 2, split=4, ahead=1),
+)
+MMA = (LaunchConfig("mma", 16, 8, resident=2), LaunchConfig("mma", 16, 8, resident=3))
+MMA_PAIRS = (  # of 2:4
+    LaunchConfig("mma", 16, 8, ahead=1),
+    LaunchConfig("mma", 16, 8, ahead=4, resident=3),
+    LaunchConfig("mma", 16, 4, ahead=4),
+    LaunchConfig("mma", 16, 4, ahead=1, resident=6),
 )
 MEDIUM_BATCH = tuple(LaunchConfig("medium_batch", 64, 4, split=split) for split in (1, 2, 4, 8))
 JOINED = LaunchConfig("unpack_then_gemm", joined=True)
@@ -72,19 +84,26 @@ BESIDE = LaunchConfig("unpack_then_gemm")
 
 # Up to so many rows of x: what is tried for values of 16 bits, and of 32.
 TABLE = (
-    (1, (*GEMV, JOINED), (*GEMV, JOINED)),
-    (FEW_ROWS, (*SMALL_BATCH, JOINED), (*GEMV, JOINED)),
+    (1, (*GEMV, *MMA_PAIRS, JOINED), (*GEMV, JOINED)),
+    (FEW_ROWS, (*MMA_PAIRS, *MMA, *SMALL_BATCH, JOINED), (*GEMV, JOINED)),
     (MEDIUM_ROWS, (*MEDIUM_BATCH, JOINED, BESIDE), (JOINED, BESIDE)),
     (float("inf"), (JOINED, BESIDE), (JOINED, BESIDE)),
 )
 
 
-def candidates(rows: int, dtype: torch.dtype, rank: int) -> tuple[LaunchConfig, ...]:
+def candidates(rows: int, weight: PackedWeight, pairs: bool, native: bool) -> tuple[LaunchConfig, ...]:
     """What is worth trying for so many rows of x, but for the sparse tensor cores. The first is taken where nothing
-    can be measured."""
+    can be measured.
+
+    Args:
+        pairs: the weight is 2:4.
+        native: there are kernels in CUDA C++ for it.
+    """
     narrow, wide = next(configs for most, *configs in TABLE if rows <= most)
-    configs = narrow if dtype.itemsize == 2 else wide
-    return configs if rank else tuple(config for config in configs if config != BESIDE)
+    unused = {BESIDE} if weight.A is None else set()
+    unused |= set(MMA if pairs else MMA_PAIRS) if native else {*MMA, *MMA_PAIRS}
+    configs = narrow if weight.values.element_size() == 2 else wide
+    return tuple(config for config in configs if config not in unused)
 
 
 def bucket(rows: int) -> int:

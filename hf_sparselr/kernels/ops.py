@@ -63,18 +63,24 @@ def _(inputs, masks, values, A, B, biases, in_features, kernel):
     return [inputs.new_empty((*inputs.shape[:-1], mask.shape[0])) for mask in masks]
 
 
-def products(inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str) -> list[torch.Tensor]:
+def products(
+    inputs: torch.Tensor,
+    weights: Sequence[PackedWeight],
+    kernel: str,
+    tensors: list[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
     """x S^T + (x A^T) B^T + bias of every weight, (..., in) to (..., out), in as few launches as may be.
 
     Args:
         inputs: x, in memory of the CPU or a CUDA device.
         weights: of one width.
         kernel: "auto", "packed" or "dense".
+        tensors: `bindings.tensors_of` the weights, if they are at hand.
 
     Raises:
         ValueError, TypeError: weights or inputs that do not fit together.
     """
-    binding = binding_of(weights)
+    binding = binding_of(weights, tensors)
     if not binding.fits(inputs):
         for weight in weights:
             check_inputs(inputs, weight)

@@ -6,6 +6,7 @@ from ..utils.validation import check_choice
 
 KERNELS = ("auto", "packed", "dense")
 VARIABLE = "HF_SPARSELR_KERNEL"
+OVERRIDE = os.environ.get(VARIABLE)  # once, as reading it takes longer than a launch
 
 
 def chosen_kernel(kernel: str) -> str:
@@ -14,9 +15,9 @@ def chosen_kernel(kernel: str) -> str:
     Raises:
         ValueError: neither "auto" nor "packed" nor "dense".
     """
-    override = os.environ.get(VARIABLE)
-    if override is not None:
-        check_choice(VARIABLE, override, KERNELS)
-        return override
-    check_choice("kernel", kernel, KERNELS)
+    if OVERRIDE is not None:
+        check_choice(VARIABLE, OVERRIDE, KERNELS)
+        return OVERRIDE
+    if kernel not in KERNELS:
+        check_choice("kernel", kernel, KERNELS)
     return kernel

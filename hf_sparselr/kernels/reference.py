@@ -67,8 +67,13 @@ def sparse_linear(
 
 def autocast_dtype(inputs: torch.Tensor) -> torch.dtype | None:
     """What F.linear would compute in under autocast; None without it."""
-    kind = "cuda" if inputs.is_cuda else inputs.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if inputs.is_cuda or inputs.is_cpu:
+        kind = "cuda" if inputs.is_cuda else "cpu"
+    else:
+        kind = inputs.device.type
+        if not torch.amp.is_autocast_available(kind):
+            return None
+    if not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

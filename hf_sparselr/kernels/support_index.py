@@ -25,6 +25,7 @@ class SupportIndex:
             there is nothing to look up.
         pairs: every group of four columns keeps exactly two: each value's place is fixed (2:4).
         in_features, nonzeros: of S.
+        densest: the most values of a row in 128 columns, from a multiple of 128 on.
         version: of the mask it was made from.
     """
 
@@ -36,6 +37,7 @@ class SupportIndex:
     pairs: bool
     in_features: int
     nonzeros: int
+    densest: int
     version: int
 
     def words(self, mask: torch.Tensor) -> torch.Tensor:
@@ -67,6 +69,8 @@ def build_index(mask: torch.Tensor, in_features: int) -> SupportIndex:
     starts, offsets = per_row.cumsum(0) - per_row, counts.cumsum(1) - counts
     if per_block:
         starts, offsets = starts[:0], offsets[:0]
+    pairs_of_blocks = torch.nn.functional.pad(counts, (0, counts.shape[1] % 2)).unflatten(1, (-1, 2)).sum(-1)
+    densest = int(pairs_of_blocks.max()) if counts.numel() else 0
     # int16 wraps above 2^15; the kernels read it as unsigned.
     return SupportIndex(
         shape,
@@ -77,6 +81,7 @@ def build_index(mask: torch.Tensor, in_features: int) -> SupportIndex:
         pairs,
         in_features,
         nonzeros,
+        densest,
         made_from,
     )
 

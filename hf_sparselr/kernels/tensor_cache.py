@@ -63,7 +63,10 @@ class TensorCache(Generic[T]):
 
 def version(tensor: torch.Tensor) -> int:
     """Counts the edits of a tensor. Tensors made in inference mode count none."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 def apart(run: Callable[[], T], device: torch.device, stream: torch.cuda.Stream | None = None) -> T:

@@ -1,14 +1,17 @@
 """SparseLRLinear: a linear layer whose weight is a packed S plus low-rank factors."""
 
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 from torch import nn
 
 from ..format.bitmask import pack, unpack
 from ..format.decomposition import Decomposition
-from ..kernels import PackedWeight, packed_linear
+from ..kernels import PackedWeight, exportable_linear, packed_linear
 from .lazy_weight import LazyDenseWeight
+
+_PARTS = itemgetter("mask", "values", "A", "B", "bias")
 
 
 class SparseLRLinear(nn.Linear):
@@ -53,9 +56,9 @@ class SparseLRLinear(nn.Linear):
         # Parameters, not buffers: accelerate does not offload buffers by default.
         self.mask = frozen(out_features, -(-in_features // 8), dtype=torch.uint8)
         self.values = frozen(nonzeros)
-        self.A = frozen(rank, in_features) if rank else None
-        self.B = frozen(out_features, rank) if rank else None
-        self.bias = frozen(out_features) if bias else None
+        self.register_parameter("A", frozen(rank, in_features) if rank else None)
+        self.register_parameter("B", frozen(out_features, rank) if rank else None)
+        self.register_parameter("bias", frozen(out_features) if bias else None)
         self._is_hf_initialized = True  # transformers must not draw a random weight for it
 
     @classmethod
@@ -84,11 +87,14 @@ class SparseLRLinear(nn.Linear):
     @property
     def packed_weight(self) -> PackedWeight:
         """S + B A and the bias, as the kernels take them."""
-        own, names = self._parameters, ("mask", "values", "A", "B", "bias")
-        # A Module takes ten times as long for an attribute; parameters that are plain tensors now are attributes.
-        return PackedWeight(
-            *[own[name] if name in own else getattr(self, name) for name in names], self.in_features
-        )
+        if not torch.compiler.is_compiling():
+            try:
+                return PackedWeight(
+                    *_PARTS(self._parameters), self.in_features
+                )  # ten times as fast as attributes
+            except KeyError:  # the copies of DataParallel have no parameters
+                pass
+        return PackedWeight(self.mask, self.values, self.A, self.B, self.bias, self.in_features)
 
     @property
     def rank(self) -> int:
@@ -131,14 +137,14 @@ class SparseLRLinear(nn.Linear):
         """x: (..., in) to (..., out); `factors`, (A, B) or (None, None), stand in for the layer's own."""
         if factors is not None:
             A, B = factors
-            return packed_linear(inputs, self.packed_weight._replace(A=A, B=B), self.kernel)
-        if self.shared_input is None or torch.is_grad_enabled():
+            return _multiply(inputs, self.packed_weight._replace(A=A, B=B), self.kernel)
+        if self.shared_input is None or torch.is_grad_enabled() or torch.onnx.is_in_onnx_export():
             return self.product(inputs)
         return self.shared_input(self, inputs)
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """`forward` of this layer alone."""
-        return packed_linear(inputs, self.packed_weight, self.kernel)
+        return _multiply(inputs, self.packed_weight, self.kernel)
 
     def to_dense(self) -> nn.Module:
         """The layer it replaced, with S + B A as its weight."""
@@ -161,6 +167,12 @@ class SparseLRLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"sparsity={1 - kept:.4g}, rank={self.rank}, bias={self.bias is not None}"
         )
+
+
+def _multiply(inputs: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Tensor:
+    if torch.onnx.is_in_onnx_export():
+        return exportable_linear(inputs, weight)
+    return packed_linear(inputs, weight, kernel)
 
 
 def packed_layers(model: nn.Module) -> dict[str, SparseLRLinear]:

@@ -2,8 +2,8 @@
 
 Which layers these are is seen when the model runs: siblings that were called one after the other with one tensor. From
 then on the first of them computes the product of all, and the others find theirs ready. A group that is called
-otherwise too often is given up. Only for few rows and where nothing is differentiated, not in inference mode, whose
-tensors do not show edits; under torch.compile only if it was seen before.
+otherwise too often is given up. Only for few rows and where nothing is differentiated; not in inference mode, whose
+tensors do not show edits, nor under autocast; under torch.compile only if it was seen before.
 """
 
 import weakref
@@ -54,10 +54,14 @@ class SharedInputGroup:
         """The product of one of the layers: x (..., in) to (..., out)."""
         compiling = torch.compiler.is_compiling()
         number = layer.number
-        is_copy = self.layers[number]() is not layer  # a shallow one, with values of its own
-        if is_copy or (not compiling and inputs.is_inference()):
+        if self.layers[number]() is not layer:  # a shallow copy, with values of its own
             return layer.product(inputs)
-        state = () if compiling else _state(inputs)  # in one graph a tensor is a value
+        if compiling:
+            state = None  # in one graph a tensor is a value
+        elif torch.is_inference_mode_enabled() or torch.is_autocast_enabled(_kind(inputs)):
+            return layer.product(inputs)
+        else:
+            state = inputs._version, _stream(inputs)
         ready = self._ready  # read once: another thread may run the model
         if ready is not None:
             known, its_state, first, outputs = ready
@@ -75,9 +79,10 @@ class SharedInputGroup:
             if not compiling:
                 self._watch(number, inputs, state)
             return layer.product(inputs)
+        if inputs.numel() > FEW_ROWS * layer.in_features:
+            return layer.product(inputs)
         members = [self.layers[i]() for i in group]
-        few = inputs.numel() <= FEW_ROWS * layer.in_features
-        if not few or not all(_is_at_hand(member, layer) for member in members):
+        if not all(_is_at_hand(member, layer) for member in members):
             return layer.product(inputs)
         outputs = packed_linears(inputs, [member.packed_weight for member in members], layer.kernel)
         self._ready = inputs, state, number, dict(zip(group[1:], outputs[1:], strict=True))
@@ -110,19 +115,21 @@ def link_shared_inputs(model: nn.Module) -> None:
                     layer.shared_input, layer.number = group, number
 
 
-def _state(inputs: torch.Tensor) -> tuple:
-    """What must not change between the calls of a group: the input's values, the stream, the dtype of the work."""
-    kind = "cuda" if inputs.is_cuda else inputs.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    stream = torch._C._cuda_getCurrentRawStream(inputs.get_device()) if inputs.is_cuda else None
-    return inputs._version, stream, autocast, torch.is_inference_mode_enabled()
+def _kind(inputs: torch.Tensor) -> str:
+    return "cuda" if inputs.is_cuda else "cpu"
+
+
+def _stream(inputs: torch.Tensor) -> int:
+    return torch._C._cuda_getCurrentRawStream(inputs.get_device()) if inputs.is_cuda else 0
 
 
 def _is_at_hand(member: SparseLRLinear | None, layer: SparseLRLinear) -> bool:
     """Whether a layer can be computed with another: not offloaded, not sharded by itself, of the same settings."""
-    if member is None or member.kernel != layer.kernel:
-        return False
     if member is layer:
         return True
-    mine, other = layer.values, member.values
+    if member is None or member.kernel != layer.kernel:
+        return False
+    mine, other = layer._parameters.get("values"), member._parameters.get("values")
+    if mine is None or other is None:
+        return False
     return type(mine) is type(other) and mine.device == other.device and mine.dtype == other.dtype

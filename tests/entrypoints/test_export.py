@@ -56,7 +56,7 @@ def test_the_pair_gives_the_same_logits_without_the_package(tmp_path, monkeypatc
         assert config["fan_in_fan_out"] == (name == "gpt2")  # whose weights are (in, out)
         saved[name] = (type(model).__name__, tiny.IDS, tiny.logits(model))
     torch.save(saved, "saved.pt")
-    check(CODE, cwd=tmp_path)
+    check(CODE, cwd=tmp_path, torch_imported=True)
 
 
 @pytest.fixture(scope="module")

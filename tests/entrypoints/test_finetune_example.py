@@ -1,8 +1,7 @@
 """The fine-tuning example, end to end on the embedded model: own factors start lower and end no higher."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,12 +14,12 @@ from transformers import AutoModelForCausalLM
 import hf_sparselr
 
 
-def test_own_factors_start_lower_and_end_no_higher(tmp_path: Path) -> None:
+def test_own_factors_start_lower_and_end_no_higher(tmp_path: Path, monkeypatch, capsys) -> None:
     pytest.importorskip("matplotlib")
     text = (ROOT / "hf_sparselr" / "solvers" / "base.py").read_text(encoding="utf-8")
     (tmp_path / "text.txt").write_text(text * 2, encoding="utf-8")
     ids = torch.tensor(tiny.tokenizer()(text)["input_ids"][:512]).view(-1, 64)
-    model = AutoModelForCausalLM.from_pretrained(tiny.PYLM)
+    model = AutoModelForCausalLM.from_pretrained(tiny.PYLM, dtype=torch.float32)
     hf_sparselr.compress(model, tiny.settings(calibration=ids, num_samples=8, seq_len=64)).save_pretrained(
         tmp_path
     )
@@ -38,11 +37,10 @@ def test_own_factors_start_lower_and_end_no_higher(tmp_path: Path) -> None:
         "json": tmp_path / "result.json",
         "png": tmp_path / "curves.png",
     }
-    command = [sys.executable, ROOT / "examples" / "finetune_lora.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    run = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    monkeypatch.setattr(sys, "argv", ["finetune_lora.py", *arguments])
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    runpy.run_path(str(ROOT / "examples" / "finetune_lora.py"), run_name="__main__")
     result = json.loads((tmp_path / "result.json").read_text())
     own, *others = result["curves"].values()
     assert [step for step, _ in own] == [0, 2, 4]
@@ -50,4 +48,4 @@ def test_own_factors_start_lower_and_end_no_higher(tmp_path: Path) -> None:
     assert start == pytest.approx(result["references"]["compressed"]) and end < start
     assert all(start <= other[0][1] * (1 + 1e-6) and end <= other[-1][1] for other in others)
     assert len(others) == 3 and (tmp_path / "curves.png").stat().st_size > 10_000
-    assert "| own factors |" in run.stdout
+    assert "| own factors |" in capsys.readouterr().out

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from hf_sparselr.format.bitmask import pack, pack_mask, unpack, unpack_mask
+from hf_sparselr.format.bitmask import count_kept, pack, pack_mask, unpack, unpack_mask
 from hf_sparselr.format.checkpoint import (
     FormatError,
     check_layer,
@@ -14,6 +14,7 @@ from hf_sparselr.format.checkpoint import (
     group_layers,
     read_headers,
 )
+from hf_sparselr.format.patterns import NM
 
 DTYPES = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 OUT, IN, RANK = 3, 10, 2
@@ -70,6 +71,20 @@ def test_round_trip_of_hard_cases(dtype: torch.dtype, columns: int, support: str
     assert values.dtype == dtype and len(values) == int(mask.sum())
     assert torch.equal(unpack_mask(packed, columns), mask)
     assert torch.equal(bits(unpack(packed, values, columns)), bits(dense))
+
+
+@pytest.mark.parametrize(
+    ("n", "m"), [(1, 2), (2, 4), (1, 4), (4, 8), (1, 8), (3, 5), (2, 6), (8, 16), (3, 32)]
+)
+def test_a_packed_mask_is_counted_and_compared_with_its_pattern(n: int, m: int) -> None:
+    generator, pattern = torch.Generator().manual_seed(0), NM(n, m)
+    obeying = pattern.mask(torch.rand(7, 3 * m, generator=generator))
+    breaking = obeying.clone()
+    breaking[4, 2 * m : 2 * m + n + 1] = True
+    for mask, obeys in ((obeying, True), (breaking, False)):
+        packed = pack_mask(mask)
+        assert count_kept(packed, 3 * m, pattern) == (int(mask.sum()), obeys)
+        assert count_kept(packed, 3 * m) == (int(mask.sum()), True)
 
 
 def layer_tensors(dtype: torch.dtype = torch.float32, rank: int = RANK, bias: bool = True) -> dict:
@@ -193,6 +208,30 @@ def test_refuses_a_truncated_file(path, left: int) -> None:
     with pytest.raises(FormatError, match="not a complete safetensors file") as caught:
         read_headers([str(path)])
     assert str(path) in str(caught.value)
+
+
+def test_refuses_a_tensor_in_two_files(tmp_path) -> None:
+    files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    save_file(layer_tensors(), files[0])
+    save_file({"m.up.A": torch.ones(1)}, files[1])
+    with pytest.raises(FormatError, match=r"b\.safetensors: tensor m\.up\.A is in .*a\.safetensors too"):
+        read_headers(map(str, files))
+
+
+def test_a_dense_module_may_have_a_tensor_called_mask(path) -> None:
+    save_file({"m.mask": torch.ones(2), "m.weight": torch.ones(2, 2), "n.values": torch.ones(2)}, path)
+    assert group_layers(read_headers([str(path)])) == {}
+
+
+def test_refuses_a_mask_that_breaks_its_pattern(path) -> None:
+    mask = torch.zeros(OUT, 12, dtype=torch.bool)
+    mask[1, 4:7] = True
+    packed, values = pack(torch.ones(OUT, 12), mask)
+    save_file({"m.up.mask": packed, "m.up.values": values}, path)
+    layers = group_layers(read_headers([str(path)]))
+    check_masks(layers, {"m.up": 12}, {"m.up": NM(3, 4)})
+    with pytest.raises(FormatError, match=r"m\.up\.mask keeps more than 2 of 4 .* against the config's 2:4"):
+        check_masks(layers, {"m.up": 12}, {"m.up": NM(2, 4)})
 
 
 def test_refuses_other_files(tmp_path, path) -> None:

@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote
+
+from .subprocesses import fork
 
 USER = "me"
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".model", ".parquet", ".png")
@@ -292,7 +292,6 @@ def client_env(server: HubServer, cache_dir: Path | str) -> dict[str, str]:
 
 def run_client(server: HubServer, cache_dir: Path | str, code: str) -> str:
     """What `code` prints in a Python process of its own that takes `server` for the Hub."""
-    env = client_env(server, cache_dir)
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = fork(code, client_env(server, cache_dir), Path.cwd())
     assert done.returncode == 0, done.stderr
     return done.stdout

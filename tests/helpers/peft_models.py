@@ -127,18 +127,28 @@ def all_equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 @contextmanager
 def dense_weights() -> Iterator[list[SparseLRLinear]]:
-    """Collects the layers whose dense weight S + B A is built."""
-    built, build = [], SparseLRLinear._dense
+    """Collects the layers whose dense weight S + B A is built from what `weight` gives."""
+    built, plain = [], SparseLRLinear.weight
 
-    def record(layer):
-        built.append(layer)
-        return build(layer)
+    def weight(layer):
+        view = plain.fget(layer)
+        build = view.build
 
-    SparseLRLinear._dense = record
+        def record():
+            built.append(layer)
+            return build()
+
+        view.build = record
+        return view
+
+    def assign(layer, view):  # PEFT's unload gives a layer its own weight back
+        pass
+
+    SparseLRLinear.weight = property(weight, assign)
     try:
         yield built
     finally:
-        SparseLRLinear._dense = build
+        SparseLRLinear.weight = plain
 
 
 def random_adapter(config: LoraConfig, folder, seed: int = 1, **model_arguments) -> str:

@@ -72,6 +72,19 @@ def test_a_check_sees_the_arguments_by_name_with_defaults(host):
         host.scale(-1)
 
 
+@pytest.mark.parametrize(
+    "pass_on", [lambda f, *a: f(*a), lambda f, *a: f(**dict(zip(("x", "by"), a, strict=True)))]
+)
+def test_what_runs_around_a_function_may_change_its_arguments(host, pass_on):
+    host.ours.change = lambda call, x, extra: call(x=x + 1, note=extra)
+    apply(patch("toolbox.inner:scale", "change", around=True))
+    assert pass_on(host.scale, 3, 5) == 4 * 5
+    with pytest.raises(TypeError, match="other"):
+        host.ours.use_other = lambda call, times: call(other=times)
+        apply(patch("toolbox.inner:Tool.use", "use_other", around=True))
+        host.Tool().use()
+
+
 def test_what_imported_a_function_by_name_is_wrapped_too(host):
     assert apply(patch("toolbox.inner:scale", "check"))
     assert host.scale is host.inner.scale

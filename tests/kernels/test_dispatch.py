@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_sparselr import SparseLRConfig, compress
-from hf_sparselr.kernels import ops, packed_linear, resident
+from hf_sparselr.kernels import ops, override, packed_linear, resident
 from hf_sparselr.nn.linear import SparseLRLinear
 
 
@@ -62,7 +62,7 @@ def test_an_unknown_kernel_is_refused(train: bool, monkeypatch: pytest.MonkeyPat
     x = draw(1, 8, seed=6, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"kernel='fast': expected one of 'auto', 'packed', 'dense'"):
         packed_linear(x, weight, "fast")
-    monkeypatch.setenv("HF_SPARSELR_KERNEL", "slow")
+    monkeypatch.setattr(override, "OVERRIDE", "slow")
     with pytest.raises(
         ValueError, match=r"HF_SPARSELR_KERNEL='slow': expected one of 'auto', 'packed', 'dense'"
     ):
@@ -178,7 +178,7 @@ def test_dense_keeps_one_copy_and_says_so_once(caplog: pytest.LogCaptureFixture,
     resident._say_once.cache_clear()
     case = problem(6, 20, 0.5)
     layer, x = layer_of(case, 20), draw(3, 20, seed=6, dtype=torch.float32)
-    monkeypatch.setenv("HF_SPARSELR_KERNEL", "dense")
+    monkeypatch.setattr(override, "OVERRIDE", "dense")
     built = []
     monkeypatch.setattr(ops, "unpacked", lambda w, real=ops.unpacked: built.append(1) or real(w))
     with torch.no_grad(), caplog.at_level(logging.WARNING):

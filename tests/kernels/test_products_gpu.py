@@ -234,6 +234,82 @@ def test_large_medium_batches(out: int, n: int, kind: str, rows: int) -> None:
         assert_near(gpu.run(rows, weights, config)(x, rows, weights)[0], expected, torch.bfloat16)
 
 
+# The kernel in CUDA C++
+
+MMA_CASES = [  # odd sizes, empty and full rows, more than a step, more than one part of the factors
+    (9, 104, 0.5), (70, 320, "2:4"), (33, 1088, "2:4"), (33, 1096, 0.6), (5, 128, "empty rows"), (3, 72, "full"),
+    (40, 512, "4:8"), (6, 256, "1:4"),
+]  # fmt: skip
+
+
+def mma_configs(kind: str | float) -> tuple[LaunchConfig, ...]:
+    from hf_sparselr.kernels.launch_config import MMA, MMA_PAIRS
+
+    return MMA_PAIRS if kind == "2:4" else MMA
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rank", "bias"), [(0, True), (3, False), (20, True), (200, False)])
+@pytest.mark.parametrize(("out", "n", "kind"), MMA_CASES)
+def test_mma(out: int, n: int, kind: str | float, rank: int, bias: bool, dtype: torch.dtype) -> None:
+    from hf_sparselr.kernels import gpu
+    from hf_sparselr.kernels.cuda import small_batch
+    from hf_sparselr.kernels.support_index import index_of
+
+    case = problem(out, n, kind, rank, bias, dtype)
+    assert small_batch.supports(case.weight, index_of(case.mask, n))
+    weights = [case.weight]
+    for rows in (1, 8, 13):
+        x = draw(rows, n, seed=6, dtype=dtype)
+        config = mma_configs(kind)[rows % len(mma_configs(kind))]
+        assert_near(gpu.run(rows, weights, config)(x, rows, weights)[0], case.expected(x), dtype)
+
+
+@pytest.mark.parametrize("kind", ["2:4", 0.5])
+def test_every_configuration_of_mma(kind: str | float) -> None:
+    from hf_sparselr.kernels import gpu
+
+    cases = [
+        problem(out, 1088, kind, rank, dtype=torch.bfloat16) for out, rank in ((500, 64), (96, 8), (7, 16))
+    ]
+    weights = [case.weight for case in cases]
+    for config in mma_configs(kind):
+        for rows in (3, 16):
+            x = draw(rows, 1088, seed=6, dtype=torch.bfloat16)
+            together = gpu.run(rows, weights, config)(x, rows, weights)
+            for case, out in zip(cases, together, strict=True):
+                assert_near(out, case.expected(x), torch.bfloat16)
+                assert torch.equal(out, gpu.run(rows, [case.weight], config)(x, rows, [case.weight])[0])
+
+
+@pytest.mark.parametrize("kind", ["2:4", 0.5])
+def test_mma_multiplies_only_kept_columns(kind: str | float) -> None:
+    from hf_sparselr.kernels import gpu
+
+    case = problem(40, 320, kind, 0, False, torch.bfloat16)
+    for column in (0, 37, 200, 319):
+        x = torch.zeros(2, 320, dtype=torch.bfloat16, device=DEVICE)
+        x[1, column] = 2.0**100
+        out = gpu.run(2, [case.weight], mma_configs(kind)[0])(x, 2, [case.weight])[0]
+        assert torch.equal(out[1].double(), case.S[:, column].double() * 2.0**100) and not out[0].any()
+
+
+@pytest.mark.parametrize("kind", ["2:4", 0.5])
+def test_mma_reads_no_value_that_is_not_there(kind: str | float) -> None:
+    """A mask that was edited behind torch's back: whatever comes out, nothing beyond the values is read (run this under
+    compute-sanitizer)."""
+    from hf_sparselr.kernels import gpu
+
+    case = problem(70, 1088, kind, 8, dtype=torch.bfloat16)
+    weights, x = [case.weight], draw(3, 1088, seed=6, dtype=torch.bfloat16)
+    product = gpu.run(3, weights, mma_configs(kind)[0])
+    case.mask.data.fill_(255)
+    product(x, 3, weights)
+    case.mask.data.random_(0, 256)
+    product(x, 3, weights)
+    torch.cuda.synchronize()
+
+
 # The sparse tensor cores
 
 

@@ -20,8 +20,8 @@ from hf_sparselr.kernels.triton.unpack import bind_densify, collect
 def configs() -> list[LaunchConfig]:
     return [
         LaunchConfig("gemv", 2, 1), LaunchConfig("gemv", 4, 2),
-        LaunchConfig("small_batch", 16, 1), LaunchConfig("small_batch", 16, 2, ahead=True),
-        LaunchConfig("small_batch", 32, 1, split=2), LaunchConfig("small_batch", 16, 1, split=3, ahead=True),
+        LaunchConfig("small_batch", 16, 1), LaunchConfig("small_batch", 16, 2, ahead=1),
+        LaunchConfig("small_batch", 32, 1, split=2), LaunchConfig("small_batch", 16, 1, split=3, ahead=1),
     ]  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def test_all_that_is_worth_trying_gives_the_product(rows: int, dtype: torch.dtyp
     x = draw(rows, 24, seed=6, dtype=dtype)
     for rank, bias in ((1, True), (0, False)):
         case = problem(2, 24, 0.5, rank, bias, dtype)
-        configs = candidates(rows, dtype, rank)
+        configs = candidates(rows, case.weight, pairs=False, native=False)
         for config in configs:
             assert_near(multiply(x, case, config), case.expected(x), dtype)
         assert {config.kernel for config in configs} == kernels | {"unpack_then_gemm"}

@@ -1,7 +1,8 @@
-"""The card that PEFT writes beside an adapter: which compressed model it belongs to, and what opens that."""
+"""The card beside an adapter. It names the compressed model, and the package that opens it."""
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -44,8 +45,8 @@ def _complete(model: PeftModel, path: str) -> None:
 
 def _published_base(model: PeftModel) -> str | None:
     """The base's name, if it was loaded from the Hub or pushed there; a path stays private."""
-    base = model.get_base_model()
-    name = model.active_peft_config.base_model_name_or_path or base.name_or_path
+    base: Any = model.get_base_model()
+    name: str | None = model.active_peft_config.base_model_name_or_path or base.name_or_path
     return name if name == getattr(getattr(base, "hf_quantizer", None), "hub_name", None) else None
 
 

@@ -4,9 +4,8 @@
 """
 
 import copy
-import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -15,21 +14,16 @@ from torch import Tensor, nn
 
 from ...nn.linear import SparseLRLinear
 from .lora_layer import REPLACING, SparseLRLoraLayer, check_config, is_replacing
+from .targets import compressed_layers
 
-# Methods that run beside a layer and never ask for the values of its weight. tests/test_peft_tuners.py proves it
-# for each; all others are refused, so that a new one cannot densify, or change, a layer unnoticed.
+# Methods that run beside a layer and never ask for the values of its weight. A test proves it for
+# each. All others are refused, so that a new one cannot densify, or change, a layer unnoticed.
 BESIDE = tuple(
     (
         "IA3 VERA PVERA LOHA LOKR OFT BOFT ROAD BEFT FOURIERFT WAVEFT C3A VBLORA UNILORA RANDLORA GRALORA MISS LILY "
         "POLY"
     ).split()
 )
-
-
-def _compressed_layers(model: nn.Module) -> dict[str, SparseLRLinear]:
-    """By the name under which PEFT targets them, with or without adapters around."""
-    modules = model.named_modules()
-    return {re.sub(r"(\.base_layer)+$", "", name): m for name, m in modules if isinstance(m, SparseLRLinear)}
 
 
 def _lora_layers(model: nn.Module) -> dict[str, SparseLRLoraLayer]:
@@ -40,7 +34,8 @@ def check_injection(
     self: BaseTuner, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None = None
 ) -> None:
     """Every adapter of every method passes here while the model is still unchanged."""
-    config, layers = self.peft_config[adapter_name], _compressed_layers(model)
+    config: Any = self.peft_config[adapter_name]
+    layers = compressed_layers(model)
     if not layers and not is_replacing(config):
         return
     targeted = _targeted(self, config, model, state_dict)
@@ -50,7 +45,7 @@ def check_injection(
             f"holds no compressed layers {', '.join(others[:4])}: load the adapter on the model it was made for"
         )
     _check_modules_to_save(getattr(config, "modules_to_save", None), model)
-    _check_parameters(getattr(config, "target_parameters", None), layers)
+    _check_parameters(config, layers)
     if targeted & layers.keys():
         _check_method(config)
     if config.peft_type == PeftType.LORA:
@@ -58,7 +53,7 @@ def check_injection(
 
 
 def _targeted(
-    tuner: BaseTuner, config: PeftConfig, model: nn.Module, state_dict: dict[str, Tensor] | None
+    tuner: BaseTuner, config: Any, model: nn.Module, state_dict: dict[str, Tensor] | None
 ) -> set[str]:
     """Names of the modules that would get the adapter, an adapter's own ones left out."""
     modules = dict(model.named_modules())
@@ -66,14 +61,14 @@ def _targeted(
     names = [name for name in modules if name and not name.startswith(adapted)]
     if state_dict is not None:
         return {name for name in names if any(key.startswith(f"{name}.") for key in state_dict)}
-    config = tuner._prepare_adapter_config(copy.copy(config), tuner.get_model_config(model))
+    config = cast(Any, tuner._prepare_adapter_config(copy.copy(config), tuner.get_model_config(model)))
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        config.target_modules = list(_compressed_layers(model))
+        config.target_modules = list(compressed_layers(model))
     return {name for name in names if tuner._check_target_module_exists(config, name)}
 
 
-def _check_method(config: PeftConfig) -> None:
+def _check_method(config: Any) -> None:
     if config.peft_type == PeftType.LORA:
         check_config(config)
     elif config.peft_type.value not in BESIDE:
@@ -95,8 +90,14 @@ def _check_modules_to_save(modules_to_save: Iterable[str] | None, model: nn.Modu
             )
 
 
-def _check_parameters(target_parameters: Iterable[str] | None, layers: dict[str, SparseLRLinear]) -> None:
-    for target in target_parameters or ():
+def _check_parameters(config: PeftConfig, layers: dict[str, SparseLRLinear]) -> None:
+    target_parameters = getattr(config, "target_parameters", None) or ()
+    if target_parameters and is_replacing(config):
+        raise ValueError(
+            f"target_parameters={target_parameters!r} with init_lora_weights={REPLACING!r}, which starts from the "
+            "factors of compressed layers: add an adapter of another peft.LoraConfig for these parameters"
+        )
+    for target in target_parameters:
         for name, layer in layers.items():
             parameters = ["weight", *dict(layer.named_parameters(recurse=False))]
             if any(f".{name}.{parameter}".endswith(f".{target}") for parameter in parameters):
@@ -170,8 +171,8 @@ def check_reload(
     """transformers' hot swap is a load_adapter under a name in use, without any look at the configs."""
     name = adapter_name or "default"
     present = getattr(self, "peft_config", {}).get(name)
-    if present is not None and _compressed_layers(self):
-        config = peft_config or PeftConfig.from_pretrained(peft_model_id, **(adapter_kwargs or {}))
+    if present is not None and compressed_layers(self):
+        config = peft_config or PeftConfig.from_pretrained(str(peft_model_id), **(adapter_kwargs or {}))
         _check_same_kind(name, is_replacing(present), config)
 
 
@@ -183,7 +184,7 @@ def check_intruders(peft_model: nn.Module, old_adapter_name: str) -> None:
         )
 
 
-def check_experts(self: nn.Module) -> None:
+def check_experts(self: Any) -> None:
     if any(layer.replacing for layer in _lora_layers(self.lora_model).values()):
         raise ValueError(
             "X-LoRA adds its experts to each layer, but some of these replace the model's low-rank factors: use "

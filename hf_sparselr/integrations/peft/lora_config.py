@@ -1,14 +1,20 @@
 """The factors of a compressed model as a LoRA adapter."""
 
+import logging
 import re
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..transformers.heads import heads, task_type
-from .guards import _compressed_layers
 from .lora_layer import REPLACING
+from .targets import compressed_layers, refused_by_peft
+
+logger = logging.getLogger("hf_sparselr")
+
+_WITHOUT_ADAPTERS = "hf_sparselr.train_mode trains them without adapters"
 
 # Arguments that lora_config derives from the compressed layers.
 _DERIVED = (
@@ -36,22 +42,23 @@ def _check_targets(config: LoraConfig, model: nn.Module, intended: set[str]) -> 
         raise ValueError(f"PEFT would also target {', '.join(extra)}: pass exclude_modules={extra!r}")
 
 
-def lora_config(model: nn.Module, **lora_kwargs) -> LoraConfig:
-    """A LoraConfig under which the model's low-rank factors are the adapter, so that they can be trained.
+def lora_config(model: nn.Module, **lora_kwargs: Any) -> LoraConfig:
+    """A LoraConfig whose adapter is the model's low-rank factors, so that they can be trained.
 
-    The model's output does not change: to the bit in FP32, and in half precision if the adapter keeps that
-    dtype (`autocast_adapter_dtype=False`, as in `as_peft_model`).
+    The model's outputs stay the same: to the bit in FP32, and in half precision if the adapter keeps that dtype
+    (`autocast_adapter_dtype=False`, as in `as_peft_model`).
 
     Args:
-        model: a compressed transformers model. Layers of rank 0 get no adapter.
+        model: a compressed transformers model. Layers of rank 0 get no adapter, and neither do layers on which PEFT
+            refuses LoRA; a warning names these.
         **lora_kwargs: other fields of LoraConfig, for example `lora_dropout`. `task_type` defaults to the model's
             task, where PEFT has a name for it. `modules_to_save` is extended by the task's heads (a classifier,
             say) and by modules that were newly initialised when the model was loaded: they train, too, and are
             saved with the adapter.
 
     Raises:
-        ValueError: an argument that is derived from the model or has no effect, no layer with low-rank factors, or
-            another module whose name ends in a layer's full name.
+        ValueError: an argument that is derived from the model or has no effect, no layer with low-rank factors that
+            PEFT takes, or another module whose name ends in a layer's full name.
     """
     if given := [name for name in _DERIVED if name in lora_kwargs]:
         raise ValueError(
@@ -65,16 +72,14 @@ def lora_config(model: nn.Module, **lora_kwargs) -> LoraConfig:
             "with exclude_modules, a list of names or a regular expression"
         )
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    ranks = {name: layer.rank for name, layer in _compressed_layers(model).items() if layer.rank}
-    if not ranks:
-        raise ValueError("the model holds no compressed layer with low-rank factors: use peft.LoraConfig")
+    ranks = _ranks(model)
     lora_kwargs.setdefault("task_type", task_type(model))
     saved = [*(lora_kwargs.pop("modules_to_save", None) or ()), *heads(model)]
     largest = max(ranks.values())
     # Without the same pattern for alpha, the layers of a smaller rank would be scaled up.
     pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != largest}
     config = LoraConfig(
-        init_lora_weights=REPLACING,
+        init_lora_weights=cast(Any, REPLACING),
         r=largest,
         lora_alpha=largest,
         rank_pattern=pattern,
@@ -87,7 +92,22 @@ def lora_config(model: nn.Module, **lora_kwargs) -> LoraConfig:
     return config
 
 
-def as_peft_model(model: nn.Module, adapter_name: str = "default", **lora_kwargs) -> PeftModel:
+def _ranks(model: nn.Module) -> dict[str, int]:
+    """{name: rank} of the layers whose factors PEFT can hold."""
+    ranks = {name: layer.rank for name, layer in compressed_layers(model).items() if layer.rank}
+    if not ranks:
+        raise ValueError("the model holds no compressed layer with low-rank factors: use peft.LoraConfig")
+    refused = refused_by_peft(model, list(ranks))
+    if len(refused) == len(ranks):
+        raise ValueError(f"PEFT refuses LoRA on all layers with low-rank factors: {_WITHOUT_ADAPTERS}")
+    if refused:
+        logger.warning(
+            "PEFT refuses LoRA on %s: these factors stay as they are; %s", refused, _WITHOUT_ADAPTERS
+        )
+    return {name: rank for name, rank in ranks.items() if name not in refused}
+
+
+def as_peft_model(model: nn.Module, adapter_name: str = "default", **lora_kwargs: Any) -> PeftModel:
     """The model with its low-rank factors as a trainable adapter in the model's dtype: the same outputs.
 
     Args:

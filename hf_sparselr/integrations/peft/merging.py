@@ -1,7 +1,7 @@
-"""Merging adapters into the low-rank factors, and cutting the result back to a rank. S stays as it is."""
+"""Merges adapters into the low-rank factors and cuts the result back to a rank. S stays as it is."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -27,15 +27,15 @@ def merge_and_unload(
 ) -> nn.Module:
     """PEFT's `merge_and_unload`, after which no layer's rank exceeds a budget.
 
-    Merging is exact: a replacing adapter takes the place of a layer's factors, additive ones are concatenated to
-    them. Where that exceeds the budget, B A is replaced by the best product of that rank: nearest in the Frobenius
-    norm, or, with calibration data, with the least change of the layer's outputs on them. Nothing dense is built.
+    Merging is exact. A replacing adapter takes the place of a layer's factors; additive ones are concatenated to
+    them. A layer above the budget then gets the best product of the allowed rank: the nearest to B A in the Frobenius
+    norm, or, with calibration data, the one that changes the layer's outputs on them least. No dense weight is built.
 
     Args:
         model: a PEFT model over a compressed one; it is taken apart.
         rank: the largest rank that a layer may have; "own" for the rank that each layer had without adapters; None
             for no limit.
-        calibration: token ids: a tensor (samples, tokens) or an iterable of tensors, lists or batches.
+        calibration: token ids, as a tensor (samples, tokens) or an iterable of tensors, lists or batches.
         adapter_names: the adapters to merge; None for the active ones.
         safe_merge: refuse factors that are not finite.
 
@@ -43,10 +43,11 @@ def merge_and_unload(
         The compressed model without adapters; it saves and reloads packed.
 
     Raises:
-        TypeError, ValueError: no PEFT model over a compressed one, a negative rank, calibration data without a rank
-            or that are no token ids, or what `SparseLRLoraLayer.merge` refuses.
+        TypeError: the model is no PeftModel, or calibration holds no token ids.
+        ValueError: no compressed layer has a LoRA adapter, the rank is negative, calibration is given without a rank,
+            or `SparseLRLoraLayer.merge` refuses.
     """
-    own = _own_ranks(model)
+    ranks = _ranks_without_adapters(model)
     if rank is not None and rank != OWN:
         check_integer("rank", rank, 0)
     if rank is None and calibration is not None:
@@ -55,22 +56,22 @@ def merge_and_unload(
     merged = model.merge_and_unload(safe_merge=safe_merge, adapter_names=adapter_names)
     if rank is None:
         return merged
-    budget = own if rank == OWN else dict.fromkeys(own, rank)
-    wide = [layer for layer in own if layer.rank > budget[layer]]
+    budget = ranks if isinstance(rank, str) else dict.fromkeys(ranks, rank)
+    wide = [layer for layer in ranks if layer.rank > budget[layer]]
     grams = _factor_grams(merged, wide, rows) if rows and wide else {}
     for layer in wide:
-        A, B = truncate(layer.A, layer.B, budget[layer], grams.get(layer))
-        layer.A, layer.B = (_frozen(factor, layer.A) for factor in (A, B))
+        A, B = truncate(*_factors(layer), budget[layer], grams.get(layer))
+        layer.A, layer.B = _frozen(A, layer.values), _frozen(B, layer.values)
     return merged
 
 
 def truncate(
     A: torch.Tensor, B: torch.Tensor, rank: int, gram: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rank-`rank` factors nearest to B A: min |(B A - B' A') X^T|_F over the inputs X, or |B A - B' A'|_F.
+    """The factors of a rank nearest to B A: they minimise |(B A - B' A') X^T|_F for inputs X, or |B A - B' A'|_F.
 
-    With B = Q R, the best B' A' is the projection of B A on the leading eigenvectors of R (A H A^T) R^T in the
-    basis Q, for H = X^T X (Eckart-Young in that norm), so that only A H A^T is needed of the inputs.
+    Let B = Q R and H = X^T X. The best B' A' is the projection of B A on the leading eigenvectors of R (A H A^T) R^T
+    in the basis Q (Eckart-Young in that norm). Of the inputs only A H A^T is needed.
 
     Args:
         A: (r, in), B: (out, r).
@@ -78,7 +79,7 @@ def truncate(
         gram: (r, r), A H A^T: the Gram matrix of A's outputs. None for H = I.
 
     Returns:
-        A' (rank, in) and B' (out, rank), of equal norms direction by direction, in FP64.
+        A' (rank, in) and B' (out, rank) in FP64. Row i of A' and column i of B' have equal norms.
     """
     A, B = A.double(), B.double()
     Q, R = torch.linalg.qr(B)
@@ -89,15 +90,21 @@ def truncate(
     return A / scale.clamp_min(torch.finfo(A.dtype).tiny)[:, None], B * scale
 
 
-def _own_ranks(model: PeftModel) -> dict[SparseLRLinear, int]:
-    """The compressed layers and their ranks without adapters, some of which may be merged already."""
+def _ranks_without_adapters(model: PeftModel) -> dict[SparseLRLinear, int]:
+    """The ranks of the compressed layers before anything was merged into them."""
     if not isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__}: expected a PeftModel")
     adapted = [module for module in model.modules() if isinstance(module, SparseLRLoraLayer)]
     if not adapted:
         raise ValueError("no compressed layer of the model has a LoRA adapter, so there is nothing to merge")
-    ranks = {module: module.rank for module in model.modules() if isinstance(module, SparseLRLinear)}
+    layers = [module for module in model.modules() if isinstance(module, SparseLRLinear)]
+    ranks = {layer: layer.rank for layer in layers}
     return {**ranks, **{layer.base_layer: layer.own_rank for layer in adapted}}
+
+
+def _factors(layer: SparseLRLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of a layer whose rank is not 0."""
+    return cast(torch.Tensor, layer.A), cast(torch.Tensor, layer.B)
 
 
 def _rows(calibration: Any) -> list[torch.Tensor]:
@@ -114,13 +121,13 @@ def _rows(calibration: Any) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _factor_grams(
-    model: nn.Module, layers: list[SparseLRLinear], rows: list[torch.Tensor]
+    model: Any, layers: list[SparseLRLinear], rows: list[torch.Tensor]
 ) -> dict[SparseLRLinear, torch.Tensor]:
     """A H A^T of layers (rank, rank), from the inputs that they see in the model."""
-    sums = {layer: GramAccumulator(layer.rank, layer.A.device) for layer in layers}
+    sums = {layer: GramAccumulator(layer.rank, layer.values.device) for layer in layers}
 
-    def record(layer: SparseLRLinear, inputs: tuple) -> None:
-        sums[layer].add(F.linear(inputs[0].float(), layer.A.float()))
+    def record(layer: SparseLRLinear, inputs: tuple[torch.Tensor, ...]) -> None:
+        sums[layer].add(F.linear(inputs[0].float(), _factors(layer)[0].float()))
 
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     try:

@@ -1,7 +1,8 @@
 """What of a model a new task trains besides the factors: task heads, and weights that no checkpoint held."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ _COMMON = {
     "output_hidden_states",
     "return_dict",
 }
-_ADDED = {
+_ADDED: dict[str, set[str]] = {
     "CAUSAL_LM": {"labels"},
     "SEQ_2_SEQ_LM": {"labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"},
     "SEQ_CLS": {"labels"},
@@ -26,7 +27,7 @@ _ADDED = {
     "QUESTION_ANS": {"token_type_ids", "position_ids", "start_positions", "end_positions"},
     "FEATURE_EXTRACTION": set(),
 }
-_MAPPINGS = {
+_MAPPINGS: dict[str, Mapping[str, Any]] = {
     "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
@@ -43,13 +44,14 @@ def task_type(model: nn.Module) -> str | None:
     if not isinstance(model, PreTrainedModel):
         return None
     if model.can_generate():
-        task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+        task: str | None = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     else:
         task = next((task for task, mapping in _MAPPINGS.items() if _is_listed(model, mapping)), None)
     return task if task is not None and _takes(model, _COMMON | _ADDED[task]) else None
 
 
-def _is_listed(model: nn.Module, mapping: dict[str, str | tuple[str, ...]]) -> bool:
+def _is_listed(model: nn.Module, mapping: Mapping[str, Any]) -> bool:
+    """Whether a mapping {model type: class name or names} has a model's class or one of its parents."""
     listed = {name for names in mapping.values() for name in ((names,) if isinstance(names, str) else names)}
     return any(cls.__name__ in listed for cls in type(model).__mro__)
 
@@ -93,7 +95,7 @@ def _is_head(child: nn.Module) -> bool:
     return any(parameter.is_floating_point() for parameter in child.parameters())
 
 
-def new_modules(model: nn.Module) -> frozenset[str]:
+def new_modules(model: PreTrainedModel) -> frozenset[str]:
     """Names of the modules with parameters that were not in the checkpoint; only right after `from_pretrained`.
 
     transformers marks the parameters that it loads. The input embeddings are left out: a vocabulary is never trained

@@ -146,8 +146,10 @@ class SparseLRQuantizer(HfQuantizer):
             state[f"{name}.{SENTINEL}"] = torch.zeros(1, dtype=module.dtype)[:0]
         return state, {METADATA: room(state)}
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         reject_adapters(model, "dequantize")
+        if isinstance(dtype, str):  # what saving a model leaves in its config
+            dtype = getattr(torch, dtype)
         for name, module in packed_layers(model).items():
             model.set_submodule(name, module.to_dense().to(dtype).requires_grad_(True))
         return model

@@ -11,7 +11,7 @@ def check_trainable(model: Any) -> None:
     Raises:
         ValueError: a compressed model without adapters that `train_mode` has not prepared.
     """
-    quantizer = getattr(model, "hf_quantizer", None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
     if not isinstance(getattr(quantizer, "quantization_config", None), SparseLRConfig):
         return
     has_adapters = getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config")

@@ -1,6 +1,7 @@
 """Card and report beside a checkpoint, and the whole way over the Hub: push, load, push again."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,28 @@ def test_other_saves_write_nothing(tmp_path):
 
 # -- over HTTP
 
+RESHARDED = """
+import hf_sparselr, torch, transformers
+from pathlib import Path
+
+folder = Path({folder!r})
+ids = torch.load(folder / "ids.pt")
+config = hf_sparselr.SparseLRConfig(
+    sparsity="2:4", rank=4, refine=None, calibration=ids, num_samples=4, seq_len=32
+)
+model = transformers.AutoModelForCausalLM.from_pretrained("me/base", quantization_config=config)
+model.push_to_hub("me/again")
+with torch.no_grad():
+    model.lm_head.weight.add_(1)
+model.save_pretrained(folder / "local", push_to_hub=True, repo_id="me/again", max_shard_size="8KB")
+with torch.no_grad():
+    expected = model(ids).logits
+    for name in ("me/again", folder / "local"):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(name)
+        print(torch.equal(loaded(ids).logits, expected))
+"""
+
+
 FIRST = """
 import hf_sparselr, torch, transformers
 from pathlib import Path
@@ -298,3 +321,93 @@ def test_load_from_the_hub_and_push_again(published):
     copy = hub_card(hub, "me/copy")
     assert copy.text.count("| `model.layers.") == 14 and copy.data.license == "apache-2.0"
     assert hub.repos["me/copy"][FILE_NAME] == report
+
+
+def test_a_push_removes_old_weight_files_and_links_a_base_from_the_hub(tmp_path):
+    dense_model().save_pretrained(tmp_path / "base")
+    torch.save(IDS, tmp_path / "ids.pt")
+    with HubServer() as hub:
+        hub.repos["me/base"] = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+        hub.repos["me/again"] = {"pytorch_model.bin": b"dense", "notes.txt": b"mine"}
+        out = run_client(hub, tmp_path / "client", RESHARDED.format(folder=str(tmp_path)))
+    assert out.split() == ["True", "True"]
+    files = set(hub.repos["me/again"])
+    assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert {"pytorch_model.bin", "notes.txt"} <= files
+    assert {path.name for path in (tmp_path / "local").iterdir()} == files - {
+        "pytorch_model.bin",
+        "notes.txt",
+    }
+    card = hub_card(hub, "me/again")
+    assert (card.data.base_model, card.data.base_model_relation) == ("me/base", "quantized")
+    assert json.loads(hub.repos["me/again"][FILE_NAME])["base_model"] == "me/base"
+
+
+# -- what others wrote
+
+
+def test_text_from_a_report_does_nothing_in_a_card():
+    evil = "<script>x</script> | ![a](http://x/y.png)\n# Title\n`code` *b* _c_ [l](http://z)"
+    row = {**LAYER, "name": evil, "pattern": evil, "shape": [evil], "rank": evil, "relative_error": evil}
+    report = Report(
+        small_config().to_dict(),
+        layers=[row, {}],
+        sizes={evil: 3},
+        perplexity={evil: 1.5},
+        allocation={"x": evil},
+        base_model=evil,
+        base_on_hub=True,
+        from_file=True,
+    )
+    report.settings["allocation"] = evil
+    text = model_card(small_config(overrides={"up_proj|`<b>": {"rank": 2}}), report, "me/x").text
+    outside = re.sub(r"`[^`\n]*`", "", text.replace("\\`", ""))  # without code spans
+    assert "<script" not in outside and "<b>" not in outside and "# Title" not in outside.splitlines()
+    assert not re.search(r"(?<!\\)\]\(http://", outside)
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert all(len(re.findall(r"(?<!\\)\|", line)) in (3, 4, 7) for line in rows)
+
+
+def test_a_report_in_a_checkpoint_makes_nobody_read_or_ask(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(card, "_hub_licence", lambda name: asked.append(name) or {})
+    compress(dense_model(), small_config(), output_dir=tmp_path / "out")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "README.md").write_text("---\nlicense: secret\n---\n")
+    for base in (str(secret), "someone/else"):
+        stored = json.loads((tmp_path / "out" / FILE_NAME).read_text())
+        (tmp_path / "out" / FILE_NAME).write_text(json.dumps({**stored, "base_model": base}))
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        loaded.save_pretrained(tmp_path / "again")
+        made = ModelCard.load(tmp_path / "again" / "README.md")
+        assert made.data.license is None and "secret" not in str(made)
+    assert asked == []
+
+
+def test_a_base_is_linked_only_if_it_was_loaded_from_the_hub(tmp_path, monkeypatch):
+    model = dense_model()
+    model.config.name_or_path = "someone/base-1b"  # a name, or a folder that was there
+    compress(model, small_config()).save_pretrained(tmp_path)
+    written = (tmp_path / "README.md").read_text() + (tmp_path / FILE_NAME).read_text()
+    assert "someone" not in written
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"layers": [{}], "settings": {}, "later": 1, "sizes": {"dense": 0}}']
+)
+def test_a_broken_report_stops_neither_loading_nor_saving(tmp_path, text):
+    model = compress(dense_model(), small_config(), output_dir=tmp_path / "out")
+    (tmp_path / "out" / FILE_NAME).write_text(text)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_card_beside_the_checkpoint_that_is_not_on_the_hub_stays(tmp_path):
+    model = compress(dense_model(), small_config(), output_dir=tmp_path)
+    (tmp_path / "README.md").write_text(OWN_CARD)
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert "My words" in (tmp_path / "README.md").read_text()
+    assert not list(tmp_path.glob(".*"))

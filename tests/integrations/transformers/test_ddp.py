@@ -1,11 +1,7 @@
-"""Two processes against one with the double batch: DDP through accelerate, and FSDP2. Gloo, on the CPU.
-
-This file is also the script that the processes run: python test_ddp.py PACKED OUTPUT
-"""
+"""Two processes against one with the double batch: DDP through accelerate, and FSDP2. Gloo, on the CPU."""
 
 import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers import tiny
 from helpers.paths import ROOT
+from helpers.subprocesses import fork
 from peft import PeftModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -78,7 +75,28 @@ def train_sharded(folder: Path, kind: str, dtype: torch.dtype | None = None) -> 
     return model
 
 
-def main(folder: Path, output: Path) -> None:
+def run_processes(folder: Path) -> None:
+    """Trains in two processes, which leave their results in the folder of the packed model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_process, (port, folder), nprocs=2, start_method="fork")
+
+
+def _process(rank: int, port: int, folder: Path) -> None:
+    address = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": 2,
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+    }
+    os.environ.update({name: str(value) for name, value in address.items()})
+    train_everything(folder, folder)
+    torch.distributed.destroy_process_group()
+
+
+def train_everything(folder: Path, output: Path) -> None:
     torch.set_num_threads(1)
     for kind in KINDS:
         accelerator, model = train(folder, kind)
@@ -104,17 +122,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packed model, and what two processes made of it."""
     folder = tmp_path_factory.mktemp("ddp")
     hf_sparselr.compress(tiny.build("llama"), tiny.settings()).save_pretrained(folder)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    root = str(Path(hf_sparselr.__file__).parents[1])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([root, str(ROOT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    run = subprocess.run(
-        [*launch, __file__, folder, folder], env=environment, capture_output=True, text=True, timeout=300
+    paths = [str(path) for path in (ROOT, ROOT / "tests", Path(__file__).parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+    code = (
+        f"from pathlib import Path; from test_ddp import run_processes; run_processes(Path({str(folder)!r}))"
     )
+    run = fork(code, environment, folder, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     return folder
 
@@ -168,7 +181,3 @@ def test_fsdp2_in_mixed_precision_leaves_the_mask_alone(folder: Path, alone: dic
             assert torch.equal(state[name], tensor)
         else:
             assert (state[name].double() - tensor).norm() < 0.1 * tensor.norm(), name
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

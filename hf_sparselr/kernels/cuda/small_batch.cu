@@ -1,0 +1,454 @@
+/* y = x S^T + u B^T + bias for up to 16 rows of x, S packed, on the tensor cores; u = x A^T.
+ *
+ * A warp owns ROWS rows of S and a part of the columns. It brings the mask and the values of a few columns into
+ * registers as the first factor of a product of the tensor cores, zeros included, or at 2:4 as the factor and the
+ * metadata of a sparse product. In which order columns are contracted is nobody's business: a thread owns neighbours.
+ * The warps of a block add their parts in shared memory, in one order.
+ *
+ * Compiled for: WEIGHTS that share x, ROWS of S of a warp (16 or 32), WARPS of a block, RESIDENT blocks of a
+ * multiprocessor that registers are left for, AHEAD steps whose loads are issued together (1 or 4, for PAIRS), TILES of 8
+ * rows of x, PAIRS (2:4), STRIDE bytes of shared memory for a row's values of one step, RANK (factors or not), FOURS (B can be read four
+ * entries at a time, BF16), BIAS, HALF (FP16).
+ *
+ * Nothing is read beyond `nonzeros` values, whatever the mask holds.
+ */
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct Weight {
+  const u64 *words; /* the mask, 64 columns each */
+  const u16 *values;
+  const int *starts;    /* the first value of each row; not for PAIRS */
+  const u16 *offsets;   /* values of the row before each 64 columns; not for PAIRS */
+  const u16 *B, *bias;
+  u16 *y;
+  long long outs, rank, at; /* at: of the weight in u, in floats */
+  long long nonzeros, last; /* last: the first block that is a later weight's */
+  const u16 *A;
+};
+
+struct Arguments {
+  const u16 *x;
+  float *u;
+  long long count, ins, blocks; /* rows of x, columns, words of a row */
+  Weight weights[WEIGHTS];
+};
+
+#define THREADS (32 * WARPS)
+#define BATCH (8 * TILES)
+#define STAGES 2
+#define COLUMNS 128 /* of a step */
+
+__device__ __forceinline__ float widen(u16 value) {
+#ifdef HALF
+  float wide;
+  asm("{ .reg .b16 h; mov.b16 h, %1; cvt.f32.f16 %0, h; }" : "=f"(wide) : "h"(value));
+  return wide;
+#else
+  return __uint_as_float((u32)value << 16);
+#endif
+}
+
+__device__ __forceinline__ u16 narrow(float value) {
+  u16 bits;
+#ifdef HALF
+  asm("{ .reg .b16 h; cvt.rn.f16.f32 h, %1; mov.b16 %0, h; }" : "=h"(bits) : "f"(value));
+#else
+  asm("{ .reg .b16 h; cvt.rn.bf16.f32 h, %1; mov.b16 %0, h; }" : "=h"(bits) : "f"(value));
+#endif
+  return bits;
+}
+
+#ifdef HALF
+#define KIND "f32.f16.f16.f32"
+#else
+#define KIND "f32.bf16.bf16.f32"
+#endif
+
+__device__ __forceinline__ void multiply(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col." KIND " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+#define SPARSE(SELECTOR)                                                                                        \
+  asm("mma.sp" ORDERED ".sync.aligned.m16n8k32.row.col." KIND " {%0, %1, %2, %3}, {%4, %5, %6, %7}, "           \
+      "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, " #SELECTOR ";"                                              \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                          \
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(b2), "r"(b3), "r"(e))
+#if __CUDACC_VER_MAJOR__ * 10 + __CUDACC_VER_MINOR__ >= 125
+#define ORDERED "::ordered_metadata"
+#else
+#define ORDERED
+#endif
+
+template <int SELECTOR>
+__device__ __forceinline__ void multiply_sparse(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, u32 b2,
+                                                u32 b3, u32 e) {
+  if (SELECTOR) SPARSE(1);
+  else SPARSE(0);
+}
+
+__device__ __forceinline__ uint4 load16(const void *at) { return __ldg((const uint4 *)at); }
+
+__device__ __forceinline__ uint4 stream16(const void *at) {
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+  return v;
+}
+
+extern __shared__ __align__(16) unsigned char shared[];
+
+#ifdef PAIRS
+
+/* Bits 0..3 of each byte of a word of `mask >> 4 t`, for 16 groups of four columns: the places of the two kept columns
+   of groups t, t + 4, t + 8, t + 12, four bits each. */
+__device__ __forceinline__ u32 places(u32 low, u32 high, int t) {
+  u32 four = (__byte_perm(low >> 4 * t, high >> 4 * t, 0x6420)) & 0x0F0F0F0F;
+  four = (four | four >> 4) & 0x00FF00FF;
+  return (four | four >> 8) & 0xFFFF;
+}
+
+__device__ __forceinline__ u32 metadata(u32 mask) {
+  u32 b0 = mask & 0x11111111, b1 = mask >> 1 & 0x11111111, b2 = mask >> 2 & 0x11111111, b3 = mask >> 3 & 0x11111111;
+  u32 first = (b1 & ~b0) | (0x11111111 & ~(b0 | b1)) << 1;
+  u32 second = (b3 | (0x11111111 & ~b2)) | (b2 | b3) << 1;
+  return first | second << 2;
+}
+
+__device__ __forceinline__ void accumulate(const Weight &w, const Arguments &args, int top, int warp, int lane,
+                                           float sums[ROWS / 16][TILES][4]) {
+  int g = lane / 4, t = lane % 4, odd = t & 1;
+  int steps = (int)args.blocks; /* of 64 columns; the warps take turns, so that a block reads on */
+  long long width = args.ins / 2;
+  const u64 *words[ROWS / 8];
+  const u16 *values[ROWS / 8], *x[TILES];
+#pragma unroll
+  for (int i = 0; i < ROWS / 8; i++) {
+    long long row = min(top + 8 * i + g, (int)w.outs - 1);
+    words[i] = w.words + row * args.blocks;
+    values[i] = w.values + row * width + 8 * t;
+  }
+#pragma unroll
+  for (int i = 0; i < TILES; i++)
+    x[i] = args.x + min(8 * i + g, (int)args.count - 1) * args.ins + 16 * (t / 2) + 32 * odd;
+#if AHEAD == 1
+#pragma unroll 1
+#else
+#pragma unroll 4
+#endif
+  for (int step = warp; step < steps; step += WARPS) {
+    uint4 kept[ROWS / 8];
+    u32 code[ROWS / 16];
+#pragma unroll
+    for (int i = 0; i < ROWS / 8; i++) kept[i] = stream16(values[i] + 32 * step);
+#pragma unroll
+    for (int i = 0; i < ROWS / 16; i++) {
+      u64 upper = __ldg(words[2 * i] + step), lower = __ldg(words[2 * i + 1] + step);
+      code[i] = metadata(places((u32)upper, upper >> 32, t) | places((u32)lower, lower >> 32, t) << 16);
+    }
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      uint4 near = load16(x[n] + 64 * step), far = load16(x[n] + 64 * step + 8);
+      /* Of four groups of four columns, the first half or the second; those of the neighbour's four, too. */
+      u32 mine[4] = {odd ? near.y : near.x, odd ? near.w : near.z, odd ? far.y : far.x, odd ? far.w : far.z};
+      u32 other[4] = {odd ? near.x : near.y, odd ? near.z : near.w, odd ? far.x : far.y, odd ? far.z : far.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        other[i] = __shfl_xor_sync(~0u, other[i], 1);
+        u32 kept_here = mine[i];
+        mine[i] = odd ? other[i] : kept_here;
+        other[i] = odd ? kept_here : other[i];
+      }
+#pragma unroll
+      for (int i = 0; i < ROWS / 16; i++) {
+        uint4 p = kept[2 * i], q = kept[2 * i + 1];
+        multiply_sparse<0>(sums[i][n], p.x, q.x, p.y, q.y, mine[0], other[0], mine[1], other[1], code[i]);
+        multiply_sparse<1>(sums[i][n], p.z, q.z, p.w, q.w, mine[2], other[2], mine[3], other[3], code[i]);
+      }
+    }
+  }
+}
+
+#else
+
+/* For each nibble of a mask: which bytes of the first two of its values make its first two columns, and which of its
+   last two the others. A value lies in bytes 0, 1 of a register; bytes 2 of the first are zero. */
+__device__ __forceinline__ u32 selectors(int nibble) {
+  int b0 = nibble & 1, b1 = nibble >> 1 & 1, b2 = nibble >> 2 & 1, b3 = nibble >> 3 & 1;
+  u32 c0 = b0 ? 0x10 : 0x22, c1 = b1 ? (b0 ? 0x54 : 0x10) : 0x22;
+  u32 c2 = b2 ? (b3 ? 0x10 : 0x54) : 0x22, c3 = b3 ? 0x54 : 0x22;
+  return c0 | c1 << 8 | c2 << 16 | c3 << 24;
+}
+
+__device__ __forceinline__ u32 load_value(u32 at) {
+  u16 value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(at));
+  return value;
+}
+
+__device__ __forceinline__ u32 load_word(u32 at) {
+  u32 value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at));
+  return value;
+}
+
+/* Eight columns as four registers, from their byte of the mask and the address of their first value. */
+__device__ __forceinline__ void expand(u32 byte, u32 at, u32 table, u32 *out) {
+  u32 low = load_word(table + 4 * (byte & 15)), high = load_word(table + (byte >> 4) * 4);
+  u32 middle = at + 2 * __popc(byte & 15), end = at + 2 * __popc(byte);
+  out[0] = __byte_perm(load_value(at), load_value(at + 2), low);
+  out[1] = __byte_perm(load_value(middle - 4), load_value(middle - 2), low >> 16);
+  out[2] = __byte_perm(load_value(middle), load_value(middle + 2), high);
+  out[3] = __byte_perm(load_value(end - 4), load_value(end - 2), high >> 16);
+}
+
+struct Step { /* what is known of 128 columns of a row */
+  u64 first, second;
+  int offset; /* values of the row before them */
+};
+
+__device__ __forceinline__ Step read_step(const u64 *words, const u16 *offsets, int step, int blocks) {
+  Step s = {0, 0, 0};
+  if (2 * step >= blocks) return s;
+  s.first = __ldg(words + 2 * step);
+  s.second = 2 * step + 1 < blocks ? __ldg(words + 2 * step + 1) : 0;
+#ifdef PER_BLOCK
+  s.offset = 2 * step * PER_BLOCK;
+#else
+  s.offset = __ldg(offsets + 2 * step);
+#endif
+  return s;
+}
+
+__device__ __forceinline__ int kept_of(Step s) { return __popcll(s.first) + __popcll(s.second); }
+
+__device__ __forceinline__ void copy_values(const u16 *values, long long nonzeros, long long place, int kept, u32 to,
+                                            int t) {
+  long long from = place & ~7ll;
+  int vectors = min((int)(place - from + kept + 7) / 8, STRIDE / 16);
+  for (int i = t; i < vectors; i += 4) {
+    long long left = 2 * (nonzeros - from - 8 * i);
+    int bytes = left < 0 ? 0 : left > 16 ? 16 : (int)left;
+    const u16 *source = values + (bytes ? from + 8 * i : 0);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + 16 * i), "l"(source), "r"(bytes));
+  }
+}
+
+__device__ __forceinline__ void accumulate(const Weight &w, const Arguments &args, int top, int warp, int lane,
+                                           float sums[ROWS / 16][TILES][4]) {
+  enum { PARTS = ROWS / 8 };
+  int g = lane / 4, t = lane % 4;
+  u32 table = (u32)__cvta_generic_to_shared(shared);
+  u32 own = table + 128 + warp * (STAGES * ROWS * STRIDE); /* of the warp: (stage, row) */
+  int blocks = (int)args.blocks, steps = (blocks + 1) / 2;
+  const u64 *words[PARTS];
+  long long starts[PARTS];
+  const u16 *offsets[PARTS];
+  Step masks[STAGES + 1][PARTS]; /* of the steps of this warp from now on; the warps take turns */
+#pragma unroll
+  for (int i = 0; i < PARTS; i++) {
+    long long row = min(top + 8 * i + g, (int)w.outs - 1);
+    words[i] = w.words + row * blocks;
+#ifdef PER_BLOCK
+    starts[i] = row * blocks * PER_BLOCK;
+#else
+    starts[i] = w.starts[row];
+    offsets[i] = w.offsets + row * blocks;
+#endif
+#pragma unroll
+    for (int s = 0; s < STAGES; s++) masks[s][i] = read_step(words[i], offsets[i], warp + s * WARPS, blocks);
+  }
+  const u16 *x[TILES];
+#pragma unroll
+  for (int i = 0; i < TILES; i++) x[i] = args.x + min(8 * i + g, (int)args.count - 1) * args.ins + 8 * t;
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) {
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+      u32 to = own + (s * ROWS + 8 * i + g) * STRIDE;
+      copy_values(w.values, w.nonzeros, starts[i] + masks[s][i].offset, kept_of(masks[s][i]), to, t);
+    }
+    asm volatile("cp.async.commit_group;");
+  }
+  int stage = 0;
+  for (int step = warp; step < steps; step += WARPS) {
+    int next = stage + STAGES - 1;
+    next = next >= STAGES ? next - STAGES : next;
+    __syncwarp(); /* all have read what was in that stage */
+    int here[PARTS]; /* the place of the next value, in shared memory, in bytes of its row */
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+      masks[STAGES][i] = read_step(words[i], offsets[i], step + STAGES * WARPS, blocks);
+      Step later = masks[STAGES - 1][i];
+      u32 to = own + (next * ROWS + 8 * i + g) * STRIDE;
+      copy_values(w.values, w.nonzeros, starts[i] + later.offset, kept_of(later), to, t);
+      here[i] = ((int)starts[i] + masks[0][i].offset & 7) * 2;
+    }
+    asm volatile("cp.async.commit_group;");
+    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1));
+    __syncwarp();
+#pragma unroll
+    for (int word = 0; word < 4; word++) {
+      u32 a[PARTS][4];
+#pragma unroll
+      for (int i = 0; i < PARTS; i++) {
+        u64 both = word < 2 ? masks[0][i].first : masks[0][i].second;
+        u32 bits = word & 1 ? (u32)(both >> 32) : (u32)both;
+        u32 row = own + (stage * ROWS + 8 * i + g) * STRIDE;
+        u32 before = 2 * __popc(bits & ((1u << 8 * t) - 1));
+        expand(bits >> 8 * t & 255, row + here[i] + before, table, a[i]);
+        here[i] += 2 * __popc(bits);
+      }
+      int column = COLUMNS * step + 32 * word + 8 * t;
+#pragma unroll
+      for (int n = 0; n < TILES; n++) {
+        uint4 b = column < args.ins ? load16(x[n] + COLUMNS * step + 32 * word) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < ROWS / 16; i++) {
+          multiply(sums[i][n], a[2 * i][0], a[2 * i + 1][0], a[2 * i][1], a[2 * i + 1][1], b.x, b.y);
+          multiply(sums[i][n], a[2 * i][2], a[2 * i + 1][2], a[2 * i][3], a[2 * i + 1][3], b.z, b.w);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+#pragma unroll
+      for (int s = 0; s < STAGES; s++) masks[s][i] = masks[s + 1][i];
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+  }
+  asm volatile("cp.async.wait_group 0;");
+}
+#endif
+
+#ifdef FOURS
+__device__ __forceinline__ uint2 read_factors(const Weight &w, long long row, int q) {
+  return row < w.outs && q < w.rank ? __ldg((const uint2 *)(w.B + row * w.rank + q)) : make_uint2(0, 0);
+}
+
+/* Two neighbours as BF16, and what that leaves of them. */
+__device__ __forceinline__ void split(float low, float high, u32 &first, u32 &second) {
+  u16 a = narrow(low), b = narrow(high);
+  first = a | (u32)b << 16;
+  second = narrow(low - widen(a)) | (u32)narrow(high - widen(b)) << 16;
+}
+
+/* sums += B u for four factors of each thread; u as two terms of 16 bits, which is as good as FP32. */
+__device__ __forceinline__ void add_low_rank(const Weight &w, const Arguments &args, int q, int g, const uint2 *factors,
+                                             float sums[ROWS / 16][TILES][4]) {
+#pragma unroll
+  for (int n = 0; n < TILES; n++) {
+    float4 u = make_float4(0, 0, 0, 0);
+    if (q < w.rank) u = *(const float4 *)(args.u + w.at + min(8 * n + g, (int)args.count - 1) * w.rank + q);
+    u32 first[2], second[2];
+    split(u.x, u.y, first[0], second[0]);
+    split(u.z, u.w, first[1], second[1]);
+#pragma unroll
+    for (int i = 0; i < ROWS / 16; i++) {
+      uint2 p = factors[2 * i], r = factors[2 * i + 1];
+      multiply(sums[i][n], p.x, r.x, p.y, r.y, first[0], first[1]);
+      multiply(sums[i][n], p.x, r.x, p.y, r.y, second[0], second[1]);
+    }
+  }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) small_batch(const __grid_constant__ Arguments args) {
+  int number = 0, first = 0;
+#pragma unroll
+  for (int i = 1; i < WEIGHTS; i++)
+    if (blockIdx.x >= args.weights[i - 1].last) number = i, first = (int)args.weights[i - 1].last;
+  const Weight &w = args.weights[number];
+  int top = ROWS * ((int)blockIdx.x - first), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#ifndef PAIRS
+  if (threadIdx.x < 16) ((u32 *)shared)[threadIdx.x] = selectors(threadIdx.x);
+  __syncthreads();
+#endif
+  float sums[ROWS / 16][TILES][4] = {};
+#ifdef FOURS
+  uint2 factors[ROWS / 8]; /* of B, asked for early: this warp's first 16, of which a thread has four */
+#pragma unroll
+  for (int i = 0; i < ROWS / 8; i++) factors[i] = read_factors(w, top + 8 * i + lane / 4, 16 * warp + 4 * (lane % 4));
+#endif
+  accumulate(w, args, top, warp, lane, sums);
+#if defined(RANK) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory"); /* from here on u is complete */
+#endif
+#ifdef FOURS
+  for (int q = 16 * warp; q < w.rank; q += 16 * WARPS) {
+    if (q != 16 * warp)
+#pragma unroll
+      for (int i = 0; i < ROWS / 8; i++) factors[i] = read_factors(w, top + 8 * i + lane / 4, q + 4 * (lane % 4));
+    add_low_rank(w, args, q + 4 * (lane % 4), lane / 4, factors, sums);
+  }
+#endif
+  __syncthreads();
+  float *parts = (float *)shared; /* (warps, batch, rows) */
+#pragma unroll
+  for (int i = 0; i < ROWS / 16; i++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        int row = 16 * i + lane / 4 + 8 * (j / 2), sample = 8 * n + 2 * (lane % 4) + j % 2;
+        parts[(warp * BATCH + sample) * ROWS + row] = sums[i][n][j];
+      }
+  __syncthreads();
+  for (int at = threadIdx.x; at < BATCH * ROWS; at += THREADS) {
+    int row = at % ROWS, sample = at / ROWS;
+    if (top + row >= w.outs || sample >= args.count) continue;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) sum += parts[i * BATCH * ROWS + at];
+#if defined(RANK) && !defined(FOURS)
+    for (int q = 0; q < w.rank; q++)
+      sum += widen(w.B[(top + row) * w.rank + q]) * args.u[w.at + sample * w.rank + q];
+#endif
+#ifdef BIAS
+    sum += widen(w.bias[top + row]);
+#endif
+    w.y[sample * w.outs + top + row] = narrow(sum);
+  }
+}
+
+#ifdef RANK
+/* u = x A^T: one factor a block, all rows of x. */
+extern "C" __global__ void __launch_bounds__(256) low_rank(const __grid_constant__ Arguments args) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  int q = blockIdx.x, number = 0;
+#pragma unroll
+  for (int i = 0; i + 1 < WEIGHTS; i++)
+    if (number == i && q >= args.weights[i].rank) q -= (int)args.weights[i].rank, number = i + 1;
+  const Weight &w = args.weights[number];
+  const u16 *A = w.A + q * args.ins;
+  float sums[BATCH] = {};
+  for (int k = 8 * threadIdx.x; k < args.ins; k += 8 * 256) {
+    uint4 a = load16(A + k);
+    float wide[8] = {widen(a.x), widen(a.x >> 16), widen(a.y), widen(a.y >> 16),
+                     widen(a.z), widen(a.z >> 16), widen(a.w), widen(a.w >> 16)};
+#pragma unroll
+    for (int n = 0; n < BATCH; n++) {
+      uint4 v = load16(args.x + min(n, (int)args.count - 1) * args.ins + k);
+      sums[n] += wide[0] * widen(v.x) + wide[1] * widen(v.x >> 16) + wide[2] * widen(v.y) + wide[3] * widen(v.y >> 16);
+      sums[n] += wide[4] * widen(v.z) + wide[5] * widen(v.z >> 16) + wide[6] * widen(v.w) + wide[7] * widen(v.w >> 16);
+    }
+  }
+  __shared__ float parts[8][BATCH];
+#pragma unroll
+  for (int n = 0; n < BATCH; n++)
+#pragma unroll
+    for (int step = 16; step; step /= 2) sums[n] += __shfl_xor_sync(~0u, sums[n], step);
+  if (threadIdx.x % 32 == 0)
+#pragma unroll
+    for (int n = 0; n < BATCH; n++) parts[threadIdx.x / 32][n] = sums[n];
+  __syncthreads();
+  if (threadIdx.x < args.count) {
+    float sum = 0;
+    for (int i = 0; i < 8; i++) sum += parts[i][threadIdx.x];
+    args.u[w.at + threadIdx.x * w.rank + q] = sum;
+  }
+}
+#endif

@@ -1,0 +1,128 @@
+"""The report's file: valid JSON, without paths, and never a reason not to load or save."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_sparselr.compression.report import FILE_NAME, Report
+from hf_sparselr.utils.public_names import hub_id, public_source
+
+ROW = {
+    "name": "up",
+    "shape": [4, 4],
+    "pattern": "2:4",
+    "rank": 1,
+    "sparsity": 0.5,
+    "relative_error": 0.1,
+    "seconds": 1,
+}
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    values = [math.nan, math.inf, -math.inf, np.float32(2.5), torch.tensor(3), np.nan, (1, 2), 10**30]
+    Report({"method": "x"}, layers=[{**ROW, "values": values}], seconds=math.nan).save(tmp_path)
+    stored = json.loads((tmp_path / FILE_NAME).read_text(), parse_constant=refuse)
+    assert stored["layers"][0]["values"] == [None, None, None, 2.5, 3, None, [1, 2], 10**30]
+    assert stored["seconds"] is None
+    assert "x" in str(Report.load(tmp_path).settings)
+
+
+def test_a_report_comes_back(tmp_path):
+    report = Report({"sparsity": "2:4"}, [ROW], [{"name": "b"}], sizes={"dense": 2, "packed": 1}, seconds=3.5)
+    report.save(tmp_path)
+    loaded = Report.load(tmp_path)
+    assert loaded.from_file and not report.from_file
+    assert {**vars(loaded), "from_file": False} == vars(report)
+    assert Report.load(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", "\x00", "[" * 100_000, "NaN", '{"layers": ' + "9" * 9999]
+)
+def test_what_is_no_report_is_none_with_a_warning(tmp_path, caplog, text):
+    (tmp_path / FILE_NAME).write_text(text)
+    assert Report.load(tmp_path) is None
+    assert str(tmp_path / FILE_NAME) in caplog.text
+
+
+def test_bytes_that_are_no_text_are_none_with_a_warning(tmp_path, caplog):
+    (tmp_path / FILE_NAME).write_bytes(b"\xff\xfe\x00")
+    assert Report.load(tmp_path) is None and FILE_NAME in caplog.text
+
+
+def test_fields_that_cannot_be_read_are_left_out_and_named(tmp_path, caplog):
+    stored = {
+        "settings": {"method": "3basil"},
+        "layers": [1],
+        "blocks": {},
+        "sizes": {"dense": "big"},
+        "seconds": "long",
+        "peak_memory": True,
+        "perplexity": {"dense": 3.5},
+        "later": 1,
+    }
+    (tmp_path / FILE_NAME).write_text(json.dumps(stored))
+    loaded = Report.load(tmp_path)
+    assert (loaded.settings, loaded.perplexity) == ({"method": "3basil"}, {"dense": 3.5})
+    assert (loaded.layers, loaded.blocks, loaded.sizes, loaded.seconds, loaded.peak_memory) == (
+        [],
+        [],
+        {},
+        0.0,
+        None,
+    )
+    assert "blocks, later, layers, peak_memory, seconds, sizes" in caplog.text
+
+
+def test_rows_of_any_content_print(tmp_path):
+    rows = [{}, {"shape": 3, "rank": [], "sparsity": "x", "seconds": None}, ROW]
+    report = Report({}, rows, allocation={"parameters": 3})
+    assert "4x4" in str(report) and str(report).count("-") > 8
+
+
+@pytest.mark.parametrize("on_hub", [True, False])
+def test_only_a_base_from_the_hub_is_written(tmp_path, on_hub):
+    Report({}, base_model="me/base", base_on_hub=on_hub).save(tmp_path)
+    assert json.loads((tmp_path / FILE_NAME).read_text())["base_model"] == ("me/base" if on_hub else None)
+    Report({}, base_model=str(tmp_path), base_on_hub=True).save(tmp_path)
+    assert json.loads((tmp_path / FILE_NAME).read_text())["base_model"] is None
+
+
+@pytest.mark.parametrize(
+    ("source", "public"),
+    [
+        ("self", "self"),
+        ("custom", "custom"),
+        ("allenai/c4", "allenai/c4"),
+        ("org/data:config-1", "org/data:config-1"),
+        ("file:/home/me/*.txt", "custom"),
+        ("file:*.txt", "custom"),
+        ("/home/me/data", "custom"),
+        ("~/data", "custom"),
+        ("a/b/c", "custom"),
+        ("../data", "custom"),
+        ("C:\\Users\\me", "custom"),
+        ("C:/Users/me", "custom"),
+        ("org/data:/home/me", "custom"),
+        (["my words"], "custom"),
+        (None, "custom"),
+    ],
+)
+def test_paths_of_calibration_data_are_not_written(tmp_path, source, public):
+    assert public_source(source) == public
+    Report({"calibration": source}).save(tmp_path)
+    assert json.loads((tmp_path / FILE_NAME).read_text())["settings"]["calibration"] == public
+
+
+def test_folders_that_look_like_hub_ids_are_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("org/data") == public_source("org/data") == "org/data"
+    (tmp_path / "org" / "data").mkdir(parents=True)
+    assert hub_id("org/data") is None and public_source("org/data") == "custom"

@@ -1,0 +1,62 @@
+"""Models whose tensors transformers fuses on saving to restore their original names."""
+
+import pytest
+import torch
+import transformers as tf
+from helpers import tiny
+from safetensors import safe_open
+
+from hf_sparselr import compress
+from hf_sparselr.integrations.transformers.names import would_fuse
+from hf_sparselr.nn.linear import packed_layers
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 128,
+    "pad_token_id": 0,
+}
+FUSED = ("NomicBertModel", "NomicBertForMaskedLM", "GteModel", "JinaEmbeddingsV3Model")
+
+
+def build(name: str):
+    if not hasattr(tf, name):
+        pytest.skip(f"this transformers has no {name}")
+    cls = getattr(tf, name)
+    torch.manual_seed(0)
+    return cls(cls.config_class(**SIZES)).eval()
+
+
+def names(folder) -> set[str]:
+    with safe_open(folder / "model.safetensors", framework="pt") as reader:
+        return set(reader.keys())
+
+
+@pytest.mark.parametrize("overrides", [{}, {"k_proj": {"skip": True}}], ids=["all", "k_proj dense"])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_names_reload_to_the_bit(name, overrides, tmp_path):
+    dense = build(name)
+    dense.save_pretrained(tmp_path / "dense")
+    if not any("qkv" in stored.lower() for stored in names(tmp_path / "dense")):
+        pytest.skip("this transformers does not fuse its tensors")
+    config = tiny.settings(overrides=overrides, on_incompatible="skip")
+    for source in (dense, tmp_path / "dense"):  # made in memory, and loaded from original names
+        model = compress(source, config)
+        assert would_fuse(model, packed_layers(model))
+        model.save_pretrained(tmp_path / "packed")
+        again = type(dense).from_pretrained(tmp_path / "packed")
+        assert tiny.same(tiny.snapshot(again), tiny.snapshot(model))
+        again.save_pretrained(tmp_path / "second", max_shard_size="60KB")
+        second = type(dense).from_pretrained(tmp_path / "second")
+        assert tiny.same(tiny.snapshot(second), tiny.snapshot(model))
+        assert torch.equal(tiny.logits(second), tiny.logits(model))
+
+
+def test_models_without_fused_names_keep_their_original_names(tmp_path):
+    model = compress(tiny.build("neox"), tiny.settings())
+    assert not would_fuse(model, packed_layers(model))
+    tiny.build("neox").save_pretrained(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "packed")
+    assert names(tmp_path / "dense") <= names(tmp_path / "packed")
