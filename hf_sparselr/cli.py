@@ -193,7 +193,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _check_model(name: str) -> None:
-    """Whether a folder or a model on the Hub exists, before anything large is imported.
+    """Checks that a folder or a model on the Hub exists, before anything large is imported.
 
     Raises:
         OSError: neither.

@@ -90,7 +90,7 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | os.PathLike, verify: bool = False) -> Inspection:
-    """Reads what a compressed checkpoint holds; of the weights only the files' headers.
+    """Reads the content of a compressed checkpoint; of the weights, only the headers of their files.
 
     Looks at the files that transformers would load, and checks that they belong together.
 

@@ -213,8 +213,8 @@ from transformers import AutoTokenizer
 config = hf_sparselr.SparseLRConfig(
     rank=4, refine=None, calibration={TEXTS!r}, num_samples=4, seq_len=32, method_options={tiny.FAST!r}
 )
-hf_sparselr.compress("me/dense", config, "packed", revision={commit!r})
-assert AutoTokenizer.from_pretrained("packed").vocab_size == 4096
+hf_sparselr.compress("me/dense", config, {str(tmp_path / "packed")!r}, revision={commit!r})
+assert AutoTokenizer.from_pretrained({str(tmp_path / "packed")!r}).vocab_size == 4096
 """
         run_client(server, tmp_path, code)
 
