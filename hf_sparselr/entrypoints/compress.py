@@ -37,7 +37,8 @@ def compress(
             tokenizer and processor are loaded with those that concern them.
 
     Returns:
-        The compressed model; `model.sparselr_report` tells what was done.
+        The compressed model, in eval mode as `from_pretrained` returns one; `model.sparselr_report` tells what
+        was done.
 
     Raises:
         TypeError, ValueError, OSError: naming the field, layer or data set, and what is allowed.
@@ -65,7 +66,7 @@ def compress(
         attach(model, config.stored(), compress_in_memory(model, plan, config, samples))
     if output_dir is not None:
         save(model, output_dir, processors)
-    return model
+    return model.eval()
 
 
 def _check_given(model: PreTrainedModel, load_kwargs: dict[str, Any]) -> None:

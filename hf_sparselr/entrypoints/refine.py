@@ -80,7 +80,7 @@ def refine(
     attach(pruned, found.stored(), report)
     if output_dir is not None:
         save(pruned, output_dir, processors)
-    return pruned
+    return pruned.eval()
 
 
 def _check_arguments(model: Any, config: SparseLRConfig, reference: Any, adapter: Any) -> None:

@@ -289,20 +289,13 @@ def test_a_raising_sink_leaves_the_model_dense():
     assert state_of(model) == state and tiny.same(weights, tiny.snapshot(model))
 
 
-def test_flags_are_as_before():
+def test_a_compressed_model_is_in_eval_mode_and_frozen_as_before():
     model = tiny.build("opt").train()
-    model.model.decoder.layers[0].self_attn.eval()
-    model.model.decoder.embed_positions.eval()
     model.model.decoder.embed_tokens.requires_grad_(False)
     model.config.use_cache = True
     compress(model, tiny.settings(**TM))
-    modes = {name: module.training for name, module in model.named_modules()}
-    still = [name for name, training in modes.items() if not training]
+    assert not any(module.training for module in model.modules())
     assert model.config.use_cache and torch.is_grad_enabled()
-    assert "model.decoder.embed_positions" in still and "model.decoder.layers.0.self_attn.q_proj" in still
-    assert all(
-        name.startswith(("model.decoder.layers.0.self_attn", "model.decoder.embed_pos")) for name in still
-    )
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     payload = {f"{n}.{p}" for n, layer in packed_layers(model).items() for p, _ in layer.named_parameters()}
     assert frozen == payload | {"model.decoder.embed_tokens.weight"}
