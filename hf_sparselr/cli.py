@@ -69,8 +69,21 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
             default = "" if field.default is None else f" (default: {_shown(field.default)})"
             text = f"{field.help}{default}".replace("%", "%%")
             parser.add_argument(_flag(name), default=argparse.SUPPRESS, help=text, **field.kind.option)
-    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (default: auto)")
+    _add_loading(parser)
     parser.add_argument("--push", metavar="REPO_ID", help="also push to this Hub repository")
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `from_pretrained`."""
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (default: auto)")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code beside the model")
+
+
+def _loading(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that were given, except dtype."""
+    given = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    return {name: value for name, value in given.items() if value}
 
 
 def _flag(name: str) -> str:
@@ -104,7 +117,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", default=8, help="windows at a time (default: 8)", **integer)
     parser.add_argument("--device", metavar="D", help="default: CUDA if present, else the CPU")
-    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights (default: auto)")
+    _add_loading(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -120,7 +133,7 @@ def _compress(args: argparse.Namespace) -> None:
     fields = {name: FIELDS[name].kind.from_option(name, value) for name, value in given.items()}
     for name, value in fields.items():
         FIELDS[name].kind.check(name, value)
-    _check_model(args.name)
+    _check_model(args.name, args.revision)
     if args.push:
         from .integrations.hub.rights import check_push_rights
 
@@ -131,7 +144,7 @@ def _compress(args: argparse.Namespace) -> None:
 
     config = SparseLRConfig(**fields)
     with _log_lines():
-        model = compress(args.name, config, output_dir=args.output, dtype=args.dtype)
+        model = compress(args.name, config, args.output, dtype=args.dtype, **_loading(args))
     report = model.sparselr_report
     print(report)
     dense, packed = report.sizes["dense"], report.sizes["packed"]
@@ -154,7 +167,7 @@ def _push(model: Any, directory: str, repo_id: str) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    _check_model(args.path)
+    _check_model(args.path, args.revision)
     for name, least in (("seq_len", 2), ("batch_size", 1), ("stride", 1)):
         if getattr(args, name) is not None:
             check_integer(name, getattr(args, name), least)
@@ -171,8 +184,8 @@ def _eval(args: argparse.Namespace) -> None:
     check_device(device)
     texts = texts if local else load_texts(args.data, "test", "data")
     options = {"seq_len": args.seq_len, "stride": args.stride, "batch_size": args.batch_size}
-    tokenizer = AutoTokenizer.from_pretrained(args.path)
-    model = AutoModelForCausalLM.from_pretrained(args.path, dtype=args.dtype).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(args.path, **_loading(args))
+    model = AutoModelForCausalLM.from_pretrained(args.path, dtype=args.dtype, **_loading(args)).to(device)
     started = time.perf_counter()
     value = perplexity(model, texts, tokenizer, **options)
     seconds = time.perf_counter() - started
@@ -192,8 +205,8 @@ def _inspect(args: argparse.Namespace) -> None:
     print(json.dumps(dataclasses.asdict(inspection), indent=1) if args.json else inspection)
 
 
-def _check_model(name: str) -> None:
-    """Whether a folder or a model on the Hub exists, before anything large is imported.
+def _check_model(name: str, revision: str | None = None) -> None:
+    """Checks that a folder or a model on the Hub exists, before anything large is imported.
 
     Raises:
         OSError: neither.
@@ -206,7 +219,7 @@ def _check_model(name: str) -> None:
     from huggingface_hub import hf_hub_download
 
     try:
-        hf_hub_download(name, "config.json")
+        hf_hub_download(name, "config.json", revision=revision)
     except OSError as error:
         raise OSError(
             f"{name!r} is no folder, and its config.json cannot be read from the Hub: {error}"

@@ -324,6 +324,28 @@ def test_push_and_inspect_on_the_hub(home, tmp_path):
     assert str(inspect_checkpoint(home / "pushed").totals["model"]["packed"]) in out.replace(",", "")
 
 
+def test_revision_and_trust_reach_the_loaders(home, tmp_path):
+    """The second commit of the model has another vocabulary, and no tokenizer."""
+    first = {file.name: file.read_bytes() for file in (home / "dense").iterdir()}
+    with HubServer() as server:
+        server.repos["me/dense"] = first
+        commit = server.commit_hash("me/dense")
+        broken = {**json.loads(first["config.json"]), "vocab_size": 7}
+        kept = {name: data for name, data in first.items() if "tokenizer" not in name}
+        server.repos["me/dense"] = {**kept, "config.json": json.dumps(broken).encode()}
+        loading = ["--revision", commit, "--trust-remote-code"]
+        data = f"file:{home}/*.txt"
+        args = compress_args(home, "revised", "--refine", "none", *loading)
+        args[1] = "me/dense"
+        code = f"""
+from hf_sparselr.cli import main
+assert main({args!r}) == 0
+assert main({["eval", "me/dense", "--data", data, "--seq-len", "32", "--device", "cpu", *loading]!r}) == 0
+"""
+        assert "perplexity" in run_client(server, tmp_path, code)
+    assert inspect_checkpoint(home / "revised").settings["rank"] == 4
+
+
 @pytest.mark.parametrize(
     ("user", "repo_id", "message"),
     [

@@ -30,6 +30,7 @@ ALLOCATIONS = ("uniform", "owl", "global")
 REFINEMENTS = ("tm", "distill", "tm+distill", None)
 MAX_SEED = 2**32 - 1  # what NumPy takes; torch takes more
 MAX_RANK = 2**20
+MAX_TOKENS = 2**31 - 1
 
 
 def about(kind: Kind, help: str, *, stored: bool = True, on_command_line: bool = True) -> dict[str, Any]:
@@ -97,13 +98,15 @@ class Fields:
         metadata=about(
             Calibration(),
             '"self" (text sampled from the model itself), "file:GLOB", a Hub data set ("id" or "id:config"), a list of '
-            "texts, chats (lists of message dicts), a datasets.Dataset, or token ids (a 2-D integer tensor, or an "
-            "iterable of integer tensors)",
+            "texts, chats (lists of message dicts), a datasets.Dataset, token ids (a 2-D integer tensor, or an "
+            "iterable of integer tensors), dicts of model inputs as a processor returns them, or a list of images or "
+            "audio arrays",
         ),
     )
-    num_samples: int = field(default=128, metadata=about(Integer(1), "calibration windows"))
+    num_samples: int = field(default=128, metadata=about(Integer(1), "calibration windows or other samples"))
     seq_len: int = field(
-        default=2048, metadata=about(Integer(2), "tokens in a window, bounded by the model's context")
+        default=2048,
+        metadata=about(Integer(2, MAX_TOKENS), "tokens in a window, bounded by the model's context"),
     )
     batch_size: int = field(
         default=8,
@@ -191,7 +194,7 @@ class Fields:
         default=None,
         metadata=about(
             Kind(),
-            "for text and chats; None loads it from the model's name",
+            "tokenizer or processor, for text, chats, images and audio; None loads it from where the model comes from",
             stored=False,
             on_command_line=False,
         ),

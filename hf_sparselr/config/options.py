@@ -1,4 +1,4 @@
-"""Options as data: transformer matching, distillation, allocation and its budgets."""
+"""Groups of options, as data: transformer matching, distillation, allocation and its budgets."""
 
 import math
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ class TMOptions:
     """Options of transformer matching.
 
     Attributes:
-        passes: over the calibration windows.
-        lr: Adam's first step size.
-        factor_lr: the same for A and B, as a multiple of `lr`.
-        final_lr: the last step size, as a share of the first; a cosine leads there.
-        batch_size: windows a step.
-        target: what the block's output is to match: "block", the dense block's output on the same inputs (the
-            published target); "stream", the dense model's own activations there, which also makes up for the blocks
+        passes: number of passes over the calibration windows.
+        lr: first step size of Adam.
+        factor_lr: step size of A and B, as a multiple of `lr`.
+        final_lr: last step size, as a share of the first; between them it follows a cosine.
+        batch_size: windows in a step.
+        target: target of the block's output: "block", the output of the dense block on the same inputs, as published;
+            "stream", the activations of the dense model at that place, which also makes up for errors of the blocks
             before; "mean", the mean of both.
-        precision: of the products on a GPU: "fp32", "tf32", "bf16" (autocast with FP32 masters; hidden states between
-            blocks are then kept in BF16), or "auto": "bf16" where a layer of the block has more than 2^22 weights, else
-            "tf32". The forward passes of the layer solves follow it too.
+        precision: precision of the products on a GPU: "fp32", "tf32", "bf16" (autocast with FP32 masters, hidden states
+            between blocks in BF16), or "auto": "bf16" if a layer of the block has more than 2^22 weights, else "tf32".
+            The forward passes of the layer solves use it too.
     """
 
     passes: int = 20
@@ -43,7 +43,7 @@ class TMOptions:
 
 
 def check_schedule(field: str, options: Any) -> None:
-    """What training one block and training the whole model have in common: steps and step sizes."""
+    """Checks steps and step sizes, which matching and distillation have in common."""
     check_integer(f"{field}.passes", options.passes, 1)
     check_integer(f"{field}.batch_size", options.batch_size, 1)
     check_number(f"{field}.lr", options.lr, 0, exclusive=True)
@@ -67,16 +67,16 @@ class OwlOptions:
     """Options of `allocation="owl"`; the defaults are the paper's.
 
     Attributes:
-        outlier_threshold: a score above so many times the mean of its layer's scores is an outlier.
-        spread: no block's sparsity is farther than this from the mean.
+        outlier_threshold: a score is an outlier if it is above this multiple of the mean score of its layer.
+        spread: largest distance of a block's sparsity from the mean.
     """
 
     outlier_threshold: float = 5.0
     spread: float = 0.08
 
     def __post_init__(self) -> None:
-        for name in ("outlier_threshold", "spread"):
-            check_number(f"allocation_options.{name}", getattr(self, name), 0, exclusive=True)
+        check_number("allocation_options.outlier_threshold", self.outlier_threshold, 0, exclusive=True)
+        check_number("allocation_options.spread", self.spread, 0, 1, exclusive=True)
 
     def check(self, pattern: Pattern, rank: int | None) -> None:
         """Raises ValueError where the uniform settings leave nothing to choose."""
@@ -98,9 +98,9 @@ class GlobalOptions:
     """Options of `allocation="global"`.
 
     Attributes:
-        spread: no layer's sparsity is farther than this from the uniform one.
+        spread: largest distance of a layer's sparsity from the uniform one.
         rank_floor, rank_ceiling: bounds of a layer's rank, as multiples of the uniform one.
-        iterations: of 3BASiL in each of the trial solves that measure a layer's errors.
+        iterations: iterations of 3BASiL in each of the trial solves that measure a layer's errors.
     """
 
     spread: float = 0.15
@@ -109,14 +109,10 @@ class GlobalOptions:
     iterations: int = 20
 
     def __post_init__(self) -> None:
-        check_number("allocation_options.spread", self.spread, 0)
-        check_number("allocation_options.rank_floor", self.rank_floor, 0)
+        check_number("allocation_options.spread", self.spread, 0, 1)
+        check_number("allocation_options.rank_floor", self.rank_floor, 0, 1)
         check_number("allocation_options.rank_ceiling", self.rank_ceiling, 1)
         check_integer("allocation_options.iterations", self.iterations, 1)
-        if self.rank_floor > 1:
-            raise ValueError(
-                f"allocation_options.rank_floor={self.rank_floor!r}: expected a number in [0, 1]"
-            )
 
     def check(self, pattern: Pattern, rank: int | None) -> None:
         """Raises ValueError where the uniform settings leave nothing to choose."""
@@ -142,18 +138,18 @@ class DistillOptions:
     """Options of distillation.
 
     Attributes:
-        passes: over the calibration windows and those of `self_samples`.
-        lr: Adam's first step size.
-        factor_lr: the same for A and B, as a multiple of `lr`.
-        final_lr: the last step size, as a share of the first; a cosine leads there.
-        batch_size: calibration windows a step, or as many tokens of shorter ones.
-        train: "all" (S's nonzeros, factors, norms and biases; 24 bytes a weight on the device, the dense model
-            included), or "factors" (without S, which stays packed), for models that would not fit so.
-        self_samples: windows of text that the dense model writes itself, beside the calibration windows: with few
-            calibration tokens they keep the model from learning these by heart.
+        passes: number of passes over the calibration windows and those of `self_samples`.
+        lr: first step size of Adam.
+        factor_lr: step size of A and B, as a multiple of `lr`.
+        final_lr: last step size, as a share of the first; between them it follows a cosine.
+        batch_size: calibration windows in a step, or as many tokens of shorter ones.
+        train: "all" (nonzeros of S, factors, norms and biases; 24 bytes for each weight on the device, the dense model
+            included), or "factors" (without S, which stays packed) for models that are too large for that.
+        self_samples: windows of text that the dense model writes itself, beside the calibration windows. If there are
+            few calibration tokens, they keep the model from learning these by heart.
         self_len: tokens in such a window, bounded by the model's context.
-        checkpointing: recompute activations in the backward pass: less memory, a third more time.
-        precision: of the products on a GPU: "fp32", "tf32", or "bf16" (autocast with FP32 masters).
+        checkpointing: recompute activations in the backward pass; takes less memory and a third more time.
+        precision: precision of the products on a GPU: "fp32", "tf32", or "bf16" (autocast with FP32 masters).
     """
 
     passes: int = 8

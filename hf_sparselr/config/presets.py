@@ -1,4 +1,4 @@
-"""`effort`: what the options of the default solver, of transformer matching and of distillation are set to."""
+"""The options that each `effort` sets, of the default solver, of transformer matching and of distillation."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""SparseLRConfig: what a user can say, checked before any model is loaded, and its form in config.json."""
+"""SparseLRConfig: the settings of a compression, checked before any model is loaded, and their form in config.json."""
 
 import copy
 import dataclasses
@@ -102,7 +102,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         self._method_options = value
 
     def _build_options(self) -> None:
-        """Options groups become dataclasses: what is given, then what `effort` says, then defaults."""
+        """Makes the groups of options dataclasses: given values beat those of `effort`, which beat the defaults."""
         preset = PRESETS[self.effort]
         cls = ALLOCATION_OPTIONS[self.allocation]
         self.allocation_options = build_options("allocation_options", self.allocation_options, cls)
@@ -141,7 +141,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             setattr(self, name, None)
 
     def _check(self) -> None:
-        """What two or more fields must agree on."""
+        """Checks fields that must agree with one another."""
         if self.compression is None:
             self._check_parts()
         self.allocation_options.check(self.pattern, self.rank)
@@ -149,7 +149,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             self._check_override(f"overrides[{pattern!r}]", override)
 
     def _check_parts(self) -> None:
-        """Sparsity and rank, and whether the method makes both parts."""
+        """Checks sparsity and rank, and that the method makes both parts."""
         method = METHODS[self.method]
         check_integer("rank", self.rank, 0 if method.sparse else 1)
         if method.sparse:
@@ -165,7 +165,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             )
 
     def _check_override(self, field: str, override: dict[str, Any]) -> None:
-        """Whether the method makes the parts that an override sets."""
+        """Checks that the method makes the parts that an override sets."""
         method = METHODS[self.method]
         if "sparsity" in override and not method.sparse:
             raise ValueError(
@@ -221,7 +221,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         return pattern, own.get("rank", self.rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values alone: options groups as dicts, data as "custom", nothing that belongs to one run."""
+        """The settings as JSON values: groups of options as dicts, data as "custom", nothing of one run alone."""
         stored = {
             name: getattr(self, name)
             for name, field in FIELDS.items()

@@ -63,7 +63,7 @@ def check_source(calibration: Any) -> None:
 
 
 def reader_of(calibration: Any) -> str | None:
-    """What reads a source (not "self"): the model's "tokenizer", its "processor", or None."""
+    """The reader that a source needs (not "self"): the model's "tokenizer", its "processor", or None."""
     if is_dataset(calibration):
         columns = calibration.column_names or next(iter(calibration), {})
         return None if column_of(columns, _show(calibration)) == "input_ids" else "tokenizer"

@@ -1,4 +1,4 @@
-"""Calibration samples: what a model's forward pass takes, as dicts of tensors.
+"""Calibration samples: the arguments of a model's forward pass, as dicts of tensors.
 
 A sample is {argument name: tensor}, with one row in the first dimension of every tensor, such as {"input_ids":
 (1, length)} or what a processor returns for an image. Token windows are the special case with input_ids alone.
@@ -34,7 +34,7 @@ def is_audio(item: Any) -> bool:
 
 
 def processed(items: Iterable[Any], kind: str, processor: Any) -> Iterator[Mapping[str, Any]]:
-    """What a processor makes of images or of audio, an item at a time.
+    """The model inputs that a processor makes of images or of audio, an item at a time.
 
     Args:
         kind: "images" or "audio"; audio has the sampling rate of the processor's feature extractor.

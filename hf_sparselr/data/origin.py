@@ -1,8 +1,9 @@
 """Where a model comes from: its tokenizer and its processor are loaded from there."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # Arguments of `from_pretrained` that say where files are and whether their code may run; all loaders take them.
@@ -37,13 +38,22 @@ class Origin:
         return cls(name, {key: load_kwargs[key] for key in _ARGUMENTS if key in load_kwargs})
 
     @classmethod
-    def of_model(cls, model: Any) -> "Origin":
-        """Of a model in memory: the commit that it was loaded from, and its trust in the code there."""
+    def of_model(cls, model: Any, files: Sequence[str] | None = None) -> "Origin":
+        """Of a model in memory, or of one that is being loaded from `files`.
+
+        The files of a model from the Hub lie in a snapshot of a commit. If the model is made of code beside its
+        checkpoint, the user trusted that code.
+        """
         name = model.config.name_or_path or ""
         arguments: dict[str, Any] = {}
-        commit = getattr(model.config, "_commit_hash", None)
-        if commit and not os.path.isdir(name):
-            arguments["revision"] = commit
+        if files:
+            folder = Path(files[0]).absolute().parent
+            commit, subfolder = _snapshot(folder)
+            if os.path.isdir(name):
+                commit, subfolder = None, os.path.relpath(folder, name)
+            arguments = {"revision": commit} if commit else {}
+            if subfolder not in ("", "."):
+                arguments["subfolder"] = subfolder
         if type(model).__module__.startswith("transformers_modules."):
             arguments["trust_remote_code"] = True
         return cls(name, arguments)
@@ -82,6 +92,15 @@ class Origin:
                 return self.tokenizer()
             except OSError:
                 raise OSError(f"none can be loaded from {self.name!r} ({_reason(error)})") from error
+
+
+def _snapshot(folder: Path) -> tuple[str | None, str]:
+    """(commit, subfolder) of a folder in the cache of the Hub, "...snapshots/COMMIT/SUBFOLDER"; else (None, "")."""
+    parts = folder.parts
+    if "snapshots" not in parts[:-1]:
+        return None, ""
+    at = len(parts) - 1 - parts[::-1].index("snapshots")
+    return parts[at + 1], "/".join(parts[at + 2 :])
 
 
 def _reason(error: Exception) -> str:

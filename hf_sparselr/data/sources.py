@@ -1,4 +1,4 @@
-"""Where calibration and evaluation text comes from: files, the Hub, data sets."""
+"""Sources of calibration and evaluation text: files, the Hub, data sets."""
 
 import glob
 import os
@@ -32,7 +32,7 @@ def load_split(name: str, split: str, where: str, instead: str, **options: Any) 
 
     Args:
         where: the field and value that an error names.
-        instead: what an error says to pass.
+        instead: the advice of an error.
         options: for `datasets.load_dataset`.
 
     Raises:

@@ -91,7 +91,7 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | os.PathLike, verify: bool = False) -> Inspection:
-    """Reads the content of a compressed checkpoint: settings, layers and bytes, from config.json and file headers.
+    """Reads the content of a compressed checkpoint; of the weights, only the headers of their files.
 
     Looks at the files that transformers would load, and checks that they belong together.
 

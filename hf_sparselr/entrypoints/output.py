@@ -20,7 +20,7 @@ logger = logging.get_logger("hf_sparselr")
 
 
 def check_folder(output_dir: str | os.PathLike) -> None:
-    """Whether files can be written there; nothing is created.
+    """Checks that files can be written there; creates nothing.
 
     Raises:
         OSError: it is a file, lies below one, or nothing can be written there.
@@ -46,7 +46,7 @@ def check_output(
     origin: Origin,
     tokenizer: Any,
 ) -> list[Any]:
-    """Whether everything that will be written can be.
+    """Checks that everything that will be written can be.
 
     Args:
         model: dense, or its skeleton, in the dtype in which it will be loaded.

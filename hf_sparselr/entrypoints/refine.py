@@ -124,7 +124,7 @@ def _check_dense(field: str, model: Any) -> None:
 
 
 def _planning_config(config: SparseLRConfig) -> SparseLRConfig:
-    """Chooses the layers that the config chooses; asks for a sparsity only where the config was given one."""
+    """A config that chooses the same layers, and asks for a sparsity only if the user did."""
     planned = copy.deepcopy(config)
     planned.method, planned.rank = "3basil", 0
     if not _asked(config, {}, "sparsity"):
@@ -228,7 +228,7 @@ def _found_layer(
 
 
 def _found_config(config: SparseLRConfig, model: PreTrainedModel, plan: dict[str, Layer]) -> SparseLRConfig:
-    """What config.json says: method "precomputed", and sparsity and rank as found where they were not asked for."""
+    """The config for config.json: method "precomputed", and sparsity and rank as found if they were not asked for."""
     found = copy.deepcopy(config)
     found.method, found.method_options = PRECOMPUTED, METHODS[PRECOMPUTED].options()
     if not _asked(config, {}, "sparsity"):

@@ -63,7 +63,7 @@ def named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def check_device(device: Any, field: str = "device") -> None:
-    """Whether work can be done on a device; None is left to be chosen.
+    """Checks that work can be done on a device; None is left to be chosen.
 
     Raises:
         ValueError: naming the field; an unknown device, "meta", or one that this machine lacks.

@@ -6,36 +6,53 @@ import re
 from dataclasses import fields
 from typing import Any
 
+MOST = 10**6  # of numbers without a bound of their own: far above any sensible one, far below overflow
+
 
 def check_integer(field: str, value: Any, least: int, most: int | None = None) -> None:
+    """An integer from `least` to `most`, else to `MOST`."""
     allowed = f"an integer >= {least}" if most is None else f"an integer in {least}..{most}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{field}={value!r}: expected {allowed}")
     if value < least or (most is not None and value > most):
-        raise ValueError(f"{field}={value!r}: expected {allowed}")
+        raise ValueError(f"{field}={_short(value)}: expected {allowed}")
+    if most is None and value > MOST:
+        raise ValueError(f"{field}={_short(value)}: expected an integer <= {MOST}")
 
 
 def check_number(
-    field: str, value: Any, least: float, most: float = math.inf, *, exclusive: bool = False
+    field: str, value: Any, least: float, most: float | None = None, *, exclusive: bool = False
 ) -> None:
-    """A finite number from `least` to `most`; with `exclusive`, between them."""
+    """A number from `least` to `most`, else to `MOST`; with `exclusive`, these two are not allowed."""
     opening, closing = "()" if exclusive else "[]"
-    allowed = f"a number in {opening}{least:g}, {most:g}{closing}"
-    if most == math.inf:
-        allowed = f"a finite number {'>' if exclusive else '>='} {least:g}"
+    allowed = f"a number in {opening}{least:g}, {most:g}{closing}" if most is not None else ""
+    allowed = allowed or f"a finite number {'>' if exclusive else '>='} {least:g}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{field}={value!r}: expected {allowed}")
-    inside = least < value < most if exclusive else least <= value <= most
+    limit = math.inf if most is None else most
+    inside = least < value < limit if exclusive else least <= value <= limit
     if not inside or value == math.inf:
-        raise ValueError(f"{field}={value!r}: expected {allowed}")
+        raise ValueError(f"{field}={_short(value)}: expected {allowed}")
+    if most is None and value > MOST:
+        raise ValueError(f"{field}={_short(value)}: expected a number <= {MOST}")
 
 
-def check_numbers(field: str, value: Any, length: int, least: float) -> tuple[float, ...]:
+def check_numbers(
+    field: str, value: Any, length: int, least: float, most: float | None = None
+) -> tuple[float, ...]:
+    """A tuple of `length` numbers, each as `check_number` wants it."""
     if not isinstance(value, (tuple, list)) or len(value) != length:
         raise TypeError(f"{field}={value!r}: expected {length} numbers >= {least:g}")
     for item in value:
-        check_number(field, item, least)
+        check_number(field, item, least, most)
     return tuple(value)
+
+
+def _short(value: float) -> str:
+    """A number as text: huge integers as a power of ten."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return f"about 10**{int(value.bit_length() * math.log10(2))}"
+    return repr(value)
 
 
 def check_choice(field: str, value: Any, allowed: tuple) -> None:

@@ -226,7 +226,7 @@ INVALID = [
     ("refine", False, ValueError, "'tm', 'distill', 'tm+distill', None"),
     ("num_samples", 0, ValueError, ">= 1"),
     ("num_samples", 2.0, TypeError, ">= 1"),
-    ("seq_len", 1, ValueError, ">= 2"),
+    ("seq_len", 1, ValueError, "an integer in 2..2147483647"),
     ("batch_size", 0, ValueError, ">= 1"),
     ("seed", -1, ValueError, "an integer in 0..4294967295"),
     ("seed", 2**32, ValueError, "an integer in 0..4294967295"),

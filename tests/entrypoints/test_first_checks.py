@@ -176,6 +176,7 @@ def test_a_subfolder(dense, tmp_path):
     shutil.copytree(dense, tmp_path / "repo" / "inner")
     config = settings(calibration=TEXTS)
     compress(str(tmp_path / "repo"), config, tmp_path / "packed", subfolder="inner")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "repo", subfolder="inner", quantization_config=config)
     assert AutoTokenizer.from_pretrained(tmp_path / "packed").vocab_size == 4096
     AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
@@ -209,12 +210,13 @@ def test_a_revision_of_the_hub(dense, tmp_path):
         server.repos["me/dense"] = second
         code = f"""
 import hf_sparselr
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 config = hf_sparselr.SparseLRConfig(
     rank=4, refine=None, calibration={TEXTS!r}, num_samples=4, seq_len=32, method_options={tiny.FAST!r}
 )
-hf_sparselr.compress("me/dense", config, "packed", revision={commit!r})
-assert AutoTokenizer.from_pretrained("packed").vocab_size == 4096
+hf_sparselr.compress("me/dense", config, {str(tmp_path / "packed")!r}, revision={commit!r})
+assert AutoTokenizer.from_pretrained({str(tmp_path / "packed")!r}).vocab_size == 4096
+AutoModelForCausalLM.from_pretrained("me/dense", quantization_config=config, revision={commit!r})
 """
         run_client(server, tmp_path, code)
 

@@ -7,7 +7,7 @@ _WRITING_ROLES = ("admin", "write", "contributor")
 
 
 def check_push_rights(repo_id: str) -> None:
-    """Whether the logged-in user may push to a repository, as far as the Hub says so without a change there.
+    """Checks that the logged-in user may push to a repository, as far as the Hub tells without a change there.
 
     Args:
         repo_id: "name" or "namespace/name".

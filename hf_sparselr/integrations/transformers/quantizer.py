@@ -77,7 +77,9 @@ class SparseLRQuantizer(HfQuantizer):
 
                 check_device(self.quantization_config.device)
                 self._plan = plan_layers(model, self.quantization_config)
-                self._samples = Samples.load(model, self.quantization_config, Origin.of_model(model))
+                self._samples = Samples.load(
+                    model, self.quantization_config, Origin.of_model(model, checkpoint_files)
+                )
         return model
 
     def _build_packed(self, model: nn.Module, files: list[str] | None) -> None:

@@ -21,6 +21,7 @@ from .admm import Admm
 from .textbook import TextbookAdmm
 
 MAX_RESTARTS = 3
+MAX_RHO = 1e9  # for a Gram matrix with unit diagonal; nothing moves far below it
 SETTLED = 1e-4  # share of the objective: a refit round that gains less is the last one
 
 
@@ -171,8 +172,9 @@ def _iterate(admm: Admm | TextbookAdmm, options: Options, phases: PhaseTimer) ->
             admm.restart(admm.rho / 5)  # the penalty is so stiff that nothing moves
             continue
         level = 0 if change > options.thresholds[0] else 1 if change > options.thresholds[1] else 2
-        with phases("factorisation"):
-            admm.raise_rho(options.growth[level])
+        if admm.rho < MAX_RHO:
+            with phases("factorisation"):
+                admm.raise_rho(min(options.growth[level], MAX_RHO / admm.rho))
         raised = True
     converged = change < options.tolerance and iteration >= options.min_iterations
     return {"iterations": iteration, "converged": converged, "rho": admm.rho, "precision": admm.precision}
