@@ -78,7 +78,7 @@ def stored_bytes(model: PreTrainedModel, plan: Mapping[str, Layer]) -> int:
     for name, layer in plan.items():
         weight = model.get_submodule(name).weight
         shape = rows, columns = weight_shape(model.get_submodule(name))
-        values = layer.pattern.kept(shape) + layer.rank * (rows + columns)
+        values = layer.pattern.kept(shape) + layer.low_rank_values(shape)
         total += rows * -(-columns // 8) + (values - weight.numel()) * weight.element_size()
     return total
 
