@@ -140,6 +140,11 @@ def test_layers_too_small_for_the_ranks_are_named_before_work() -> None:
     }  # fmt: skip
 
 
+def test_pruned_models_are_refined_with_flat_factors_only() -> None:
+    with pytest.raises(ValueError, match=r"low_rank='hss'.*expected 'flat'"):
+        hf_sparselr.refine(tiny.build("llama"), settings(refine="tm"), reference=tiny.build("llama"))
+
+
 # -- training
 
 

@@ -214,6 +214,15 @@ def test_dead_inputs_and_fewer_tokens_than_inputs(name: str, damping) -> None:
 
 
 @pytest.mark.parametrize("name", HIERARCHICAL)
+def test_very_large_layers_are_solved_in_other_units(name: str) -> None:
+    weight, gram = problem(24, 40)
+    small, large = (solve(name, weight * size, gram, Unstructured(0.5)) for size in (1.0, 2.0**60))
+    assert torch.equal(large.S, small.S * 2.0**60)
+    torch.testing.assert_close(large.hierarchy.dense() / 2.0**60, small.hierarchy.dense())
+    assert large.stats["objective"] == pytest.approx(small.stats["objective"] * 2.0**120, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
 def test_a_seed_gives_the_same_bits(name: str) -> None:
     weight, gram = problem(24, 40)
     first, second = (solve(name, weight, gram, Unstructured(0.5)).dense() for _ in range(2))
