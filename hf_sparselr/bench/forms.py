@@ -62,7 +62,7 @@ class _Layer:
     def __init__(self, name: str, weight: torch.Tensor, gram: torch.Tensor) -> None:
         self.name, self.weight, self.H = name, weight.float(), gram.float()
         self.gram = ScaledGram(gram)
-        self.shape = tuple(weight.shape)
+        self.shape = (weight.shape[0], weight.shape[1])
 
     @property
     def dense_bytes(self) -> int:

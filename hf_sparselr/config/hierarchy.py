@@ -66,14 +66,12 @@ class HierarchyOptions:
 
     def shape(self, shape: tuple[int, int], rank: int) -> HierarchyShape | None:
         """How a layer (out, in) is split; None where it stays flat."""
-        depth = self.depth
+        depth, reduction = self.depth or 0, self.reduction or 1.0
         while depth and min(shape) >> depth < self.smallest_leaf:
             depth -= 1
         if not depth:
             return None
-        ranks = self.ranks or [
-            max(1, math.floor(rank / self.reduction**level)) for level in range(self.depth)
-        ]
+        ranks = self.ranks or [max(1, math.floor(rank / reduction**level)) for level in range(depth)]
         return HierarchyShape(*shape, tuple(ranks[:depth]))
 
 

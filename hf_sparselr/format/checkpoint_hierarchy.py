@@ -58,11 +58,13 @@ def check(
             fail(name, f"is no permutation of 0 to {parts[name].shape[0] - 1}")
 
 
-def _checked_shape(parts, out_features, in_features, fail) -> HierarchyShape:
+def _checked_shape(
+    parts: Mapping[str, Any], out_features: int, in_features: int, fail: Callable[[str, str], None]
+) -> HierarchyShape:
     name = f"{PREFIX}.ranks"
     if len(parts[name].shape) != 1 or not parts[name].shape[0]:
         fail(name, f"has shape {parts[name].shape}, expected one rank a level")
-    shape = read_shape(parts, out_features, in_features)
+    shape = HierarchyShape(out_features, in_features, tuple(_read(parts[name]).tolist()))
     problem = "every rank must be at least 1" if min(shape.ranks) < 1 else shape.problem()
     if problem:
         fail(name, f"holds {list(shape.ranks)}: {problem}")

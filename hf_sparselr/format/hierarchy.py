@@ -121,7 +121,7 @@ class Hierarchy:
     def dense(self) -> torch.Tensor:
         """The matrix (out, in); differentiable in A, B and the leaves."""
         matrix = assemble(self.shape, self.A, self.B, self.leaves)
-        if self.row_order is None:
+        if self.row_order is None or self.column_order is None:
             return matrix
         return matrix[inverse_order(self.row_order)][:, inverse_order(self.column_order)]
 

@@ -51,7 +51,7 @@ def hierarchical_product(
 def _takes_few(rows: torch.Tensor, hierarchy: Hierarchy, base: torch.Tensor | None) -> bool:
     if not (rows.is_cuda and TRITON) or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
         return False
-    tensors = [rows, hierarchy.A, hierarchy.B, hierarchy.leaves] + [base] * (base is not None)
+    tensors = [rows, hierarchy.A, hierarchy.B, hierarchy.leaves, *([] if base is None else [base])]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     alike = all(tensor.is_cuda and tensor.dtype == rows.dtype for tensor in tensors)

@@ -16,6 +16,12 @@ class HierarchicalLowRank(nn.Module):
         row_order: int32 (out,), column_order: int32 (in,), or both None.
     """
 
+    A: nn.Parameter
+    B: nn.Parameter
+    leaves: nn.Parameter
+    row_order: nn.Parameter | None
+    column_order: nn.Parameter | None
+
     def __init__(
         self,
         shape: HierarchyShape,

@@ -120,7 +120,7 @@ class HierarchicalFit:
         if left is None:
             left, steps = self._sketch(seen, self.shape.ranks[level - 1]), START_STEPS
         for _ in range(steps):
-            left = torch.stack(cholesky_qr((seen @ (inverse @ (seen.mT @ left))).unbind()))
+            left = torch.stack(cholesky_qr(list(seen @ (inverse @ (seen.mT @ left)))))
         right = (left.mT @ seen) @ inverse
         change = left @ right if own is None else left @ right - own[0] @ own[1]
         self._move(change, level, True, residual)
