@@ -51,11 +51,17 @@ def hierarchical_product(
 def _takes_few(rows: torch.Tensor, hierarchy: Hierarchy, base: torch.Tensor | None) -> bool:
     if not (rows.is_cuda and TRITON) or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
         return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad or jvp of torch.func
+        return False
     tensors = [rows, hierarchy.A, hierarchy.B, hierarchy.leaves, *([] if base is None else [base])]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    alike = all(tensor.is_cuda and tensor.dtype == rows.dtype for tensor in tensors)
-    return alike and rows.dtype in _TRITON_DTYPES and 0 < len(rows) <= FEW_ROWS
+    readable = all(
+        type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cuda and tensor.dtype == rows.dtype
+        for tensor in tensors
+    )
+    as_stored = all(tensor.is_contiguous() for tensor in tensors[1:4])
+    return readable and as_stored and rows.dtype in _TRITON_DTYPES and 0 < len(rows) <= FEW_ROWS
 
 
 def _product(
