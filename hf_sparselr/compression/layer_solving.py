@@ -106,6 +106,9 @@ def _decompose(
     if precomputed:
         pairs = zip(layers, weights, strict=True)
         return [precomputed.decomposition(layer.name, weight) for layer, weight in pairs]
+    if any(layer.hierarchy for layer in layers):
+        pairs = zip(layers, weights, strict=True)
+        return [_decompose_alone(layer, weight, gram, config) for layer, weight in pairs]
     return METHODS[config.method].solve_group(
         weights,
         gram,
@@ -113,6 +116,18 @@ def _decompose(
         [layer.rank for layer in layers],
         config.method_options,
         config.seed,
+    )
+
+
+def _decompose_alone(
+    layer: Layer, weight: torch.Tensor, gram: ScaledGram, config: SparseLRConfig
+) -> Decomposition:
+    method, options = METHODS[config.method], config.method_options
+    if layer.hierarchy is None:
+        return method.solve(weight, gram, layer.pattern, layer.rank, options, config.seed)
+    permutation = config.hierarchy.permutation
+    return method.solve_hierarchical(
+        weight, gram, layer.pattern, layer.hierarchy, permutation, options, config.seed
     )
 
 
@@ -126,6 +141,7 @@ def _row(
         "shape": list(weight.shape),
         "pattern": str(layer.pattern),
         "rank": layer.rank,
+        **({} if layer.hierarchy is None else {"ranks": list(layer.hierarchy.ranks)}),
         "sparsity": 1 - int(result.mask.sum()) / result.mask.numel(),
         "relative_error": error,
         "seconds": seconds,

@@ -37,7 +37,7 @@ def export_portable(
 
     Raises:
         TypeError, ValueError: not a compressed model, adapters around its layers, weights that are not in memory, or
-            no low-rank factors.
+            no low-rank factors, or a hierarchical low-rank part, which no LoRA can hold.
     """
     layers = _check(model)
     base, adapter = Path(directory) / BASE, Path(directory) / ADAPTER
@@ -53,6 +53,11 @@ def _check(model: PreTrainedModel) -> dict[str, SparseLRLinear]:
             "hf_sparselr.merge_and_unload gives one)"
         )
     layers = packed_layers(model)
+    if hierarchical := [name for name, layer in layers.items() if layer.hierarchy is not None]:
+        raise ValueError(
+            f"{hierarchical[0]} has a hierarchical low-rank part, which a LoRA adapter cannot hold: dequantize() and "
+            "save the model, or compress it with low_rank='flat'"
+        )
     if not any(layer.rank for layer in layers.values()):
         raise ValueError(
             "the model holds no compressed layer with low-rank factors: dequantize() and save it"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..compression.report import table
+from ..compression.report import rank_cell, table
 from ..config.sparselr_config import QUANT_METHOD, SparseLRConfig
 from ..format.checkpoint import (
     CONFIG,
@@ -23,6 +23,7 @@ from ..format.checkpoint import (
     layer_rank,
     read_headers,
 )
+from ..format.checkpoint_hierarchy import read_shape
 from ..format.patterns import NM, Pattern, Unstructured
 from ..format.seal import check_seal, damaged_tensors, read_seal
 from ..solvers.registry import PRECOMPUTED
@@ -72,7 +73,7 @@ class Inspection:
                     layer["pattern"],
                     f"{layer['nonzeros']:,}",
                     f"{layer['zeros']:.4f}",
-                    str(layer["rank"]),
+                    rank_cell(layer),
                     layer["dtype"],
                     f"{layer['bytes']:,}",
                     f"{layer['dense_bytes']:,}",
@@ -225,6 +226,7 @@ def _layer(name: str, parts: Mapping[str, Entry], config: SparseLRConfig) -> dic
         "nonzeros": nonzeros,
         "zeros": zeros,
         "rank": layer_rank(parts),
+        **_hierarchy(parts, shape),
         "dtype": parts["values"].dtype,
         "bytes": sum(math.prod(parts[part].shape) * _width(parts[part]) for part in PAYLOAD if part in parts),
         "dense_bytes": (out_features * in_features + bias) * _width(parts["values"]),
@@ -237,8 +239,9 @@ def _shape(parts: Mapping[str, Entry], pattern: Pattern | None) -> tuple[int, in
     Where the config does not know the layer's number of nonzeros, `in` counts as a multiple of 8.
     """
     out_features, columns = parts["mask"].shape
-    if "A" in parts and len(parts["A"].shape) == 2:
-        return out_features, parts["A"].shape[1]
+    for factor in ("A", "hierarchy.A"):
+        if factor in parts and len(parts[factor].shape) == 2:
+            return out_features, parts[factor].shape[1]
     widest = 8 * columns
     for in_features in range(widest, widest - 8, -1):
         shape = (out_features, in_features)
@@ -247,6 +250,13 @@ def _shape(parts: Mapping[str, Entry], pattern: Pattern | None) -> tuple[int, in
     return out_features, widest
 
 
+def _hierarchy(parts: Mapping[str, Entry], shape: tuple[int, int]) -> dict:
+    found = read_shape(parts, *shape)
+    if found is None:
+        return {}
+    return {"ranks": list(found.ranks), "leaf": list(found.leaf), "permuted": "hierarchy.row_order" in parts}
+
+
 def _width(entry: Entry) -> int:
-    """Bytes an element of the dtypes that the format knows: U8, F16, BF16, F32, F64."""
-    return int(entry.dtype.lstrip("BFU")) // 8
+    """Bytes an element of the dtypes that the format knows: U8, I32, F16, BF16, F32, F64."""
+    return int(entry.dtype.lstrip("BFUI")) // 8

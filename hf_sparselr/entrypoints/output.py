@@ -80,7 +80,7 @@ def stored_bytes(model: PreTrainedModel, plan: Mapping[str, Layer]) -> int:
     for name, layer in plan.items():
         weight = layers[name].weight
         shape = rows, columns = weight_shape(layers[name])
-        values = layer.pattern.kept(shape) + layer.rank * (rows + columns)
+        values = layer.pattern.kept(shape) + layer.low_rank_values(shape)
         total += rows * -(-columns // 8) + (values - weight.numel()) * weight.element_size()
     return total
 

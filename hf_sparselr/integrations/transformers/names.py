@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
 
 from ...compression.model_structure import linear_layers
 from ...format.checkpoint import DTYPES, FLOATS, SENTINEL, Entry, FormatError
+from ...format.checkpoint_hierarchy import owner
 
 if TYPE_CHECKING:  # transformers imports this module before it has the class
     from transformers import PreTrainedModel
@@ -51,7 +52,7 @@ class StoredNames:
         self._known, self._prefix = dict.fromkeys(tensors, True), model.base_model_prefix
         self.targets = {}
         for name in sorted(stored, key=dot_natural_key):  # some renamings rely on this order
-            packed = name.rpartition(".")[0] in layers
+            packed = owner(name) in layers
             self.targets[name] = self._targets(name, renamings, [] if packed else converters)
 
     def layer(self, stored: str) -> str:
@@ -80,7 +81,7 @@ class Sparing:
         return self.pattern.groupindex
 
     def search(self, name: str) -> re.Match | None:
-        return None if name.rpartition(".")[0] in self.layers else self.pattern.search(name)
+        return None if owner(name) in self.layers else self.pattern.search(name)
 
 
 def spare(conversions: list, layers: Iterable[str], prefix: str) -> list:
@@ -117,13 +118,11 @@ def check_dense(
     Raises:
         FormatError: naming file and tensor.
     """
-    state = {
-        name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in packed
-    }
+    state = {name: tensor for name, tensor in model.state_dict().items() if owner(name) not in packed}
     found, unexpected = set(), {}
     for stored, entry in entries.items():
         targets = names.targets[stored]
-        if targets[0].rpartition(".")[0] in packed:
+        if owner(targets[0]) in packed:
             continue
         known = [target for target in targets if target in state]
         found.update(known)

@@ -21,8 +21,10 @@ from ...compression.report import Report
 from ...config.sparselr_config import QUANT_METHOD, SparseLRConfig
 from ...data.origin import Origin
 from ...format.checkpoint import SENTINEL, Entry, FormatError, group_layers, layer_rank, read_headers
+from ...format.checkpoint_hierarchy import PREFIX, read_shape
 from ...format.seal import METADATA, room
 from ...format.staging import Staging
+from ...nn.hierarchical import HierarchicalLowRank
 from ...nn.linear import SparseLRLinear, packed_layers
 from ...nn.shared_input import link_shared_inputs
 from ...utils.modules import check_device
@@ -194,15 +196,20 @@ def attach(model: nn.Module, config: SparseLRConfig, report: Report) -> nn.Modul
 
 
 def _empty_layer(model: nn.Module, name: str, dense: nn.Module, parts: dict[str, Entry]) -> SparseLRLinear:
-    return SparseLRLinear(
+    dtype = _stored_dtype(model, name, dense.weight.dtype)
+    layer = SparseLRLinear(
         *reversed(weight_shape(dense)),
         nonzeros=parts["values"].shape[0],
         rank=layer_rank(parts),
         bias=dense.bias is not None,
         transposed=isinstance(dense, Conv1D),
         device="meta",
-        dtype=_stored_dtype(model, name, dense.weight.dtype),
+        dtype=dtype,
     )
+    hierarchy = read_shape(parts, *weight_shape(dense))
+    if hierarchy is not None:
+        layer.hierarchy = HierarchicalLowRank(hierarchy, f"{PREFIX}.row_order" in parts, "meta", dtype)
+    return layer
 
 
 def _stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
