@@ -13,8 +13,8 @@ from .cuda import small_batch
 from .cuda.sparse_cores import bind_sparse, prepare, sparse_configs
 from .launch import drives
 from .launch_config import FEW_ROWS, MEDIUM_ROWS, NATIVE_ROWS, LaunchConfig, bucket, candidates
-from .ops import nothing
 from .packed_weight import PackedWeight, check_count
+from .reference import no_product
 from .support_index import index_of
 from .triton.decode import bind_decode, kind_of
 from .triton.medium_batch import bind_medium_batch
@@ -67,7 +67,7 @@ def _first(
     captured: bool,
 ) -> list[torch.Tensor]:
     if rows == 0 or not all(weight.out_features for weight in weights) or not inputs.shape[-1]:
-        return [nothing(inputs, weight) for weight in weights]
+        return [no_product(inputs, weight) for weight in weights]
     with _on_device_of(inputs):
         plain = [weight.contiguous() for weight in weights]
         product = bind(ready(inputs), rows, plain, kernel)

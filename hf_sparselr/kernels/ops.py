@@ -15,7 +15,7 @@ from . import cpu
 from .bindings import binding_of
 from .override import chosen_kernel
 from .packed_weight import PackedWeight, check_inputs
-from .reference import dense_weight, reference_linear
+from .reference import dense_weight, no_product, reference_linear
 from .resident import resident_weight
 from .support_index import index_of
 
@@ -107,18 +107,12 @@ def _uses_triton(tensor: torch.Tensor) -> bool:
 
 def _product(rows: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Tensor:
     if rows.numel() == 0 or not weight.out_features:
-        return nothing(rows, weight)
+        return no_product(rows, weight)
     if kernel == "dense":
         return F.linear(rows, resident_weight(weight, unpacked), weight.bias)
     if cpu.takes(weight, rows) and cpu.supports(rows.dtype) and cpu.prefers(weight, len(rows)):
         return cpu.multiply(rows, weight)
     return reference_linear(rows, weight)
-
-
-def nothing(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """The product of no rows, or of no columns."""
-    shape = *inputs.shape[:-1], weight.out_features
-    return inputs.new_zeros(shape) if weight.bias is None else weight.bias.expand(shape).clone()
 
 
 def unpacked(weight: PackedWeight) -> torch.Tensor:

@@ -53,6 +53,7 @@ def test_packed_experts_and_heads_are_refused_by_name():
         ({"format_version": 2, "packed_layers": ["a"]}, "format_version=2: .*up to version 1; upgrade"),
         ({"packed_layers": ["a"]}, "format_version=None"),
         ({"format_version": 1}, "packed_layers=None: .*save it again"),
+        ({"format_version": 1, "low_rank": "hss", "packed_layers": ["a"]}, "low_rank=.hss.: .*flat"),
     ],
 )
 def test_what_cannot_be_served_is_refused(config, message):
