@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 import pytest
@@ -7,6 +8,10 @@ torch.set_num_threads(1)  # the models are tiny: threads would only wait for one
 if not torch.cuda.is_available():
     # Read when triton is imported, which transformers does where it is installed.
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from helpers.triton_interpreter import speed_up
+
+        speed_up()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
