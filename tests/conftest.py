@@ -15,9 +15,10 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests that are marked `gpu` where the GPUs they need are missing."""
+    """Skips the tests that are marked `gpu` where the GPUs they need are missing; one process runs the others."""
     for item in items:
         for marker in item.iter_markers("gpu"):
+            item.add_marker(pytest.mark.xdist_group("gpu"))
             if reason := _missing_gpu(**marker.kwargs):
                 item.add_marker(pytest.mark.skip(reason=reason))
 

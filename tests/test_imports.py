@@ -197,6 +197,8 @@ import sys
 sys.modules["hf_sparselr.nn.linear"] = None  # importing it raises ImportError
 import transformers.quantizers
 from transformers import LlamaConfig
+
+pytestmark = pytest.mark.xdist_group("imports")  # they share what their fixtures make
 """
     assert (
         "could not register itself with transformers.quantizers"

@@ -265,6 +265,8 @@ SECOND = """
 import hf_sparselr, torch, transformers
 from pathlib import Path
 
+pytestmark = pytest.mark.xdist_group("hub")  # they share what their fixtures make
+
 folder = Path({folder!r})
 ids, expected = torch.load(folder / "ids.pt"), torch.load(folder / "logits.pt")
 for name in ("me/x", "me/sharded"):

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM
 import hf_sparselr
 from hf_sparselr.integrations.transformers.sharding import FSDP2_TORCH
 
+pytestmark = pytest.mark.xdist_group("ddp")  # they share what their fixtures make
+
 STEPS = 3
 BATCH = 4  # of all processes together
 KINDS = ("factors", "full", "adapter")
