@@ -118,6 +118,15 @@ def test_features_calibrate_both_stacks_of_a_speech_model(tmp_path):
     assert {name.split(".")[1] for name in packed_layers(model)} == {"encoder", "decoder"}
 
 
+@torch.no_grad()
+def predicting(model: tf.PreTrainedModel) -> tf.PreTrainedModel:
+    """The model with weights large enough for its predictions to differ from one another."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(4)
+    return model
+
+
 @pytest.mark.parametrize("refine", [None, "tm", "distill"])
 def test_padding_counts_nowhere(refine):
     """Padded rows, and the same rows without padding, give the same model up to rounding."""
@@ -138,7 +147,9 @@ def test_padding_counts_nowhere(refine):
         "distill": {"passes": 1, "self_samples": 0, "precision": "fp32", "batch_size": 4},
     }
     models = [
-        compress(tiny.build("bert-mlm"), tiny.settings(calibration=data, refine=refine, **options))
+        compress(
+            predicting(tiny.build("bert-mlm")), tiny.settings(calibration=data, refine=refine, **options)
+        )
         for data in (real, padded)
     ]
     for left, right in zip(*(model.sparselr_report.layers for model in models), strict=True):
@@ -149,7 +160,7 @@ def test_padding_counts_nowhere(refine):
     if refine == "distill":
         before = [model.sparselr_report.distill["loss_before"] for model in models]
         assert before[0] == pytest.approx(before[1], rel=1e-3)
-    torch.testing.assert_close(*(tiny.logits(model) for model in models), atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(*(tiny.logits(model) for model in models), atol=2e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("policy", ["error", "skip"])
@@ -253,7 +264,7 @@ def test_branches_that_are_not_taken_stay_dense_and_are_said(messages, tmp_path)
 
 
 def test_weights_that_are_read_stay_dense_and_are_said():
-    model = compress(tiny.build("mamba"), tiny.settings())
+    model = compress(tiny.build("mamba"), tiny.settings(rank=2))
     assert model.sparselr_report.dense == {
         f"backbone.layers.{i}.mixer.dt_proj": "its weight is read, the layer is not called" for i in (0, 1)
     }
