@@ -194,14 +194,18 @@ def model_inputs(model: nn.Module, batch: Sample) -> dict[str, Any]:
 
 
 def check_arguments(model: nn.Module, samples: list[Sample]) -> None:
-    """Raises ValueError if samples hold an input that the model's forward pass does not take."""
-    accepted = inspect.signature(model.forward).parameters
-    names = {key for sample in samples for key in sample}
-    unknown = sorted(names - accepted.keys())
-    if unknown and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
+    """Raises ValueError if samples hold an input that neither the model's forward pass nor that of a part names.
+
+    Many models hand arguments that they do not name on to their parts, where unknown ones are dropped.
+    """
+    kinds = {type(part): part for part in model.modules()}
+    accepted = {name for part in kinds.values() for name in inspect.signature(part.forward).parameters}
+    unknown = sorted({key for sample in samples for key in sample} - accepted)
+    if unknown:
+        expected = [name for name in inspect.signature(model.forward).parameters if name != "kwargs"]
         raise ValueError(
             f"calibration has the model input {unknown[0]!r}, which {type(model).__name__} does not take: expected "
-            f"some of {', '.join(accepted)}"
+            f"some of {', '.join(expected)}"
         )
 
 

@@ -19,7 +19,8 @@ def is_linear(module: nn.Module) -> bool:
     """
     if type(module) in (nn.Linear, Conv1D):
         return True
-    return isinstance(module, nn.Linear | Conv1D) and _behaves_linearly(module)
+    with torch.device("cpu"):  # skeletons are built, and looked at, on the meta device
+        return isinstance(module, nn.Linear | Conv1D) and _behaves_linearly(module)
 
 
 def _behaves_linearly(module: nn.Module) -> bool:

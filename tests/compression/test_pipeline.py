@@ -308,11 +308,6 @@ def test_a_compressed_model_is_in_eval_mode_and_frozen_as_before():
     assert frozen == payload | {"model.decoder.embed_tokens.weight"}
 
 
-def test_a_layer_without_inputs_is_named():
-    with pytest.raises(ValueError, match=r"^backbone\.layers\.0\.mixer\.dt_proj saw no calibration input"):
-        compress(tiny.build("mamba"), tiny.settings(rank=0))
-
-
 def test_an_already_compressed_model_is_refused(tmp_path):
     model = compress(tiny.build("llama"), tiny.settings(), output_dir=tmp_path)
     for again in (model, tmp_path):
