@@ -80,7 +80,7 @@ def check_source(calibration: Any) -> None:
 def reader_of(calibration: Any) -> str | None:
     """The reader that a source needs (not "self"): the model's "tokenizer", its "processor", or None."""
     if is_dataset(calibration):
-        columns = calibration.column_names or next(iter(calibration), {})
+        columns: Iterable[str] = calibration.column_names or next(iter(calibration), {})
         return None if column_of(columns, _show(calibration)) == "input_ids" else "tokenizer"
     if isinstance(calibration, str):
         return "tokenizer"
@@ -153,7 +153,7 @@ def _load_model_inputs(items: Iterable[Any], num_samples: int, vocab_size: int |
 
 def load_windows(
     calibration: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int, vocab_size: int | None
-) -> list[torch.LongTensor]:
+) -> list[torch.Tensor]:
     """Token windows from any source except "self".
 
     Texts, files and chats form one stream, cut into windows of `seq_len`, of which `num_samples` are drawn without
@@ -184,7 +184,9 @@ def load_windows(
 
 def _check_vocabulary(windows: list[torch.Tensor], source: str, vocab_size: int | None) -> None:
     """Raises ValueError at an id that the model has no embedding for. A model without a vocabulary has no limit."""
-    for index, window in enumerate(windows if vocab_size else ()):
+    if not vocab_size:
+        return
+    for index, window in enumerate(windows):
         bad = window[(window < 0) | (window >= vocab_size)].tolist()
         if bad:
             where = f"{source} has id {bad[0]} in sample {index}, outside [0, vocab_size={vocab_size})"
@@ -269,7 +271,9 @@ def _need_tokenizer(draw: Draw) -> None:
         raise ValueError(f"{draw.source} is text, and tokenizer=None: pass the model's, or token ids")
 
 
-def _from_text(kind: str, items: Iterable[Any], draw: Draw, limit: float = math.inf) -> list[torch.Tensor]:
+def _from_text(
+    kind: str | None, items: Iterable[Any], draw: Draw, limit: float = math.inf
+) -> list[torch.Tensor]:
     _need_tokenizer(draw)
     return windows_of_texts(items, draw, limit) if kind == "texts" else windows_of_chats(items, draw, limit)
 
