@@ -7,6 +7,7 @@ from typing import Any
 COMMANDS = {
     "methods": "methods and refinements on one model: errors, perplexity, seconds, bytes",
     "compress": "seconds and memory of compressing one block, by phase",
+    "forms": "flat against hierarchical low-rank parts of single layers at equal bytes",
     "kernels": "speed of compressed layers against dense ones",
     "generate": "speed and memory of a compressed model's text generation against the dense one's",
 }

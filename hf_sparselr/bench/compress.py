@@ -2,7 +2,7 @@
 
     hf-sparselr bench compress --preset llama-3-8b --blocks 2 --sparsity 2:4 --rank 64 [--textbook] [--profile]
 
-The real pipeline runs on the real number of tokens. One block more is compressed first and not counted (warm-up).
+The real pipeline runs on the real number of tokens. One more block is compressed first, as a warm-up, and not counted.
 "solve" contains "factorisation", "ADMM" and "refit".
 """
 
@@ -70,9 +70,9 @@ def run(args: argparse.Namespace) -> None:
 def synthetic_model(
     preset: str, blocks: int, device: str, dtype: torch.dtype = torch.bfloat16
 ) -> LlamaForCausalLM:
-    """Seeded random weights, drawn on the device, for it is faster. On the CPU.
+    """A model on the CPU with seeded random weights, which are drawn on `device` because that is faster.
 
-    The embeddings' spectrum decays, so that inputs are correlated as real ones are.
+    The spectrum of the embeddings decays, so that inputs are correlated like real ones.
     """
     shape = {**PRESETS[preset], "num_hidden_layers": blocks, "vocab_size": VOCABULARY}
     torch.manual_seed(0)

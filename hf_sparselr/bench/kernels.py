@@ -2,9 +2,9 @@
 
     hf-sparselr bench kernels --shapes llama-3-8b 4096x4096 --rows 1 8 2048 --patterns 2:4 0.5 0.7 --rank 64
 
-Both sides in the same run, the median of many calls, on a GPU of replays of a CUDA graph with a flushed L2 cache.
-"GB/s" counts the packed bytes (mask, values, factors); "of bound" is the time in which a device copy moves as many,
-over the time taken; "host us" is what an eager packed call costs before the GPU has it.
+Both sides run in the same process. A time is the median of many calls; on a GPU, of replays of a CUDA graph with a
+flushed L2 cache. "GB/s" counts the packed bytes (mask, values, factors). "of bound" is the time in which a device copy
+moves as many bytes, divided by the time taken. "host us" is the time of an eager packed call on the host.
 """
 
 import argparse
@@ -20,8 +20,11 @@ import torch
 from torch.nn import functional as F
 
 from ..compression.report import table
+from ..config.hierarchy import HierarchyOptions
 from ..format.bitmask import pack_mask
-from ..format.patterns import NM, Pattern, from_text, parse
+from ..format.hierarchy import FLOAT_PARTS, Hierarchy
+from ..format.patterns import EMPTY, NM, Pattern, from_text, parse
+from ..nn.hierarchical import HierarchicalLowRank
 from ..nn.linear import SparseLRLinear
 from .presets import PRESETS
 
@@ -33,8 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes", nargs="+", default=["llama-3-8b"], help=f"OUTxIN, or one of {', '.join(PRESETS)}"
     )
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 2048, 8192], help="of the input")
-    parser.add_argument("--patterns", nargs="+", default=["2:4", "0.5", "0.7"])
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "0.5", "0.7"], help='"none": without S')
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument(
+        "--hierarchy",
+        type=json.loads,
+        metavar="JSON",
+        help="with hierarchical low-rank parts, such as '{\"depth\": 4}' or '{\"ranks\": [64, 32, 16, 8]}'",
+    )
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -43,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     shapes = list(dict.fromkeys(itertools.chain.from_iterable(map(_shapes, args.shapes))))
-    patterns = [parse(from_text(text), "--patterns") for text in args.patterns]
+    patterns = [EMPTY if text == "none" else parse(from_text(text), "--patterns") for text in args.patterns]
     device = torch.device(args.device)
     rate = copy_rate(device)
     name = (
@@ -56,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     for shape, pattern in itertools.product(shapes, patterns):
         if not pattern.fits(shape):
             continue
-        layer = random_layer(shape, pattern, args.rank, _DTYPES[args.dtype], device)
+        layer = random_layer(shape, pattern, args.rank, _DTYPES[args.dtype], device, args.hierarchy)
         with torch.no_grad():
             results += [_compare(layer, str(pattern), rows, rate, args) for rows in args.rows]
         print(_table(results[-len(args.rows) :]), flush=True)
@@ -81,9 +90,14 @@ def _shapes(text: str) -> list[tuple[int, int]]:
 
 
 def random_layer(
-    shape: tuple[int, int], pattern: Pattern, rank: int, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, int],
+    pattern: Pattern,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    hierarchy: dict | None = None,
 ) -> SparseLRLinear:
-    """A packed layer with weights of N(0, 1 / in), on `device`."""
+    """A packed layer with weights of N(0, 1 / in), on `device`; `hierarchy`: options, or None for flat factors."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*size: int) -> torch.Tensor:
@@ -96,10 +110,14 @@ def random_layer(
         limit = keys.kthvalue(pattern.kept(shape)).values if pattern.kept(shape) else -1
         mask = (keys <= limit).view(shape)
     nonzeros = int(mask.sum())
-    layer = SparseLRLinear(shape[1], shape[0], nonzeros, rank, device=device, dtype=dtype)
+    split = None if hierarchy is None else HierarchyOptions(**hierarchy).shape(shape, rank)
+    layer = SparseLRLinear(shape[1], shape[0], nonzeros, 0 if split else rank, device=device, dtype=dtype)
     layer.mask.data = pack_mask(mask)
     layer.values.data = (randn(nonzeros) * shape[1] ** -0.5).to(dtype)
-    if rank:
+    if split is not None:
+        sizes = (randn(*split.sizes[part]) * shape[1] ** -0.5 for part in FLOAT_PARTS)
+        layer.hierarchy = HierarchicalLowRank.from_hierarchy(Hierarchy(split, *sizes), dtype)
+    elif rank:
         layer.A.data = (randn(rank, shape[1]) * shape[1] ** -0.5).to(dtype)
         layer.B.data = (randn(shape[0], rank) * rank**-0.5).to(dtype)
     return layer

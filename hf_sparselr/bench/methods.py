@@ -3,8 +3,8 @@
     hf-sparselr bench methods MODEL --sparsity 2:4 0.5 --rank 16 --methods 3basil oats --refine none tm \\
         --calibration "file:train/*.txt" --eval "file:test/*.txt" --output DIR
 
-Every model is compressed, saved, reloaded and scored in FP32. DIR gets results.md and results.json, written after every
-model, and in the end, with matplotlib, results.png (perplexity against bytes).
+Every model is compressed, saved, reloaded and scored in FP32. After every model, results.md and results.json are
+written to DIR; at the end also results.png (perplexity against bytes), if matplotlib is installed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from ..solvers.registry import METHODS, PRECOMPUTED
 
 _MARKERS = {"none": "o", "tm": "^", "distill": "s", "tm+distill": "D"}
 REFINEMENTS = tuple(_MARKERS)
-_COLORS = (*range(0, 20, 2), *range(1, 20, 2))  # of tab20, the strong ones first
+_COLORS = (*range(0, 20, 2), *range(1, 20, 2))  # indices into tab20: strong colours first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
     data = _Data(args)
-    configs = list(_configs(args, data))  # all are checked before the first, long run
+    configs = list(_configs(args, data))  # every configuration is checked before the first long run
     dense = _load(args.model, args.device)
     for config in configs:
         plan = plan_layers(dense, config)
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _release() -> None:
-    """Frees what only reference cycles keep, and hands back the GPU memory that dead CUDA graphs had for themselves."""
+    """Frees objects that only reference cycles keep alive, and returns the private GPU memory of dead CUDA graphs."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -152,7 +152,7 @@ def _configs(args: argparse.Namespace, data: _Data) -> Iterator[SparseLRConfig]:
 def _equal_size(
     args: argparse.Namespace, data: _Data, shapes: list[tuple[int, int]]
 ) -> Iterator[SparseLRConfig]:
-    """Pure pruning of every layer's share of zeros at which S alone has the parameters of S + B A."""
+    """Configurations of pure pruning whose S has as many parameters as S + B A at each sparsity and rank."""
     if not args.equal_size:
         return
     pruners = [name for name in args.methods if not METHODS[name].low_rank]
@@ -270,7 +270,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     for row in rows[1:]:
         draw([row["bytes"] / 1e6], [row["perplexity"][name]], row["refine"] or "none", colors[row["method"]])
-    for method, color in colors.items():  # nothing but entries of the legend
+    for method, color in colors.items():  # draws no point, only an entry of the legend
         axes.plot([], [], "o", color=color, label=method)
     for refine in used:
         draw([], [], refine, "black", "no refinement" if refine == "none" else refine)

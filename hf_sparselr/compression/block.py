@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..config.options import TMOptions
 from ..config.sparselr_config import SparseLRConfig
+from ..format.checkpoint_hierarchy import owner
 from ..utils.modules import named_tensors
 from ..utils.phase_timer import PhaseTimer
 from .activations import Workplace
@@ -227,7 +228,7 @@ def _floats(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def _stored_dtype(key: str, dtypes: dict[str, torch.dtype]) -> torch.dtype:
     """The dtype in which a tensor of the working block is stored: that of the dense block's tensor, or layer."""
-    return dtypes[key] if key in dtypes else dtypes[f"{key.rpartition('.')[0]}.weight"]
+    return dtypes[key] if key in dtypes else dtypes[f"{owner(key)}.weight"]
 
 
 def _round(block: nn.Module, dtypes: dict[str, torch.dtype]) -> None:

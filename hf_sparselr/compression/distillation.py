@@ -219,7 +219,9 @@ def _unpack(
             mask = unpack_mask(layer.mask, layer.in_features)
             S = unpack(layer.mask, layer.values, layer.in_features)
             factors = (None, None) if layer.A is None else (layer.A.data, layer.B.data)
-            model.set_submodule(name, WorkingLinear(Decomposition(S, mask, *factors), layer.bias))
+            hierarchy = None if layer.hierarchy is None else layer.hierarchy.detached()
+            parts = Decomposition(S, mask, *factors, hierarchy=hierarchy)
+            model.set_submodule(name, WorkingLinear(parts, layer.bias))
     groups = trainable(model) if options.train == "all" else _without_sparse(model, layers)
     trained = {id(parameter) for group in groups.values() for parameter in group}
     for _, tensor in named_tensors(model):
@@ -253,8 +255,8 @@ def _pack(model: nn.Module, layers: dict[str, SparseLRLinear]) -> None:
         if working is layer:
             continue
         layer.values.data = working.S.detach()[working.mask]
-        if layer.rank:
-            layer.A.data, layer.B.data = working.A.detach(), working.B.detach()
+        for own, trained in zip(layer.factors, working.factors, strict=True):
+            own.data = trained.detach()
         if layer.bias is not None:
             layer.bias.data = working.bias.detach()
         model.set_submodule(name, layer)
@@ -264,7 +266,7 @@ def _without_sparse(model: nn.Module, layers: dict[str, SparseLRLinear]) -> Grou
     """The groups of `trainable` for a model whose S stays packed."""
     values = {id(layer.values) for layer in layers.values()}
     return {
-        "factors": [f for layer in layers.values() if layer.rank for f in (layer.A, layer.B)],
+        "factors": [factor for layer in layers.values() for factor in layer.factors],
         "vectors": [
             p for p in model.parameters() if p.ndim == 1 and p.is_floating_point() and id(p) not in values
         ],

@@ -3,16 +3,20 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..nn.packed_experts import ExpertStack
 from ..solvers.gram import GramAccumulator
 from ..utils.precision import arithmetic
 from .activations import Workplace
 from .capture import Call, replay
 from .linear_layers import weight_shape
 from .padding import real_rows
+
+MOST_ENTRIES = 2**28  # of the Gram matrices of experts at a time, 1 GiB
 
 
 class _Reached(Exception):  # noqa: N818 (not an error: the rest of the block is not needed)
@@ -26,10 +30,12 @@ class LayerGroup:
     Attributes:
         layers: their names in the block.
         called_once: whether a forward pass calls each of them once.
+        experts: the layers are the experts of a stack. Each has inputs, and a Gram matrix, of its own.
     """
 
     layers: list[str]
     called_once: bool
+    experts: bool = False
 
 
 @torch.no_grad()
@@ -57,16 +63,26 @@ def group_by_input(
         hooks = {layer: note(layer, number) for layer in layers}
         with hooked(block, hooks), arithmetic(place.device, place.precision):
             replay(block, batch, call)
-        if seen.keys() == set(layers):
+        if {stack_of(block, layer) for layer in seen} == {stack_of(block, layer) for layer in layers}:
             break  # as a rule the first batch shows it
         alive.clear()
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[Any, list[str]] = {}
     for layer, inputs in seen.items():
-        groups.setdefault(tuple(inputs), []).append(layer)
-    return [
-        LayerGroup(members, called_once=len({number for number, *_ in inputs}) == len(inputs))
-        for inputs, members in groups.items()
-    ]
+        stack = stack_of(block, layer)
+        groups.setdefault(tuple(inputs) if stack == layer else stack, []).append(layer)
+    return [_group(block, key, members, layers) for key, members in groups.items()]
+
+
+def stack_of(block: nn.Module, layer: str) -> str:
+    """The name of the stack of experts that a layer is in, or its own name."""
+    parent = layer.rpartition(".")[0]
+    return parent if isinstance(block.get_submodule(parent), ExpertStack) else layer
+
+
+def _group(block: nn.Module, key: Any, members: list[str], layers: list[str]) -> LayerGroup:
+    if isinstance(key, str):  # all experts of the stack, in order, those without tokens too
+        return LayerGroup([name for name in layers if stack_of(block, name) == key], False, experts=True)
+    return LayerGroup(members, called_once=len({number for number, *_ in key}) == len(key))
 
 
 @torch.no_grad()
@@ -92,6 +108,50 @@ def gram_of_inputs(
         ):
             replay(block, batch, call)
     return accumulator.gram
+
+
+@torch.no_grad()
+def grams_of_experts(
+    block: nn.Module, group: LayerGroup, hidden: list[torch.Tensor], calls: list[Call], place: Workplace
+) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """(layer, H (in, in), number of its tokens) of the experts of a stack, in order.
+
+    An expert sees few tokens. H is X^T X of its own ones and as many tokens as it has inputs at the mean over all
+    experts: the fewer its own, the nearer is H to the mean's.
+    """
+    width = weight_shape(block.get_submodule(group.layers[0]))[1]
+    share = max(1, MOST_ENTRIES // width**2)
+    parts = [group.layers[start : start + share] for start in range(0, len(group.layers), share)]
+    pooled = GramAccumulator(width, place.device)
+    if len(parts) > 1:
+        _accumulate(block, dict.fromkeys(group.layers, pooled), hidden, calls, place)
+    for part in parts:
+        grams = {layer: GramAccumulator(width, place.device) for layer in part}
+        _accumulate(block, grams, hidden, calls, place)
+        if len(parts) == 1:
+            pooled.gram = torch.stack([each.gram for each in grams.values()]).sum(0)
+            pooled.rows = sum(each.rows for each in grams.values())
+        for layer in part:
+            own = grams.pop(layer)
+            yield layer, own.gram.add_(pooled.gram, alpha=width / max(pooled.rows, 1)), own.rows
+
+
+def _accumulate(
+    block: nn.Module,
+    accumulators: dict[str, GramAccumulator],
+    hidden: list[torch.Tensor],
+    calls: list[Call],
+    place: Workplace,
+) -> None:
+    """Adds the inputs of layers to their accumulators in one pass over all batches."""
+
+    def collect(accumulator: GramAccumulator) -> Callable[[torch.Tensor], None]:
+        return lambda x: accumulator.add(x.bfloat16() if place.precision == "bf16" else x)
+
+    hooks = {layer: collect(accumulator) for layer, accumulator in accumulators.items()}
+    for batch, call in zip(hidden, calls, strict=True):
+        with hooked(block, hooks), arithmetic(place.device, place.precision):
+            replay(block, batch, call)
 
 
 @contextmanager

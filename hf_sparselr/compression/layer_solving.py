@@ -16,7 +16,7 @@ from ..solvers.registry import METHODS
 from ..utils.phase_timer import PhaseTimer
 from .activations import Workplace
 from .capture import Call
-from .layer_inputs import LayerGroup, gram_of_inputs
+from .layer_inputs import LayerGroup, gram_of_inputs, grams_of_experts
 from .linear_layers import dense_weight, is_transposed
 from .plan import Layer
 from .precomputed import Precomputed
@@ -56,27 +56,44 @@ def solve_layers(
     rows = []
     bar = transformers_logging.tqdm(total=len(layers), desc="  solving layers", leave=False, unit="layer")
     for group in groups:
-        planned = [layers[name] for name in group.layers]
-        with phases("capture and Gram"):
-            gram = gram_of_inputs(block, group, hidden, calls, place)
-        started = time.perf_counter()
-        with naming(planned[0].name):
-            scaled = ScaledGram(gram, config.damping)
-            with phases("solve"):
-                weights = [dense_weight(block.get_submodule(name)) for name in group.layers]
-                results = _decompose(weights, planned, scaled, config, precomputed)
-        for result in results:
-            phases.add(result.stats.pop("phases", {}))
-        seconds = (time.perf_counter() - started) / len(group.layers)
-        for name, layer, result in zip(group.layers, planned, results, strict=True):
-            weight = dense_weight(dense.get_submodule(name))
-            rows.append(_row(layer, weight, result, gram, seconds))
-            logger.info(layer_line(rows[-1]))
-            module = block.get_submodule(name)
-            block.set_submodule(name, WorkingLinear(result, module.bias, is_transposed(module)))
-            bar.update()
+        for names, gram, stats in _problems(block, group, hidden, calls, place, phases):
+            planned = [layers[name] for name in names]
+            started = time.perf_counter()
+            with naming(planned[0].name):
+                scaled = ScaledGram(gram, config.damping)
+                with phases("solve"):
+                    weights = [dense_weight(block.get_submodule(name)) for name in names]
+                    results = _decompose(weights, planned, scaled, config, precomputed)
+            for result in results:
+                phases.add(result.stats.pop("phases", {}))
+            seconds = (time.perf_counter() - started) / len(names)
+            for name, layer, result in zip(names, planned, results, strict=True):
+                weight = dense_weight(dense.get_submodule(name))
+                rows.append({**_row(layer, weight, result, gram, seconds), **stats})
+                logger.info(layer_line(rows[-1]))
+                module = block.get_submodule(name)
+                block.set_submodule(name, WorkingLinear(result, module.bias, is_transposed(module)))
+                bar.update()
     bar.close()
     return rows
+
+
+def _problems(
+    block: nn.Module,
+    group: LayerGroup,
+    hidden: list[torch.Tensor],
+    calls: list[Call],
+    place: Workplace,
+    phases: PhaseTimer,
+) -> Iterator[tuple[list[str], torch.Tensor, dict]]:
+    """(layers that are solved together, their Gram matrix, what the report says of it): a group, or each expert."""
+    if not group.experts:
+        with phases("capture and Gram"):
+            gram = gram_of_inputs(block, group, hidden, calls, place)
+        yield group.layers, gram, {}
+        return
+    for layer, gram, tokens in grams_of_experts(block, group, hidden, calls, place):
+        yield [layer], gram, {"tokens": tokens}
 
 
 def _decompose(
@@ -89,6 +106,9 @@ def _decompose(
     if precomputed:
         pairs = zip(layers, weights, strict=True)
         return [precomputed.decomposition(layer.name, weight) for layer, weight in pairs]
+    if any(layer.hierarchy for layer in layers):
+        pairs = zip(layers, weights, strict=True)
+        return [_decompose_alone(layer, weight, gram, config) for layer, weight in pairs]
     return METHODS[config.method].solve_group(
         weights,
         gram,
@@ -96,6 +116,18 @@ def _decompose(
         [layer.rank for layer in layers],
         config.method_options,
         config.seed,
+    )
+
+
+def _decompose_alone(
+    layer: Layer, weight: torch.Tensor, gram: ScaledGram, config: SparseLRConfig
+) -> Decomposition:
+    method, options = METHODS[config.method], config.method_options
+    if layer.hierarchy is None:
+        return method.solve(weight, gram, layer.pattern, layer.rank, options, config.seed)
+    permutation = config.hierarchy.permutation
+    return method.solve_hierarchical(
+        weight, gram, layer.pattern, layer.hierarchy, permutation, options, config.seed
     )
 
 
@@ -109,6 +141,7 @@ def _row(
         "shape": list(weight.shape),
         "pattern": str(layer.pattern),
         "rank": layer.rank,
+        **({} if layer.hierarchy is None else {"ranks": list(layer.hierarchy.ranks)}),
         "sparsity": 1 - int(result.mask.sum()) / result.mask.numel(),
         "relative_error": error,
         "seconds": seconds,

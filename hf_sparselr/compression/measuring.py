@@ -16,7 +16,7 @@ from .activations import Workplace
 from .allocation import DenseGroup
 from .block import layers_of, working_copy
 from .capture import BrokenChainError, Call, capture_block_inputs, capture_calls, replay
-from .layer_inputs import gram_of_inputs, group_by_input
+from .layer_inputs import gram_of_inputs, grams_of_experts, group_by_input
 from .layer_solving import naming
 from .linear_layers import dense_weight, set_dense_weight
 from .plan import Layer
@@ -85,6 +85,14 @@ def _groups_of_block(
     output_loss = _output_loss(name, block, hidden, calls, place)
     layers = layers_of(name, block, plan)
     for group in group_by_input(block, list(layers), hidden, calls, place):
+        if group.experts:
+            for layer, gram, _ in grams_of_experts(block, group, hidden, calls, place):
+                name_of = layers[layer].name
+                with naming(name_of):
+                    scaled = ScaledGram(gram, config.damping)
+                weights = {name_of: dense_weight(block.get_submodule(layer))}
+                yield DenseGroup(name, weights, gram, scaled, output_loss)
+            continue
         weights = {layers[inner].name: dense_weight(block.get_submodule(inner)) for inner in group.layers}
         gram = gram_of_inputs(block, group, hidden, calls, place)
         with naming(layers[group.layers[0]].name):

@@ -6,6 +6,7 @@ Nothing here names an architecture: blocks are found by structure.
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .linear_layers import is_linear
 
@@ -72,8 +73,9 @@ def _is_list(module: nn.Module) -> bool:
 
 
 def _holds_layers(module: nn.Module) -> bool:
-    """Whether linear layers are inside a module, which is none itself."""
-    return not is_linear(module) and any(map(is_linear, module.modules()))
+    """Whether linear layers, dense or packed, are inside a module, which is none itself."""
+    kinds = nn.Linear | Conv1D
+    return not isinstance(module, kinds) and any(isinstance(part, kinds) for part in module.modules())
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

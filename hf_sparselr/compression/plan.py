@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.utils import logging
 
+from ..config.hierarchy import check_installed
 from ..data.self_generation import can_generate_text
+from ..format.hierarchy import HierarchyShape
 from ..format.patterns import Pattern
 from ..solvers.registry import PRECOMPUTED
 from ..utils.validation import covers, matches
+from .experts import compressible_layers
 from .linear_layers import weight_shape
-from .model_structure import Stacks, linear_layers
+from .model_structure import Stacks
 
 if TYPE_CHECKING:
     from ..config.sparselr_config import SparseLRConfig
@@ -21,14 +24,33 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger("hf_sparselr")
 
+_NO_LAYERS = "their module does not multiply with the weights of one expert at a time"
+
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer to compress: its dotted name, the pattern of S and the rank of B A."""
+    """One linear layer to compress.
+
+    Attributes:
+        name: dotted.
+        pattern: of S.
+        rank: of B A, or of the outermost blocks of a hierarchy.
+        hierarchy: how the low-rank part is split; None if it is flat.
+    """
 
     name: str
     pattern: Pattern
     rank: int
+    hierarchy: HierarchyShape | None = None
+
+    @property
+    def flat_rank(self) -> int:
+        """Of B A alone."""
+        return self.rank if self.hierarchy is None else 0
+
+    def low_rank_values(self, shape: tuple[int, int]) -> int:
+        """Floats in the low-rank part of a layer of shape (out, in)."""
+        return self.rank * sum(shape) if self.hierarchy is None else self.hierarchy.parameters
 
 
 def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
@@ -37,6 +59,7 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
     It needs shapes only, so it works on the meta device. It is made once for a run and passed on.
 
     Raises:
+        ImportError: a permutation needs a package that is not installed.
         ValueError: a pattern that matches nothing, a layer that fits neither pattern nor rank, experts that would
             stay dense, no layer left, distillation of a model that cannot have it.
     """
@@ -46,7 +69,9 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
             "refine what is there with hf_sparselr.refine"
         )
     _check_distillable(model, config)
-    layers = linear_layers(model)
+    if config.hierarchy is not None:
+        check_installed(config.hierarchy)
+    layers = compressible_layers(model)
     for field in ("targets", "overrides"):
         for pattern in getattr(config, field) or ():
             if not any(covers(pattern, name) for name in layers):
@@ -64,11 +89,12 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
         settings = config.layer_settings(name, weight_shape(layer))
         if settings is None:
             continue
-        problem = _misfit(name, weight_shape(layer), *settings)
+        planned = Layer(name, *settings, config.layer_hierarchy(weight_shape(layer), settings[1]))
+        problem = _misfit(planned, weight_shape(layer))
         if problem:
             misfits.append(problem)
         else:
-            plan[name] = Layer(name, *settings)
+            plan[name] = planned
     if misfits and config.on_incompatible == "error":
         raise ValueError(
             f"{misfits[0]}{f' (and {len(misfits) - 1} more layers)' if len(misfits) > 1 else ''}; "
@@ -104,14 +130,37 @@ def _check_distillable(model: nn.Module, config: "SparseLRConfig") -> None:
         )
 
 
-def _misfit(name: str, shape: tuple[int, int], pattern: Pattern, rank: int) -> str | None:
+def _misfit(layer: Layer, shape: tuple[int, int]) -> str | None:
+    name, pattern, rank = layer.name, layer.pattern, layer.rank
     if not pattern.fits(shape):
         return f"{name}: its {shape[1]} inputs do not divide into the groups of sparsity={str(pattern)!r}"
+    if layer.hierarchy is not None:
+        problem = layer.hierarchy.problem()
+        return problem and f"{name}: {problem}; lower the rank or the depth of its hierarchy"
     if rank and rank >= min(shape):
         return f"{name}: rank={rank} must be smaller than both sides of its weight {shape[0]} x {shape[1]}"
     if not rank and not pattern.kept(shape):
         return f"{name}: a budget this small gives its weight {shape[0]} x {shape[1]} neither S nor a rank"
     return None
+
+
+def usable_plan(
+    plan: dict[str, Layer], unusable: set[str], config: "SparseLRConfig"
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The plan without the experts of parameters that cannot become linear layers, and these with the reason.
+
+    Raises:
+        ValueError: there are such parameters, unless `on_incompatible="skip"`.
+    """
+    dense = {name: _NO_LAYERS for name in plan if name.rpartition(".")[0] in unusable}
+    if dense and config.on_incompatible == "error":
+        raise ValueError(
+            f"experts {_shorten(sorted(unusable))}: {_NO_LAYERS}; leave them dense with "
+            f'ignore={sorted(map(re.escape, unusable))[:4]}, or on_incompatible="skip"'
+        )
+    if dense:
+        logger.warning(f"experts {_shorten(sorted(unusable))} stay dense: {_NO_LAYERS}")
+    return {name: layer for name, layer in plan.items() if name not in dense}, dense
 
 
 def reachable_plan(

@@ -1,4 +1,4 @@
-"""What a compression run did: one row a layer, one row a block, printed and saved as JSON."""
+"""The report of a compression run: one row a layer, one row a block, printed and saved as JSON."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ FILE_NAME = "sparselr_report.json"
 
 logger = logging.getLogger("hf_sparselr")
 
-# What a report file may say of every field; a field that says something else is left out.
+# Types of the fields in a report file; a field with a value of another type is left out.
 _TYPES = {
     "settings": dict,
     "layers": list,
@@ -75,7 +75,7 @@ class Report:
         return path
 
     def public(self) -> dict:
-        """What is written: JSON values (numbers that are not finite become null), no paths."""
+        """The content of the file: JSON values (numbers that are not finite become null), no paths."""
         content = {name: getattr(self, name) for name in _TYPES}
         content["base_model"] = hub_id(self.base_model) if self.base_on_hub else None
         content["settings"] = {name: value for name, value in self.settings.items() if name != "save_id"}
@@ -114,7 +114,7 @@ class Report:
                     cell(row, "name"),
                     shape_cell(row),
                     cell(row, "pattern"),
-                    cell(row, "rank"),
+                    rank_cell(row),
                     cell(row, "sparsity", ".4f"),
                     cell(row, "relative_error", ".5f"),
                     cell(row, "iterations"),
@@ -159,10 +159,17 @@ def shape_cell(row: dict, times: str = "x") -> str:
     return times.join(map(str, shape)) if isinstance(shape, (list, tuple)) else "-"
 
 
+def rank_cell(row: dict) -> str:
+    """The rank of a layer's flat factors as text; of the blocks of a hierarchy level by level."""
+    ranks = row.get("ranks")
+    return "/".join(map(str, ranks)) if isinstance(ranks, (list, tuple)) else cell(row, "rank")
+
+
 def settings_line(settings: dict) -> str:
     """The sparsity and rank of the settings, in a few words."""
     if settings.get("compression") is None:
-        return f"sparsity {settings['sparsity']}, rank {settings['rank']}"
+        form = "" if settings.get("hierarchy") is None else "hierarchical, first "
+        return f"sparsity {settings['sparsity']}, {form}rank {settings['rank']}"
     return f"compression {settings['compression']}, rank ratio {settings['rank_ratio']}"
 
 
@@ -177,7 +184,7 @@ def layer_line(row: dict) -> str:
     """One log line for a layer."""
     return (
         f"{row['name']}: relative error {row['relative_error']:.5f}, pattern {row['pattern']} "
-        f"({row['sparsity']:.2%} zeros), rank {row['rank']}, {row.get('iterations', 0)} iterations, "
+        f"({row['sparsity']:.2%} zeros), rank {rank_cell(row)}, {row.get('iterations', 0)} iterations, "
         f"{row['seconds']:.2f} s"
     )
 

@@ -11,11 +11,14 @@ from ..data.model_inputs import Sample, make_batches
 from ..utils.phase_timer import PhaseTimer
 from ..utils.public_names import loaded_from_hub
 from .activations import work_device
+from .coverage import coverage, say_coverage
 from .distillation import copy_sharing_blocks, distill, on_device, takes_batches
+from .expert_products import watch_experts
+from .experts import fuse_experts, unfuse_experts
 from .linear_layers import weight_shape
 from .model_structure import find_stacks
 from .pipeline import replace_in, run
-from .plan import Layer
+from .plan import Layer, usable_plan
 from .precomputed import Precomputed
 from .report import Report
 from .samples import Samples, warn_of_few_tokens
@@ -39,13 +42,21 @@ def compress_in_memory(
         precomputed: decompositions to refine instead of solving.
     """
     base = precomputed.reference if precomputed else model
-    calibration = samples.calibration(base)
-    warn_of_few_tokens(calibration, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
     dense_bytes = _bytes(model)
+    calibration = samples.calibration(base)
     teacher = None
     if "distill" in config.refine_steps:  # the model is replaced block by block, so its teacher is a copy
         teacher = precomputed.reference if precomputed else copy_sharing_blocks(model, find_stacks(model))
+    transposed, unusable = watch_experts(model, plan, calibration[0])
+    plan, reasons = usable_plan(plan, unusable, config)
+    unfuse_experts(model, plan, transposed)
+    blocks = [name for stack in find_stacks(model).values() for name in stack]
+    warn_of_few_tokens(calibration, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
     report = run(model, plan, config, calibration, replace_in(model), precomputed)
+    fuse_experts(model)  # those of which none was packed
+    report.dense |= reasons
+    report.coverage = coverage(model, blocks)
+    say_coverage(report.coverage, report.dense)
     if teacher is not None:
         distill_in_memory(model, teacher, calibration, samples, report)
     report.base_model = base.config.name_or_path or None

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..format.decomposition import Decomposition
+from ..nn.hierarchical import HierarchicalLowRank
 from ..nn.linear import SparseLRLinear
 
 
@@ -27,6 +28,9 @@ class WorkingLinear(nn.Module):
         self.A = None if decomposition.A is None else nn.Parameter(decomposition.A)
         self.B = None if decomposition.B is None else nn.Parameter(decomposition.B)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float())
+        self.hierarchy = None
+        if decomposition.hierarchy is not None:
+            self.hierarchy = HierarchicalLowRank.from_hierarchy(decomposition.hierarchy, torch.float32)
         self.transposed = transposed
         self.register_buffer("mask", decomposition.mask)
         self.S.register_hook(lambda grad: grad * self.mask)
@@ -40,12 +44,20 @@ class WorkingLinear(nn.Module):
 
         Some blocks read it, such as T5's.
         """
-        return self.S if self.A is None else self.S + self.B @ self.A
+        flat = self.S if self.A is None else self.S + self.B @ self.A
+        return flat if self.hierarchy is None else flat + self.hierarchy.dense()
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        """A and B, and what trains of the hierarchical part."""
+        flat = [] if self.A is None else [self.A, self.B]
+        return flat if self.hierarchy is None else flat + self.hierarchy.factors
 
     def decomposition(self) -> Decomposition:
         """The trained parts, without gradient."""
         factors = (None, None) if self.A is None else (self.A.detach(), self.B.detach())
-        return Decomposition(self.S.detach(), self.mask, *factors)
+        hierarchy = None if self.hierarchy is None else self.hierarchy.detached()
+        return Decomposition(self.S.detach(), self.mask, *factors, hierarchy=hierarchy)
 
     def pack(self, dtype: torch.dtype) -> SparseLRLinear:
         """The packed layer in the dtype in which it is stored."""
@@ -59,6 +71,6 @@ def trainable(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     layers = [layer for layer in module.modules() if isinstance(layer, WorkingLinear)]
     return {
         "S": [layer.S for layer in layers],
-        "factors": [factor for layer in layers if layer.A is not None for factor in (layer.A, layer.B)],
+        "factors": [factor for layer in layers for factor in layer.factors],
         "vectors": [p for p in module.parameters() if p.ndim == 1 and p.is_floating_point()],
     }

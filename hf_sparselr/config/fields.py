@@ -26,6 +26,7 @@ from .kinds import (
 )
 from .presets import PRESETS
 
+LOW_RANKS = ("flat", "hss", None)
 ALLOCATIONS = ("uniform", "owl", "global")
 REFINEMENTS = ("tm", "distill", "tm+distill", None)
 MAX_SEED = 2**32 - 1  # what NumPy takes; torch takes more
@@ -47,8 +48,8 @@ class Fields:
         metadata=about(
             Choice(tuple(METHODS), hidden=(PRECOMPUTED,)),
             'layer solver: "3basil" (arXiv 2603.01376), "oats", "hassle-free-alps", "hassle-free-sparsegpt", "eora", '
-            '"sslc"; pruning alone, with rank=0: "alps", "sparsegpt", "wanda", "magnitude"; low rank alone, with '
-            'sparsity=None: "svd"',
+            '"sslc", "shss" (arXiv 2601.07839); pruning alone, with rank=0: "alps", "sparsegpt", "wanda", "magnitude"; '
+            'low rank alone, with sparsity=None: "svd"',
         ),
     )
     sparsity: str | float | None = field(
@@ -61,6 +62,22 @@ class Fields:
     )
     rank: int | None = field(
         default=64, metadata=about(Integer(0, MAX_RANK, optional=True), "rank of B A; 0 is sparsity alone")
+    )
+    low_rank: str | None = field(
+        default=None,
+        metadata=about(
+            Choice(LOW_RANKS),
+            'form of the low-rank part: "flat" (B A) or "hss" (arXiv 2601.07839), a hierarchy of low-rank blocks '
+            'beside the diagonal, where rank is that of the outermost, and dense blocks on it; None is "hss" with '
+            'method="shss", else "flat". On every layer that was measured "flat" had the smaller error at equal bytes',
+        ),
+    )
+    hierarchy: Any = field(
+        default=None,
+        metadata=about(
+            Options(),
+            'with low_rank="hss": a dict, or HierarchyOptions of hf_sparselr.config.hierarchy',
+        ),
     )
     compression: float | None = field(
         default=None,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..solvers.registry import METHODS, PRECOMPUTED
 from .fields import FIELDS
+from .hierarchy import HierarchyOptions
 from .options import ALLOCATION_OPTIONS, DistillOptions, TMOptions
 from .presets import PRESETS
 
@@ -35,7 +36,11 @@ def written(page: str) -> str:
 def _parts() -> Iterator[list[str]]:
     yield ["### SparseLRConfig"]
     yield _fields()
-    groups = {"`tm`: transformer matching": TMOptions, "`distill`: distillation": DistillOptions}
+    groups = {
+        "`tm`: transformer matching": TMOptions,
+        "`distill`: distillation": DistillOptions,
+        '`hierarchy` with `low_rank="hss"`': HierarchyOptions,
+    }
     for name, cls in ALLOCATION_OPTIONS.items():
         groups[f'`allocation_options` with `allocation="{name}"`'] = cls
     for name, method in METHODS.items():

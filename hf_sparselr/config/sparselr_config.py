@@ -11,10 +11,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..data import calibration as calibration_sources
 from ..format.checkpoint import FORMAT_VERSION, PACKED_LAYERS, QUANT_METHOD
+from ..format.hierarchy import HierarchyShape
 from ..format.patterns import EMPTY, Pattern, parse
 from ..solvers.registry import METHODS
 from ..utils.validation import build_options, check_choice, check_integer, covers, reject_unknown
 from .fields import FIELDS, Fields, documented
+from .hierarchy import HierarchyOptions, check_hierarchy, resolve_low_rank
 from .options import ALLOCATION_OPTIONS, DistillOptions, TMOptions, budget_pattern, budget_rank
 from .presets import PRESETS
 
@@ -22,7 +24,7 @@ logger = logging.getLogger("hf_sparselr")
 
 DEFAULT_RANK_RATIO = 0.25
 
-_GROUPS = ("allocation_options", "method_options", "tm", "distill")
+_GROUPS = ("allocation_options", "method_options", "tm", "distill", "hierarchy")
 _SIGNATURE = inspect.signature(Fields)
 _WARNED: set[tuple[str, ...]] = set()  # unknown fields that a warning has named
 
@@ -65,6 +67,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             self.format_version = FORMAT_VERSION
             self.save_id = None
             self._resolve_budget()
+            self._resolve_hierarchy()
             self._build_options()
             self._check()
 
@@ -143,6 +146,19 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
                 )
             setattr(self, name, None)
 
+    def _resolve_hierarchy(self) -> None:
+        """Builds the options of `low_rank="hss"`; ranks given by level set `rank`."""
+        self.low_rank = resolve_low_rank(self.low_rank, self.method)
+        if self.low_rank == "flat":
+            if self.hierarchy is not None:
+                raise ValueError(
+                    f"hierarchy={self.hierarchy!r} without low_rank='hss': it says how to split that"
+                )
+            return
+        self.hierarchy = build_options("hierarchy", self.hierarchy, HierarchyOptions)
+        if self.hierarchy.ranks and not self.was_given("rank"):
+            self.rank = self.hierarchy.ranks[0]
+
     def _check(self) -> None:
         """Checks fields that must agree with one another."""
         if self.compression is None:
@@ -150,6 +166,9 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         self.allocation_options.check(self.pattern, self.rank)
         for pattern, override in (self.overrides or {}).items():
             self._check_override(f"overrides[{pattern!r}]", override)
+        if self.low_rank == "hss":
+            stored = isinstance(self._method_options, _StoredOptions)
+            check_hierarchy(self, None if stored else self._method_options)
 
     def _check_parts(self) -> None:
         """Checks sparsity and rank, and that the method makes both parts."""
@@ -206,7 +225,16 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
     @property
     def has_factors(self) -> bool:
         """Whether layers without an override get B and A."""
+        return self.has_low_rank and not (self.hierarchy and self.hierarchy.depth)
+
+    @property
+    def has_low_rank(self) -> bool:
+        """Whether layers without an override get a low-rank part, flat or not."""
         return bool(self.rank or self.rank_ratio)
+
+    def layer_hierarchy(self, shape: tuple[int, int], rank: int) -> HierarchyShape | None:
+        """How the low-rank part of a layer of shape (out, in) is split; None where it is flat."""
+        return None if self.hierarchy is None else self.hierarchy.shape(shape, rank)
 
     def layer_pattern(self, name: str) -> Pattern | None:
         """The uniform pattern of a layer that `targets` and `ignore` select, or None where an override skips it."""
@@ -235,7 +263,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         groups = {name: getattr(self, name) for name in _GROUPS if name != "method_options"}
         groups["method_options"] = self._method_options
         for name, options in groups.items():
-            stored[name] = dict(options) if isinstance(options, dict) else dataclasses.asdict(options)
+            stored[name] = dataclasses.asdict(options) if dataclasses.is_dataclass(options) else options
         kind = {"quant_method": self.quant_method, "format_version": self.format_version}
         if self.save_id is not None:
             kind["save_id"] = self.save_id
@@ -291,6 +319,7 @@ def _known_fields(stored: dict[str, Any]) -> dict[str, Any]:
     classes = {
         "tm": TMOptions,
         "distill": DistillOptions,
+        "hierarchy": HierarchyOptions,
         "allocation_options": ALLOCATION_OPTIONS.get(known.get("allocation", "uniform")),
     }
     for name, cls in classes.items():

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..format.bitmask import unpack
 from ..format.checkpoint import PAYLOAD
+from ..integrations.transformers.adapters import reject_adapters
 from ..nn.linear import SparseLRLinear, packed_layers
 
 BASE, ADAPTER = "base", "adapter"
@@ -28,7 +29,7 @@ def export_portable(
     Args:
         model: a compressed model without adapters; merge them first (`merge_and_unload`).
         directory: gets the folders "base" and "adapter".
-        base_name: what the adapter calls its base, such as the Hub id under which the base will be published. None:
+        base_name: the base's name in the adapter, such as the Hub id under which the base will be published. None:
             the path of the base's folder.
 
     Returns:
@@ -36,7 +37,7 @@ def export_portable(
 
     Raises:
         TypeError, ValueError: not a compressed model, adapters around its layers, weights that are not in memory, or
-            no low-rank factors.
+            no low-rank factors, or a hierarchical low-rank part, which no LoRA can hold.
     """
     layers = _check(model)
     base, adapter = Path(directory) / BASE, Path(directory) / ADAPTER
@@ -52,14 +53,16 @@ def _check(model: PreTrainedModel) -> dict[str, SparseLRLinear]:
             "hf_sparselr.merge_and_unload gives one)"
         )
     layers = packed_layers(model)
+    if hierarchical := [name for name, layer in layers.items() if layer.hierarchy is not None]:
+        raise ValueError(
+            f"{hierarchical[0]} has a hierarchical low-rank part, which a LoRA adapter cannot hold: dequantize() and "
+            "save the model, or compress it with low_rank='flat'"
+        )
     if not any(layer.rank for layer in layers.values()):
         raise ValueError(
             "the model holds no compressed layer with low-rank factors: dequantize() and save it"
         )
-    if any(name.endswith(".base_layer") for name in layers):
-        raise ValueError(
-            "the model has adapters: merge them (hf_sparselr.merge_and_unload) or unload them first"
-        )
+    reject_adapters(model, "export")
     if offloaded := [name for name, layer in layers.items() if layer.values.is_meta]:
         raise ValueError(f"{offloaded[0]} is not in memory: load the model without offloading")
     return layers

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..compression.report import table
+from ..compression.report import rank_cell, table
 from ..config.sparselr_config import QUANT_METHOD, SparseLRConfig
 from ..format.checkpoint import (
     CONFIG,
@@ -23,9 +23,11 @@ from ..format.checkpoint import (
     layer_rank,
     read_headers,
 )
+from ..format.checkpoint_hierarchy import read_shape
 from ..format.patterns import NM, Pattern, Unstructured
 from ..format.seal import check_seal, damaged_tensors, read_seal
 from ..solvers.registry import PRECOMPUTED
+from ..utils.public_names import hub_id
 
 _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
@@ -71,7 +73,7 @@ class Inspection:
                     layer["pattern"],
                     f"{layer['nonzeros']:,}",
                     f"{layer['zeros']:.4f}",
-                    str(layer["rank"]),
+                    rank_cell(layer),
                     layer["dtype"],
                     f"{layer['bytes']:,}",
                     f"{layer['dense_bytes']:,}",
@@ -135,7 +137,9 @@ def _verify(files: list[str], stored: Mapping[str, Mapping[str, Entry]], layers:
             raise FormatError(f"{file}: has no checksums to verify: hf_sparselr did not save it")
         if damaged:
             more = f" ({len(damaged) - 1} more are)" if len(damaged) > 1 else ""
-            raise FormatError(f"{file}: tensor {damaged[0]} is damaged: it is not what was saved{more}")
+            raise FormatError(
+                f"{file}: tensor {damaged[0]} is damaged: its bytes are not those that were saved{more}"
+            )
     asked = {name: config.layer_pattern(name) for name in stored}
     patterns = {name: pattern for name, pattern in asked.items() if isinstance(pattern, NM)}
     check_masks(stored, {layer["name"]: layer["shape"][1] for layer in layers}, patterns)
@@ -144,6 +148,8 @@ def _verify(files: list[str], stored: Mapping[str, Mapping[str, Entry]], layers:
 def _directory(path: str) -> Path:
     if os.path.isdir(path):
         return Path(path)
+    if hub_id(path) is None:
+        raise FileNotFoundError(f"{path}: no such folder, and no Hub id")
     return Path(snapshot_download(path, allow_patterns=[CONFIG, "model*.safetensors", _INDEX]))
 
 
@@ -191,7 +197,7 @@ def _weight_files(directory: Path, model_config: dict) -> list[Path]:
 
 
 def _payload(file: Path) -> int:
-    """Bytes of all tensors in a safetensors file: what follows the header, whose length the first 8 bytes tell."""
+    """Bytes of all tensors in a safetensors file. They follow the header, whose length is in the first 8 bytes."""
     with file.open("rb") as stream:
         header = int.from_bytes(stream.read(8), "little")
     return file.stat().st_size - 8 - header
@@ -220,6 +226,7 @@ def _layer(name: str, parts: Mapping[str, Entry], config: SparseLRConfig) -> dic
         "nonzeros": nonzeros,
         "zeros": zeros,
         "rank": layer_rank(parts),
+        **_hierarchy(parts, shape),
         "dtype": parts["values"].dtype,
         "bytes": sum(math.prod(parts[part].shape) * _width(parts[part]) for part in PAYLOAD if part in parts),
         "dense_bytes": (out_features * in_features + bias) * _width(parts["values"]),
@@ -232,8 +239,9 @@ def _shape(parts: Mapping[str, Entry], pattern: Pattern | None) -> tuple[int, in
     Where the config does not know the layer's number of nonzeros, `in` counts as a multiple of 8.
     """
     out_features, columns = parts["mask"].shape
-    if "A" in parts and len(parts["A"].shape) == 2:
-        return out_features, parts["A"].shape[1]
+    for factor in ("A", "hierarchy.A"):
+        if factor in parts and len(parts[factor].shape) == 2:
+            return out_features, parts[factor].shape[1]
     widest = 8 * columns
     for in_features in range(widest, widest - 8, -1):
         shape = (out_features, in_features)
@@ -242,6 +250,13 @@ def _shape(parts: Mapping[str, Entry], pattern: Pattern | None) -> tuple[int, in
     return out_features, widest
 
 
+def _hierarchy(parts: Mapping[str, Entry], shape: tuple[int, int]) -> dict:
+    found = read_shape(parts, *shape)
+    if found is None:
+        return {}
+    return {"ranks": list(found.ranks), "leaf": list(found.leaf), "permuted": "hierarchy.row_order" in parts}
+
+
 def _width(entry: Entry) -> int:
-    """Bytes an element of the dtypes that the format knows: U8, F16, BF16, F32, F64."""
-    return int(entry.dtype.lstrip("BFU")) // 8
+    """Bytes an element of the dtypes that the format knows: U8, I32, F16, BF16, F32, F64."""
+    return int(entry.dtype.lstrip("BFUI")) // 8

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..compression.experts import compressible_layers
 from ..compression.linear_layers import weight_shape
 from ..compression.plan import Layer
 from ..data.origin import Origin
@@ -75,10 +76,11 @@ def stored_bytes(model: PreTrainedModel, plan: Mapping[str, Layer]) -> int:
     """Bytes of the packed checkpoint of a dense model, or of its skeleton, without the files' headers."""
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # tied ones once
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    layers = compressible_layers(model)
     for name, layer in plan.items():
-        weight = model.get_submodule(name).weight
-        shape = rows, columns = weight_shape(model.get_submodule(name))
-        values = layer.pattern.kept(shape) + layer.rank * (rows + columns)
+        weight = layers[name].weight
+        shape = rows, columns = weight_shape(layers[name])
+        values = layer.pattern.kept(shape) + layer.low_rank_values(shape)
         total += rows * -(-columns // 8) + (values - weight.numel()) * weight.element_size()
     return total
 

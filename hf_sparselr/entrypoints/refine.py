@@ -98,6 +98,10 @@ def _check_arguments(model: Any, config: SparseLRConfig, reference: Any, adapter
             f"{field}={getattr(config, field)!r} chooses sparsity and rank, but those of a pruned model are given: "
             "leave it out"
         )
+    if config.low_rank != "flat":
+        raise ValueError(
+            f"low_rank={config.low_rank!r}: a pruned model and an adapter have a flat low-rank part, expected 'flat'"
+        )
     if adapter is not None and isinstance(model, nn.Module):
         raise ValueError(
             f"adapter={adapter!r} goes with a model given by name: pass peft.PeftModel.from_pretrained(model, adapter)"

@@ -28,8 +28,9 @@ def train_mode(model: nn.Module, mode: str = "factors") -> nn.Module:
 
     Args:
         model: a compressed model, changed in place. Around one with adapters, only "factors" is possible.
-        mode: "factors": A and B of all compressed layers, or, on a PEFT model, the active adapters that replace
-            them (see `lora_config`). "factors+norms": also all parameters with one dimension: norms and biases.
+        mode: "factors": A and B of all compressed layers (of a hierarchical low-rank part its factors and leaves),
+            or, on a PEFT model, the active adapters that replace them (see `lora_config`). "factors+norms": also all
+            parameters with one dimension: norms and biases.
             Both train the task's heads, too, and what was newly initialised when the model was loaded; on a PEFT
             model, what the adapter saves of these. "full": all floating-point parameters, S's nonzeros among them.
 
@@ -66,7 +67,7 @@ def _own_parameters(model: nn.Module, mode: str) -> list[nn.Parameter]:
     floats = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     if mode == "full":
         return floats
-    factors = [factor for layer in layers for factor in (layer.A, layer.B) if factor is not None]
+    factors = [factor for layer in layers for factor in layer.factors]
     if not factors:
         return []
     whole = [p for head in heads(model).values() for p in head.parameters() if p.is_floating_point()]

@@ -47,7 +47,7 @@ def count_kept(packed: torch.Tensor, in_features: int, pattern: NM | None = None
         every_byte = unpack_mask(torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None], 8)
         allowed = (every_byte.unflatten(1, (-1, pattern.m)).sum(-1) <= pattern.n).all(-1)
         return kept, not frequencies[~allowed].any()
-    rows = max(1, 2**24 // in_features)  # what is unpacked at a time
+    rows = max(1, 2**24 // in_features)  # unpacked at a time
     return kept, all(pattern.allows(unpack_mask(part, in_features)) for part in packed.split(rows))
 
 

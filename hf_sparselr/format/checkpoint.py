@@ -1,12 +1,13 @@
 """Reads packed layers from the headers of safetensors files, and checks them; README.md describes the format."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from . import checkpoint_hierarchy
 from .bitmask import count_kept
 from .patterns import NM
 
@@ -14,7 +15,7 @@ QUANT_METHOD = "sparselr"
 FORMAT_VERSION = 1
 CONFIG, SETTINGS = "config.json", "quantization_config"
 PACKED_LAYERS = "packed_layers"  # key in it: the names of the packed layers, as patterns (see `layer_names`)
-PAYLOAD = ("mask", "values", "A", "B", "bias")
+PAYLOAD = ("mask", "values", "A", "B", "bias", *checkpoint_hierarchy.NAMES)
 SENTINEL = "weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32}
@@ -32,6 +33,7 @@ class Entry:
     file: str
     shape: tuple[int, ...]
     dtype: str
+    name: str = field(default="", compare=False)  # of the tensor in its file
 
 
 def read_headers(files: Iterable[str]) -> dict[str, Entry]:
@@ -49,7 +51,7 @@ def read_headers(files: Iterable[str]) -> dict[str, Entry]:
                 if name in entries:
                     raise FormatError(f"{file}: tensor {name} is in {entries[name].file} too")
                 piece = reader.get_slice(name)
-                entries[name] = Entry(str(file), tuple(piece.get_shape()), piece.get_dtype())
+                entries[name] = Entry(str(file), tuple(piece.get_shape()), piece.get_dtype(), name)
     return entries
 
 
@@ -99,7 +101,10 @@ def check_layer(
         "bias": (out_features,),
         SENTINEL: (0,),
     }
+    checkpoint_hierarchy.check(parts, out_features, in_features, fail)
     for part, entry in parts.items():
+        if part in checkpoint_hierarchy.NAMES:
+            continue
         if entry.shape != expected[part]:
             fail(part, f"has shape {entry.shape}, expected {expected[part]}")
         if part == "mask" and entry.dtype != "U8":

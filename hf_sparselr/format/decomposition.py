@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .hierarchy import Hierarchy
+
 
 @dataclass
 class Decomposition:
@@ -14,6 +16,7 @@ class Decomposition:
         mask: (out, in) bool, the support.
         A: (rank, in) FP32, or None at rank 0.
         B: (out, rank) FP32, or None at rank 0.
+        hierarchy: L (out, in), FP32, or None.
         stats: of the solver, JSON values only (`iterations`, `seconds` and so on).
     """
 
@@ -22,7 +25,9 @@ class Decomposition:
     A: torch.Tensor | None = None
     B: torch.Tensor | None = None
     stats: dict = field(default_factory=dict)
+    hierarchy: Hierarchy | None = None
 
     def dense(self) -> torch.Tensor:
-        """S + B A, (out, in)."""
-        return self.S if self.A is None else self.S + self.B @ self.A
+        """S + B A + L, (out, in)."""
+        flat = self.S if self.A is None else self.S + self.B @ self.A
+        return flat if self.hierarchy is None else flat + self.hierarchy.dense()

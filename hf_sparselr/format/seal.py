@@ -31,7 +31,7 @@ SAVE_ID = "save_id"  # its key in the quantization_config of config.json
 
 @dataclass(frozen=True)
 class Seal:
-    """What the `sparselr` metadata of one file says."""
+    """The `sparselr` metadata of one file."""
 
     save: str
     checksums: dict[str, str]
@@ -212,7 +212,7 @@ def _replace_header(file: Path, start: int, header: dict) -> None:
 
 
 def _advice(directory: Path) -> str:
-    """What to do about a folder in which a save was interrupted while its files were moved."""
+    """How to mend a folder whose files come from two saves, as the end of an error."""
     left = unfinished(directory)
     if left is None:
         return " Save or download it again"

@@ -49,7 +49,7 @@ class Staging:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._moving:  # what is left is complete, and needed
+        if self._moving:  # the files that are left are complete, and needed
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         for path in self._made:
@@ -104,7 +104,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file in one step: readers see the old content or the new."""
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", newline="")  # line ends stay as they are
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)

@@ -26,6 +26,10 @@ from .timing import host_milliseconds, milliseconds
 logger = logging.getLogger(__name__)
 
 
+_FEW_OUTS = 4096  # rows of S, below which their number makes no difference to what is the fastest
+_TIE = 1.04  # of times that are as good as the same: the first of the options costs the host the least
+
+
 def known(rows: int, weight: PackedWeight, captured: bool) -> LaunchConfig | None:
     """What was chosen for such a product, in a CUDA graph or not, or None if nothing was."""
     return _table(weight.values.device).get(_name(rows, weight, captured))
@@ -55,7 +59,8 @@ def choose(
 
 
 def _keep(rows: int, weight: PackedWeight, captured: bool, times: dict[LaunchConfig, float]) -> LaunchConfig:
-    best, name = min(times, key=times.get), _name(rows, weight, captured)
+    name, fastest = _name(rows, weight, captured), min(times.values())
+    best = next(config for config, time in times.items() if time <= _TIE * fastest)
     logger.info("%s: %s is the fastest (ms: %s)", name, best, {str(c): round(t, 4) for c, t in times.items()})
     _table(weight.values.device)[name] = best
     return best
@@ -63,9 +68,10 @@ def _keep(rows: int, weight: PackedWeight, captured: bool, times: dict[LaunchCon
 
 def _name(rows: int, weight: PackedWeight, captured: bool) -> str:
     index, dtype = index_of(weight.mask, weight.in_features), str(weight.values.dtype).removeprefix("torch.")
-    outs, ins = weight.out_features, weight.in_features
+    # Layers that may share a launch share a choice: q, k and v differ in their rows.
+    outs, ins = max(weight.out_features, _FEW_OUTS), weight.in_features
     graph = " in a graph" if captured and rows > MEDIUM_ROWS else ""
-    kind = "2:4" if index.pairs else f"{index.nonzeros / (outs * ins):.1f}"
+    kind = "2:4" if index.pairs else f"{index.nonzeros / (weight.out_features * ins):.1f}"
     return f"{outs}x{ins} {kind} rank {weight.rank} {dtype} {bucket(rows)}{graph}"
 
 

@@ -52,19 +52,34 @@ def packed_linears(
     if torch.compiler.is_compiling():
         return _traced(inputs, weights, kernel)
     kernel = chosen_kernel(kernel)
+    tensors = tensors_of(weights)
+    plain = type(inputs) in _PLAIN and _PLAIN.issuperset(map(type, tensors)) and not inputs.is_meta
+    if plain and inputs.is_cuda and _is_quiet("cuda"):  # the usual case, where the host's time counts
+        return ops.products(inputs, weights, kernel, tensors)
     dtype = autocast_dtype(inputs)
     if dtype is not None:
         inputs, weights = inputs.to(dtype), [weight.to(dtype) for weight in weights]
+        tensors = tensors_of(weights)
     if _is_transformed():
         return [plain_linear(inputs, weight) for weight in weights]
-    tensors = tensors_of(weights)
-    if type(inputs) not in _PLAIN or not _PLAIN.issuperset(map(type, tensors)) or inputs.is_meta:
+    if not plain:
         return [reference_linear(inputs, weight) for weight in weights]
     if torch.is_grad_enabled() and (inputs.requires_grad or any(map(_requires_grad, tensors))):
         return [_differentiable(inputs, weight, kernel) for weight in weights]
     if torch._C._len_torch_dispatch_stack():  # a mode that wants to see operators
         return [ops.linear(inputs, *weight, kernel) for weight in weights]
     return ops.products(inputs, weights, kernel, tensors)
+
+
+def _is_quiet(kind: str) -> bool:
+    """No gradients, autocast, transforms or modes, which might want something else than the product."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled(kind)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def _traced(inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str) -> list[torch.Tensor]:

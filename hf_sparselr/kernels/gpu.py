@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -13,9 +12,9 @@ from .bindings import Binding, Product, binding_of
 from .cuda import small_batch
 from .cuda.sparse_cores import bind_sparse, prepare, sparse_configs
 from .launch import drives
-from .launch_config import FEW_ROWS, MEDIUM_ROWS, LaunchConfig, bucket, candidates
-from .ops import nothing
+from .launch_config import FEW_ROWS, MEDIUM_ROWS, NATIVE_ROWS, LaunchConfig, bucket, candidates
 from .packed_weight import PackedWeight, check_count
+from .reference import no_product
 from .support_index import index_of
 from .triton.decode import bind_decode, kind_of
 from .triton.medium_batch import bind_medium_batch
@@ -44,9 +43,9 @@ def multiply(
         binding: what is known of the weights.
         kernel: "auto" or "packed".
     """
-    rows = math.prod(inputs.shape[:-1])
+    rows = inputs.numel() // binding.in_features if binding.in_features else 0
     captured = rows > MEDIUM_ROWS and torch.cuda.is_current_stream_capturing()
-    product = binding.products.get((rows if rows <= FEW_ROWS else bucket(rows), kernel, captured))
+    product = binding.products.get((rows if rows <= NATIVE_ROWS else bucket(rows), kernel, captured))
     if product is None or inputs.get_device() != torch.cuda.current_device():
         return _first(inputs, rows, weights, binding, kernel, captured)
     return product(ready(inputs), rows, weights)
@@ -68,12 +67,12 @@ def _first(
     captured: bool,
 ) -> list[torch.Tensor]:
     if rows == 0 or not all(weight.out_features for weight in weights) or not inputs.shape[-1]:
-        return [nothing(inputs, weight) for weight in weights]
+        return [no_product(inputs, weight) for weight in weights]
     with _on_device_of(inputs):
         plain = [weight.contiguous() for weight in weights]
         product = bind(ready(inputs), rows, plain, kernel)
         if drives() and all(a is b for a, b in zip(plain, weights, strict=True)):
-            binding.products[rows if rows <= FEW_ROWS else bucket(rows), kernel, captured] = product
+            binding.products[rows if rows <= NATIVE_ROWS else bucket(rows), kernel, captured] = product
         return product(ready(inputs), rows, plain)
 
 
@@ -83,7 +82,7 @@ def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 def bind(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight], kernel: str) -> Product:
-    """The product of these weights with so many rows, or up to the next power of two from 17 on.
+    """The product of these weights with so many rows, or up to the next power of two from 33 on.
 
     Raises:
         ValueError: a mask that keeps another number of values than there are.
@@ -129,7 +128,7 @@ def _in_parts(
 def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -> LaunchConfig:
     """The configuration that is the fastest for a weight; measures it where that is not known."""
     index = index_of(weight.mask, weight.in_features)
-    native = rows <= FEW_ROWS and small_batch.supports(weight, index)
+    native = small_batch.supports(weight, index)
     options = candidates(rows, weight, index.pairs, native)
     if kernel == "packed" and rows <= FEW_ROWS:
         return options[0]

@@ -20,7 +20,7 @@ _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 @dataclass(frozen=True)
 class Varying:
-    """An argument that a call gives: the number of it, and an example with its dtype and alignment."""
+    """An argument that a call gives: which of those that it gives (each once), and an example of its dtype."""
 
     number: int
     example: Any
@@ -62,12 +62,12 @@ class DriverLaunch:
         self._values = (ctypes.c_uint64 * len(arguments))()
         step, base = ctypes.sizeof(ctypes.c_uint64), ctypes.addressof(self._values)
         self._places = (ctypes.c_void_p * len(arguments))(*(base + step * i for i in range(len(arguments))))
-        self._varying: list[list[int]] = []
+        varying = {
+            argument.number: i for i, argument in enumerate(arguments) if isinstance(argument, Varying)
+        }
+        self._varying = [varying[number] for number in range(len(varying))]  # the place of each
         for place, argument in enumerate(arguments):
-            if isinstance(argument, Varying):
-                self._varying += [[] for _ in range(argument.number + 1 - len(self._varying))]
-                self._varying[argument.number].append(place)
-            else:
+            if not isinstance(argument, Varying):
                 self._values[place] = _word(argument)
         attribute = _Attribute(_SERIALIZATION, 0, (ctypes.c_uint32 * 16)(1))
         self._config = _Config(
@@ -85,19 +85,24 @@ class DriverLaunch:
         Raises:
             RuntimeError: the driver refuses.
         """
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
         values, config = self._values, self._config
         with self._lock:
-            for places, value in zip(self._varying, varying, strict=True):
-                word = value if type(value) is int else value.data_ptr()
-                for place in places:
-                    values[place] = word
+            for place, value in zip(self._varying, varying, strict=True):
+                values[place] = value if type(value) is int else value.data_ptr()
             if grid is not None:
                 config.grid[:] = grid
-            config.stream = stream
+            config.stream = torch._C._cuda_getCurrentRawStream(self._device)
             status = self._launch(self._address, self._function, self._places, None)
         if status:
             raise RuntimeError(f"CUDA refused to launch a kernel: error {status}")
+
+
+def empty(inputs: torch.Tensor, outs: list[int]) -> list[torch.Tensor]:
+    """New tensors (..., out) for each; of one row, parts of one, as every allocation costs time."""
+    lead = inputs.shape[:-1]
+    if len(outs) > 1 and inputs.numel() == inputs.shape[-1]:
+        return list(torch.unsafe_split_with_sizes(inputs.new_empty((*lead, sum(outs))), outs, -1))
+    return [inputs.new_empty((*lead, out)) for out in outs]
 
 
 def _word(argument: Any) -> int:
@@ -127,6 +132,11 @@ class TritonLaunch:
         self._kernel, self._grid, self._constants = kernel, grid, constants
         self._bound = _bind(kernel, grid, arguments, constants) if drives() else None
         self._arguments = None if self._bound else arguments
+
+    @property
+    def takes_addresses(self) -> bool:
+        """Whether an integer may stand for a tensor, as its address."""
+        return self._bound is not None
 
     def __call__(self, *varying: Any, grid: tuple[int, int, int] | None = None) -> None:
         """As `DriverLaunch`."""

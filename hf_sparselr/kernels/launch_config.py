@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from .packed_weight import PackedWeight
 
-FEW_ROWS = 16  # of x that "gemv", "small_batch" and "mma" take
+FEW_ROWS = 16  # of x that "gemv" and "small_batch" take
+NATIVE_ROWS = 32  # of x that "mma" takes
 MEDIUM_ROWS = 256  # of x for which "medium_batch" is worth trying, as it unpacks S for each 128
 MOST_ROWS = 8192  # more make no difference to what is the fastest
 
@@ -73,22 +74,48 @@ SMALL_BATCH = (
 )
 MMA = (LaunchConfig("mma", 16, 8, resident=2), LaunchConfig("mma", 16, 8, resident=3))
 MMA_PAIRS = (  # of 2:4
-    LaunchConfig("mma", 16, 8, ahead=1),
     LaunchConfig("mma", 16, 8, ahead=4, resident=3),
-    LaunchConfig("mma", 16, 4, ahead=4),
+    LaunchConfig("mma", 16, 8, ahead=1, resident=3),
+    LaunchConfig("mma", 16, 4, ahead=4, resident=4),
     LaunchConfig("mma", 16, 4, ahead=1, resident=6),
+)
+MMA_WIDE = (LaunchConfig("mma", 16, 8), LaunchConfig("mma", 32, 8))  # for more than 16 rows of x
+MMA_PAIRS_WIDE = (
+    LaunchConfig("mma", 16, 8, ahead=1, resident=2),
+    LaunchConfig("mma", 32, 8, ahead=1),
+    LaunchConfig("mma", 32, 4, ahead=1, resident=2),
 )
 MEDIUM_BATCH = tuple(LaunchConfig("medium_batch", 64, 4, split=split) for split in (1, 2, 4, 8))
 JOINED = LaunchConfig("unpack_then_gemm", joined=True)
 BESIDE = LaunchConfig("unpack_then_gemm")
 
-# Up to so many rows of x: what is tried for values of 16 bits, and of 32.
-TABLE = (
-    (1, (*GEMV, *MMA_PAIRS, JOINED), (*GEMV, JOINED)),
-    (FEW_ROWS, (*MMA_PAIRS, *MMA, *SMALL_BATCH, JOINED), (*GEMV, JOINED)),
-    (MEDIUM_ROWS, (*MEDIUM_BATCH, JOINED, BESIDE), (JOINED, BESIDE)),
-    (float("inf"), (JOINED, BESIDE), (JOINED, BESIDE)),
-)
+# Up to so many rows of x: what is tried. In this order: of equal times, the first is taken.
+TABLE = {
+    "native 2:4": (
+        (1, (*MMA_PAIRS[:2], GEMV[0])),
+        (FEW_ROWS, MMA_PAIRS),
+        (NATIVE_ROWS, (*MMA_PAIRS_WIDE, *MEDIUM_BATCH)),
+        (MEDIUM_ROWS, (*MEDIUM_BATCH, JOINED)),
+        (MOST_ROWS, (JOINED, BESIDE)),
+    ),
+    "native": (
+        (1, (GEMV[0],)),
+        (FEW_ROWS, MMA),
+        (NATIVE_ROWS, (*MMA_WIDE, *MEDIUM_BATCH)),
+        (MEDIUM_ROWS, (*MEDIUM_BATCH, JOINED)),
+        (MOST_ROWS, (JOINED, BESIDE)),
+    ),
+    "16 bits": (
+        (1, GEMV),
+        (FEW_ROWS, SMALL_BATCH),
+        (MEDIUM_ROWS, (*MEDIUM_BATCH, JOINED)),
+        (MOST_ROWS, (JOINED, BESIDE)),
+    ),
+    "32 bits": (
+        (FEW_ROWS, (*GEMV, JOINED)),
+        (MOST_ROWS, (JOINED, BESIDE)),
+    ),
+}
 
 
 def candidates(rows: int, weight: PackedWeight, pairs: bool, native: bool) -> tuple[LaunchConfig, ...]:
@@ -99,11 +126,14 @@ def candidates(rows: int, weight: PackedWeight, pairs: bool, native: bool) -> tu
         pairs: the weight is 2:4.
         native: there are kernels in CUDA C++ for it.
     """
-    narrow, wide = next(configs for most, *configs in TABLE if rows <= most)
-    unused = {BESIDE} if weight.A is None else set()
-    unused |= set(MMA if pairs else MMA_PAIRS) if native else {*MMA, *MMA_PAIRS}
-    configs = narrow if weight.values.element_size() == 2 else wide
-    return tuple(config for config in configs if config not in unused)
+    if weight.values.element_size() != 2:
+        kind = "32 bits"
+    elif native:
+        kind = "native 2:4" if pairs else "native"
+    else:
+        kind = "16 bits"
+    configs = next(configs for most, configs in TABLE[kind] if min(rows, MOST_ROWS) <= most)
+    return configs if weight.A is not None else tuple(config for config in configs if config != BESIDE)
 
 
 def bucket(rows: int) -> int:

@@ -3,7 +3,9 @@
 Which kernel runs is decided when they run, so a compiled model does not depend on the number of rows.
 """
 
+import functools
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch.nn import functional as F
@@ -13,7 +15,7 @@ from . import cpu
 from .bindings import binding_of
 from .override import chosen_kernel
 from .packed_weight import PackedWeight, check_inputs
-from .reference import dense_weight, reference_linear
+from .reference import dense_weight, no_product, reference_linear
 from .resident import resident_weight
 from .support_index import index_of
 
@@ -85,12 +87,18 @@ def products(
         for weight in weights:
             check_inputs(inputs, weight)
     if inputs.is_cuda and kernel != "dense" and _uses_triton(inputs):
-        from .gpu import multiply
-
-        return multiply(inputs, weights, binding, kernel)
+        return _gpu().multiply(inputs, weights, binding, kernel)
     rows = inputs.reshape(-1, binding.in_features)
     outs = [_product(rows, weight, kernel) for weight in weights]
     return [out.view(*inputs.shape[:-1], out.shape[1]) for out in outs]
+
+
+@functools.cache
+def _gpu() -> ModuleType:
+    """Only with Triton."""
+    from . import gpu
+
+    return gpu
 
 
 def _uses_triton(tensor: torch.Tensor) -> bool:
@@ -99,7 +107,7 @@ def _uses_triton(tensor: torch.Tensor) -> bool:
 
 def _product(rows: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Tensor:
     if rows.numel() == 0 or not weight.out_features:
-        return nothing(rows, weight)
+        return no_product(rows, weight)
     if kernel == "dense":
         return F.linear(rows, resident_weight(weight, unpacked), weight.bias)
     if cpu.takes(weight, rows) and cpu.supports(rows.dtype) and cpu.prefers(weight, len(rows)):
@@ -107,19 +115,11 @@ def _product(rows: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Ten
     return reference_linear(rows, weight)
 
 
-def nothing(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """The product of no rows, or of no columns."""
-    shape = *inputs.shape[:-1], weight.out_features
-    return inputs.new_zeros(shape) if weight.bias is None else weight.bias.expand(shape).clone()
-
-
 def unpacked(weight: PackedWeight) -> torch.Tensor:
     """S + B A as a new tensor (out, in)."""
     if not _uses_triton(weight.values):
         return dense_weight(weight)
-    from .gpu import densify
-
-    return densify(weight)
+    return _gpu().densify(weight)
 
 
 @torch.library.custom_op("hf_sparselr::input_gradient", mutates_args=())

@@ -9,6 +9,7 @@ from torch import nn
 from ..format.bitmask import pack, unpack
 from ..format.decomposition import Decomposition
 from ..kernels import PackedWeight, exportable_linear, packed_linear
+from .hierarchical import HierarchicalLowRank
 from .lazy_weight import LazyDenseWeight
 
 _PARTS = itemgetter("mask", "values", "A", "B", "bias")
@@ -24,12 +25,15 @@ class SparseLRLinear(nn.Linear):
         mask: uint8 (out, ceil(in / 8)), `values`: (nonzeros,): the packed S (see `format.bitmask`).
         A: (rank, in), B: (out, rank), or None at rank 0.
         bias: (out,) or None.
+        hierarchy: a hierarchical low-rank part beside B A, or None.
         transposed: the layer it replaced was a transformers Conv1D, whose weight is (in, out).
         kernel: how the product is computed, "auto", "packed" or "dense" (see `kernels.packed_linear`).
         shared_input: computes the layer together with those that share its input, among which it has a `number` (see
             `shared_input.SharedInputGroup`), or None.
     """
 
+    A: nn.Parameter | None
+    B: nn.Parameter | None
     kernel = "auto"
     shared_input: Callable[["SparseLRLinear", torch.Tensor], torch.Tensor] | None = None
     number = 0
@@ -59,6 +63,7 @@ class SparseLRLinear(nn.Linear):
         self.register_parameter("A", frozen(rank, in_features) if rank else None)
         self.register_parameter("B", frozen(out_features, rank) if rank else None)
         self.register_parameter("bias", frozen(out_features) if bias else None)
+        self.hierarchy: HierarchicalLowRank | None = None  # set where the layer has one
         self._is_hf_initialized = True  # transformers must not draw a random weight for it
 
     @classmethod
@@ -82,6 +87,8 @@ class SparseLRLinear(nn.Linear):
             layer.B.data = decomposition.B.to(dtype)
         if bias is not None:
             layer.bias.data = bias.detach().to(dtype)
+        if decomposition.hierarchy is not None:
+            layer.hierarchy = HierarchicalLowRank.from_hierarchy(decomposition.hierarchy, dtype)
         return layer
 
     @property
@@ -99,6 +106,12 @@ class SparseLRLinear(nn.Linear):
     @property
     def rank(self) -> int:
         return 0 if self.A is None else self.A.shape[0]
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        """A and B, and what trains of the hierarchical part."""
+        flat = [] if self.A is None else [self.A, self.B]
+        return flat if self.hierarchy is None else flat + self.hierarchy.factors
 
     @property
     def weight(self) -> torch.Tensor:
@@ -123,6 +136,8 @@ class SparseLRLinear(nn.Linear):
         dense = unpack(self.mask, self.values, self.in_features)
         if self.rank:
             dense = dense + self.B @ self.A
+        if self.hierarchy is not None:
+            dense = dense + self.hierarchy.dense()
         return dense.T.contiguous() if self.transposed else dense
 
     @property
@@ -135,15 +150,25 @@ class SparseLRLinear(nn.Linear):
         self, inputs: torch.Tensor, factors: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
     ) -> torch.Tensor:
         """x: (..., in) to (..., out); `factors`, (A, B) or (None, None), stand in for the layer's own."""
+        if self._is_hierarchy_alone and factors is None:
+            return self.hierarchy(inputs)
         if factors is not None:
             A, B = factors
-            return _multiply(inputs, self.packed_weight._replace(A=A, B=B), self.kernel)
-        if self.shared_input is None or torch.is_grad_enabled() or torch.onnx.is_in_onnx_export():
-            return self.product(inputs)
-        return self.shared_input(self, inputs)
+            out = _multiply(inputs, self.packed_weight._replace(A=A, B=B), self.kernel)
+        elif self.shared_input is None or torch.is_grad_enabled() or torch.onnx.is_in_onnx_export():
+            out = self.product(inputs)
+        else:
+            out = self.shared_input(self, inputs)
+        return out if self.hierarchy is None else self.hierarchy(inputs, out)
+
+    @property
+    def _is_hierarchy_alone(self) -> bool:
+        """Whether S is empty, and nothing else stands beside a hierarchical part."""
+        alone = self.A is None and self.bias is None and not self.values.numel()
+        return alone and self.hierarchy is not None
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`forward` of this layer alone."""
+        """`forward` of this layer alone, without the hierarchical part."""
         return _multiply(inputs, self.packed_weight, self.kernel)
 
     def to_dense(self) -> nn.Module:

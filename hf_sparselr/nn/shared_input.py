@@ -52,18 +52,10 @@ class SharedInputGroup:
 
     def __call__(self, layer: SparseLRLinear, inputs: torch.Tensor) -> torch.Tensor:
         """The product of one of the layers: x (..., in) to (..., out)."""
-        compiling = torch.compiler.is_compiling()
-        number = layer.number
-        if self.layers[number]() is not layer:  # a shallow copy, with values of its own
-            return layer.product(inputs)
-        if compiling:
-            state = None  # in one graph a tensor is a value
-        elif torch.is_inference_mode_enabled() or torch.is_autocast_enabled(_kind(inputs)):
-            return layer.product(inputs)
-        else:
-            state = inputs._version, _stream(inputs)
+        compiling, number = torch.compiler.is_compiling(), layer.number
+        state = None if compiling else _state(inputs)  # in one graph a tensor is a value
         ready = self._ready  # read once: another thread may run the model
-        if ready is not None:
+        if ready is not None and self.layers[number]() is layer:
             known, its_state, first, outputs = ready
             if known is inputs and its_state == state and number in outputs:
                 output = outputs.pop(number)
@@ -75,6 +67,8 @@ class SharedInputGroup:
             if self._misses[first] == MOST_MISSES:
                 self.groups[first] = None
         group = self.groups[number]
+        if self.layers[number]() is not layer or not (compiling or _may_wait(inputs)):
+            return layer.product(inputs)  # a shallow copy, with values of its own
         if group is None:
             if not compiling:
                 self._watch(number, inputs, state)
@@ -115,12 +109,25 @@ def link_shared_inputs(model: nn.Module) -> None:
                     layer.shared_input, layer.number = group, number
 
 
-def _kind(inputs: torch.Tensor) -> str:
-    return "cuda" if inputs.is_cuda else "cpu"
+def _state(inputs: torch.Tensor) -> tuple | None:
+    """What must not change between the calls of a group: the input's values, the stream; None in inference mode."""
+    try:
+        changes = inputs._version
+    except RuntimeError:  # a tensor of inference mode
+        return None
+    if inputs.is_cuda:
+        return (
+            changes,
+            torch._C._cuda_getCurrentRawStream(inputs.get_device()),
+            torch.is_autocast_enabled("cuda"),
+        )
+    return changes, 0, torch.is_autocast_enabled("cpu")
 
 
-def _stream(inputs: torch.Tensor) -> int:
-    return torch._C._cuda_getCurrentRawStream(inputs.get_device()) if inputs.is_cuda else 0
+def _may_wait(inputs: torch.Tensor) -> bool:
+    """Whether products may be computed before they are asked for."""
+    kind = "cuda" if inputs.is_cuda else "cpu"
+    return not (inputs.is_inference() or torch.is_inference_mode_enabled() or torch.is_autocast_enabled(kind))
 
 
 def _is_at_hand(member: SparseLRLinear | None, layer: SparseLRLinear) -> bool:

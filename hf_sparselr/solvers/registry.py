@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the command line reads the names of the methods before it i
     import torch
 
     from ..format.decomposition import Decomposition
+    from ..format.hierarchy import HierarchyShape
     from ..format.patterns import Pattern
     from .gram import ScaledGram
 
@@ -54,12 +55,14 @@ class Method:
         options_name: of the dataclass.
         low_rank: whether it makes a low-rank part; otherwise rank must be 0.
         sparse: whether it makes a sparse part; otherwise sparsity must be None.
+        hierarchical: whether its low-rank part may be a hierarchy; its module then holds `solve_hierarchical`.
     """
 
     module: str
     options_name: str = "Options"
     low_rank: bool = True
     sparse: bool = True
+    hierarchical: bool = False
 
     @property
     def options(self) -> type:
@@ -94,6 +97,29 @@ class Method:
         weights = [weight.float() / unit for weight in weights]
         results = self._solve(weights, gram, patterns, ranks, options, seed)
         return [_in_unit(result, unit) for result in results]
+
+    def solve_hierarchical(
+        self,
+        weight: torch.Tensor,
+        gram: ScaledGram,
+        pattern: Pattern,
+        shape: HierarchyShape,
+        permutation: str | None,
+        options: Any,
+        seed: int = 0,
+    ) -> Decomposition:
+        """`solve` with a hierarchical low-rank part.
+
+        Args:
+            shape: how that is split.
+            permutation: "rcm" or None.
+        """
+        unit = _unit([weight], gram)
+        solve = self._load().solve_hierarchical
+        if unit == 1:
+            return solve(weight, gram, pattern, shape, permutation, options, seed)
+        weight = weight.float() / unit
+        return _in_unit(solve(weight, gram, pattern, shape, permutation, options, seed), unit)
 
     def _solve(
         self,
@@ -135,6 +161,8 @@ def _in_unit(result: Decomposition, unit: float) -> Decomposition:
     for factor in (result.A, result.B):
         if factor is not None:
             factor.mul_(math.sqrt(unit))
+    if result.hierarchy is not None:
+        result.hierarchy.scale_(unit)
     for name in QUADRATIC_STATS:
         if name in result.stats:
             result.stats[name] *= unit**2
@@ -142,13 +170,14 @@ def _in_unit(result: Decomposition, unit: float) -> Decomposition:
 
 
 METHODS: dict[str, Method] = {
-    "3basil": Method("threebasil"),
+    "3basil": Method("threebasil", hierarchical=True),
     "oats": Method("oats"),
     "hassle-free-sparsegpt": Method("hassle_free", "SparseGPTOptions"),
     "hassle-free-alps": Method("hassle_free", "ALPSOptions"),
     "eora": Method("eora"),
     "sslc": Method("sslc"),
-    "svd": Method("svd", sparse=False),
+    "svd": Method("svd", sparse=False, hierarchical=True),
+    "shss": Method("shss", hierarchical=True),
     "sparsegpt": Method("sparsegpt", low_rank=False),
     "alps": Method("alps", low_rank=False),
     "wanda": Method("wanda", low_rank=False),

@@ -1,4 +1,4 @@
-"""What may be published of where models and data came from: Hub names, never paths."""
+"""Names of models and data that may be published: Hub names, never paths."""
 
 import os
 import re

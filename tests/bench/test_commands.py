@@ -258,3 +258,27 @@ def test_kernels(tmp_path, capsys: pytest.CaptureFixture) -> None:
     assert "24x36" in capsys.readouterr().out
     assert main(["bench", "kernels", "--shapes", "24"]) != 0
     assert "--shapes='24'" in capsys.readouterr().err
+
+
+def test_forms(tmp_path, capsys) -> None:
+    weight, inputs = torch.randn(32, 48), torch.randn(200, 48) @ torch.randn(48, 48)
+    file, output = tmp_path / "layer.safetensors", tmp_path / "rows.json"
+    save_file({"weight": weight, "gram": inputs.T @ inputs}, file)
+    arguments = ["--sparsity", "0.5", "--rank", "4", "--depths", "1", "--first-ranks", "2", "3"]
+    command = ["bench", "forms", str(file), *arguments, "--permutations", "none", "random"]
+    assert main([*command, "--device", "cpu", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())
+    assert {row["method"] for row in rows} >= {"3basil, flat", "svd, flat", "shss", "3basil", "svd"}
+    assert all(row["bytes"] <= rows[0]["bytes"] for row in rows)
+    assert all(
+        row["against flat"] == pytest.approx(row["error"] / rows[0]["error"], rel=0.01) for row in rows
+    )
+    assert "against flat" in capsys.readouterr().out
+
+
+def test_kernels_of_a_hierarchy(capsys) -> None:
+    shape = ["--shapes", "64x96", "--rows", "1", "3", "--patterns", "none", "0.5", "--repeats", "1"]
+    options = ["--rank", "4", "--hierarchy", '{"depth": 2}', "--device", "cpu", "--dtype", "float32"]
+    assert main(["bench", "kernels", *shape, *options]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("64x96")]
+    assert len(lines) == 4 and all(float(line[8]) < 1e-5 for line in lines)

@@ -19,10 +19,10 @@ from hf_sparselr.compression import run as offline
 from hf_sparselr.compression import samples as samples_module
 from hf_sparselr.compression.distillation import copy_sharing_blocks, distill, on_device
 from hf_sparselr.compression.model_structure import find_stacks
-from hf_sparselr.compression.pipeline import make_batches
 from hf_sparselr.compression.plan import plan_layers
 from hf_sparselr.compression.samples import Samples
 from hf_sparselr.config.options import DistillOptions
+from hf_sparselr.data.model_inputs import make_batches, token_samples
 from hf_sparselr.data.origin import Origin
 from hf_sparselr.data.self_generation import sample_from_model
 from hf_sparselr.entrypoints.perplexity import perplexity
@@ -56,7 +56,7 @@ def packed(name: str = "llama", dtype: torch.dtype = torch.float32, rank: int = 
 def run(model, teacher, batch: int = 2, seed: int = 0, windows=tiny.IDS, **changes) -> dict:
     options = DistillOptions(**{**FAST, **changes})
     with on_device(teacher, CPU, options):
-        return distill(model, teacher, make_batches(list(windows), batch), options, seed, CPU)
+        return distill(model, teacher, make_batches(token_samples(windows), batch), options, seed, CPU)
 
 
 def divergence(model, teacher, ids: torch.Tensor = tiny.IDS) -> float:
@@ -203,7 +203,7 @@ def test_checkpointing_computes_blocks_again_and_changes_nothing(name, train) ->
     found, calls = [], []
     for wanted in (False, True):
         model, teacher = packed(name)
-        block = next(iter(find_stacks(model).values()))[0]
+        block = next(iter(next(iter(find_stacks(model).values())).values()))
         inner = next(part for key, part in block.named_modules() if "norm" in key)
         count = []
         inner.register_forward_pre_hook(lambda *_, count=count: count.append(torch.is_grad_enabled()))
@@ -334,7 +334,7 @@ def test_the_dense_model_writes_windows_of_its_own(monkeypatch) -> None:
     own = {**FAST, "self_samples": 3, "self_len": 10}
     model = compress(dense(), tiny.settings(refine="distill", distill=own, seed=4))
     written = sample_from_model(dense(), None, num_samples=3, seq_len=10, seed=5)
-    windows = [row for batch in seen for row in batch]
+    windows = [row for batch in seen for row in batch["input_ids"]]
     assert [len(row) for row in windows] == [32] * 4 + [10] * 3
     assert torch.equal(torch.stack(windows[:4]), tiny.IDS)
     assert torch.equal(torch.stack(windows[4:]), torch.stack(written))

@@ -7,8 +7,8 @@ from torch import nn
 
 from hf_sparselr.compression.capture import capture_block_inputs, replay
 from hf_sparselr.compression.model_structure import find_stacks, linear_layers
-from hf_sparselr.compression.pipeline import make_batches
 from hf_sparselr.compression.plan import plan_layers
+from hf_sparselr.data.model_inputs import make_batches, token_samples
 from hf_sparselr.format.patterns import NM, Unstructured
 
 # family: (stacks, linear layers in them)
@@ -68,15 +68,15 @@ def dense_outputs(model, blocks, batches):
 @torch.no_grad()
 def test_replay_is_exact(name, batch_size):
     model = tiny.build(name)
-    batches = make_batches(list(tiny.IDS), batch_size)
+    batches = make_batches(token_samples(tiny.IDS), batch_size)
     for blocks in find_stacks(model).values():
         recording = capture_block_inputs(model, blocks, batches)
         hidden = recording.inputs
-        for block, calls, outputs in zip(
-            blocks, recording.calls, dense_outputs(model, blocks, batches), strict=True
-        ):
+        outputs_of = dense_outputs(model, list(blocks.values()), [batch["input_ids"] for batch in batches])
+        for (name, block), outputs in zip(blocks.items(), outputs_of, strict=True):
+            calls = recording.calls[name]
             hidden = [replay(block, batch, call) for batch, call in zip(hidden, calls, strict=True)]
-            assert all(map(torch.equal, hidden, outputs))
+            assert all(map(torch.equal, hidden, outputs)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -85,10 +85,10 @@ def test_recording_leaves_the_model_alone(name, dtype):
     model = tiny.build(name, dtype)
     before = tiny.snapshot(model)
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
-    own = next(iter(find_stacks(model).values()))[0]
+    own = next(iter(next(iter(find_stacks(model).values())).values()))
     marked = own.forward = own.forward  # an instance forward, as accelerate sets one
     for blocks in find_stacks(model).values():
-        recording = capture_block_inputs(model, blocks, make_batches(list(tiny.IDS), 2))
+        recording = capture_block_inputs(model, blocks, make_batches(token_samples(tiny.IDS), 2))
         assert all(batch.dtype == torch.float32 for batch in recording.inputs)
     assert tiny.same(before, tiny.snapshot(model))
     assert tiny.same(buffers, dict(model.named_buffers()))
@@ -99,8 +99,9 @@ def test_recording_leaves_the_model_alone(name, dtype):
 def test_a_failing_forward_pass_leaves_the_model_alone():
     model = tiny.build("llama", torch.bfloat16)
     before = tiny.snapshot(model)
+    blocks = find_stacks(model)["model.layers"]
     with pytest.raises(IndexError):
-        capture_block_inputs(model, model.model.layers, [torch.full((1, 4), tiny.VOCAB)])
+        capture_block_inputs(model, blocks, [{"input_ids": torch.full((1, 4), tiny.VOCAB)}])
     assert tiny.same(before, tiny.snapshot(model))
     assert not any("forward" in vars(module) for module in model.modules())
 

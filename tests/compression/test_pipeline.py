@@ -15,6 +15,7 @@ from hf_sparselr.compression import pipeline
 from hf_sparselr.compression.model_structure import find_stacks
 from hf_sparselr.compression.plan import plan_layers
 from hf_sparselr.compression.report import Report
+from hf_sparselr.data.model_inputs import make_batches, token_samples
 from hf_sparselr.format.bitmask import unpack_mask
 from hf_sparselr.format.patterns import parse
 from hf_sparselr.nn.linear import packed_layers
@@ -49,7 +50,7 @@ def test_every_family_end_to_end(name, dtype, sparsity):
     model = tiny.build(name, dtype)
     config = tiny.settings(sparsity=sparsity, **IGNORED.get(name, {}), **TM)
     plan = plan_layers(model, config)
-    blocks = [f"{stack}.{i}" for stack, members in find_stacks(model).items() for i in range(len(members))]
+    blocks = [name for members in find_stacks(model).values() for name in members]
     assert compress(model, config) is model
     layers, report = packed_layers(model), model.sparselr_report
     assert layers.keys() == plan.keys()
@@ -132,7 +133,9 @@ def block_outputs(model, replaced=()):
         outputs.append(replaced[index] if index < len(replaced) else first)
         return (outputs[-1], *out[1:]) if isinstance(out, tuple) else outputs[-1]
 
-    handles = [block.register_forward_hook(hook) for block in next(iter(find_stacks(model).values()))]
+    handles = [
+        block.register_forward_hook(hook) for block in next(iter(find_stacks(model).values())).values()
+    ]
     tiny.logits(model)
     for handle in handles:
         handle.remove()
@@ -205,7 +208,11 @@ def test_blocks_tell_their_phases():
 def test_windows_of_different_lengths_are_never_padded():
     model = tiny.build("llama")
     windows = [tiny.IDS[0], tiny.IDS[1, :20], tiny.IDS[2, :20], tiny.IDS[3, :7]]
-    assert [tuple(b.shape) for b in pipeline.make_batches(windows, 8)] == [(1, 32), (2, 20), (1, 7)]
+    assert [tuple(b["input_ids"].shape) for b in make_batches(token_samples(windows), 8)] == [
+        (1, 32),
+        (2, 20),
+        (1, 7),
+    ]
     compress(model, tiny.settings(calibration=windows))
     assert torch.isfinite(tiny.logits(model)).all()
 
@@ -285,7 +292,7 @@ def test_a_raising_sink_leaves_the_model_dense():
     weights, state = tiny.snapshot(model), state_of(model)
     config = tiny.settings()
     with pytest.raises(ZeroDivisionError):
-        pipeline.run(model, plan_layers(model, config), config, list(tiny.IDS), lambda name, block: 1 / 0)
+        pipeline.run(model, plan_layers(model, config), config, token_samples(tiny.IDS), lambda *_: 1 / 0)
     assert state_of(model) == state and tiny.same(weights, tiny.snapshot(model))
 
 

@@ -14,6 +14,7 @@ from hf_sparselr.compression.model_structure import find_stacks
 from hf_sparselr.compression.transformer_matching import match_block, mean_squared_error, resolve_precision
 from hf_sparselr.compression.working_linear import WorkingLinear, trainable
 from hf_sparselr.config.options import TMOptions
+from hf_sparselr.data.model_inputs import make_batches, token_samples
 from hf_sparselr.format.decomposition import Decomposition
 from hf_sparselr.format.patterns import NM
 from hf_sparselr.solvers.gram import GramAccumulator, ScaledGram
@@ -32,12 +33,12 @@ def dense_block(batch: int = 2) -> tuple[nn.Module, list, list, list]:
     """The first block, its inputs and calls in batches, and its outputs."""
     model = build("llama")
     blocks = next(iter(find_stacks(model).values()))
-    recording = capture_block_inputs(model, blocks, list(IDS.split(batch)))
+    recording = capture_block_inputs(model, blocks, make_batches(token_samples(IDS), batch))
+    name, block = next(iter(blocks.items()))
+    calls = recording.calls[name]
     with torch.no_grad():
-        outputs = [
-            replay(blocks[0], x, call) for x, call in zip(recording.inputs, recording.calls[0], strict=True)
-        ]
-    return blocks[0], recording.inputs, outputs, recording.calls[0]
+        outputs = [replay(block, x, call) for x, call in zip(recording.inputs, calls, strict=True)]
+    return block, recording.inputs, outputs, calls
 
 
 @cache

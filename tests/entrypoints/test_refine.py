@@ -252,7 +252,8 @@ def test_by_name(home, tmp_path):
     )
     base = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.bfloat16)
     pair = PeftModel.from_pretrained(base, home / "adapter")
-    torch.testing.assert_close(tiny.logits(result), tiny.logits(pair), atol=0.02, rtol=0.02)
+    found, expected = tiny.logits(result).float(), tiny.logits(pair).float()
+    assert (found - expected).norm() < 0.03 * expected.norm()  # roundings of BF16
     assert result.sparselr_report.base_model == str(home / "dense")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(tiny.logits(loaded), tiny.logits(result))

@@ -110,10 +110,10 @@ def test_a_choice_is_made_once_and_kept_on_disk(tmp_path, monkeypatch: pytest.Mo
 def use(layer: nn.Module, rows: int, config: LaunchConfig, captured: bool = False) -> None:
     """Makes a layer take a configuration, as if it had been chosen."""
     from hf_sparselr.kernels import gpu
-    from hf_sparselr.kernels.launch_config import FEW_ROWS, bucket
+    from hf_sparselr.kernels.launch_config import NATIVE_ROWS, bucket
 
     weights = [layer.packed_weight]
-    key = rows if rows <= FEW_ROWS else bucket(rows), layer.kernel, captured
+    key = rows if rows <= NATIVE_ROWS else bucket(rows), layer.kernel, captured
     binding_of(weights).products[key] = gpu.run(rows, weights, config)
 
 
@@ -242,9 +242,11 @@ MMA_CASES = [  # odd sizes, empty and full rows, more than a step, more than one
 ]  # fmt: skip
 
 
-def mma_configs(kind: str | float) -> tuple[LaunchConfig, ...]:
-    from hf_sparselr.kernels.launch_config import MMA, MMA_PAIRS
+def mma_configs(kind: str | float, rows: int = 1) -> tuple[LaunchConfig, ...]:
+    from hf_sparselr.kernels.launch_config import MMA, MMA_PAIRS, MMA_PAIRS_WIDE, MMA_WIDE
 
+    if rows > 16:
+        return MMA_PAIRS_WIDE if kind == "2:4" else MMA_WIDE
     return MMA_PAIRS if kind == "2:4" else MMA
 
 
@@ -259,9 +261,9 @@ def test_mma(out: int, n: int, kind: str | float, rank: int, bias: bool, dtype: 
     case = problem(out, n, kind, rank, bias, dtype)
     assert small_batch.supports(case.weight, index_of(case.mask, n))
     weights = [case.weight]
-    for rows in (1, 8, 13):
-        x = draw(rows, n, seed=6, dtype=dtype)
-        config = mma_configs(kind)[rows % len(mma_configs(kind))]
+    for rows in (1, 8, 13, 27):
+        x, configs = draw(rows, n, seed=6, dtype=dtype), mma_configs(kind, rows)
+        config = configs[rows % len(configs)]
         assert_near(gpu.run(rows, weights, config)(x, rows, weights)[0], case.expected(x), dtype)
 
 
@@ -273,8 +275,8 @@ def test_every_configuration_of_mma(kind: str | float) -> None:
         problem(out, 1088, kind, rank, dtype=torch.bfloat16) for out, rank in ((500, 64), (96, 8), (7, 16))
     ]
     weights = [case.weight for case in cases]
-    for config in mma_configs(kind):
-        for rows in (3, 16):
+    for rows in (3, 16, 32):
+        for config in mma_configs(kind, rows):
             x = draw(rows, 1088, seed=6, dtype=torch.bfloat16)
             together = gpu.run(rows, weights, config)(x, rows, weights)
             for case, out in zip(cases, together, strict=True):

@@ -220,10 +220,9 @@ def test_densify_in_16_bits(out: int, n: int, kind: str | float, rank: int) -> N
 
 
 @pytest.mark.parametrize(("rows", "dtype", "kernels"), [
-    (1, torch.float32, {"gemv"}), (1, torch.bfloat16, {"gemv"}),
-    (16, torch.float32, {"gemv"}), (16, torch.bfloat16, {"small_batch"}),
-    (17, torch.float32, set()), (17, torch.bfloat16, {"medium_batch"}),
-    (300, torch.bfloat16, set()),
+    (1, torch.float32, {"gemv", "unpack_then_gemm"}), (16, torch.float32, {"gemv", "unpack_then_gemm"}),
+    (17, torch.float32, {"unpack_then_gemm"}), (1, torch.bfloat16, {"gemv"}), (16, torch.bfloat16, {"small_batch"}),
+    (17, torch.bfloat16, {"medium_batch", "unpack_then_gemm"}), (300, torch.bfloat16, {"unpack_then_gemm"}),
 ])  # fmt: skip
 def test_all_that_is_worth_trying_gives_the_product(rows: int, dtype: torch.dtype, kernels: set[str]) -> None:
     x = draw(rows, 24, seed=6, dtype=dtype)
@@ -232,8 +231,19 @@ def test_all_that_is_worth_trying_gives_the_product(rows: int, dtype: torch.dtyp
         configs = candidates(rows, case.weight, pairs=False, native=False)
         for config in configs:
             assert_near(multiply(x, case, config), case.expected(x), dtype)
-        assert {config.kernel for config in configs} == kernels | {"unpack_then_gemm"}
-        assert (BESIDE in configs) == (rank > 0 and rows > 16) and JOINED in configs
+        assert {config.kernel for config in configs} == kernels
+        assert BESIDE not in configs or rank > 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 33, 256, 257, 10**6])
+@pytest.mark.parametrize("kind", ["2:4", 0.5])
+@pytest.mark.parametrize("native", [True, False])
+def test_there_is_a_kernel_for_every_number_of_rows(rows: int, kind: str | float, native: bool) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = problem(4, 64, kind, dtype=dtype).weight
+        for config in candidates(rows, weight, pairs=kind == "2:4", native=native):
+            most = {"gemv": 16, "small_batch": 16, "mma": 32, "medium_batch": 256}.get(config.kernel, rows)
+            assert rows <= most and (native or config.kernel != "mma")
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])

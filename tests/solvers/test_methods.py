@@ -88,8 +88,10 @@ def test_refinement_follows_every_method_and_keeps_its_zeros(name: str, sparsity
         if key == "model.layers.0.self_attn.q_proj":  # both runs solve it for the same inputs
             before = plain[key]
             assert torch.equal(layer.mask, before.mask)
-            parts = ("values",) * METHODS[name].sparse + ("A", "B") * METHODS[name].low_rank
-            assert not any(torch.equal(getattr(layer, part), getattr(before, part)) for part in parts)
+            pairs = list(zip(layer.factors, before.factors, strict=True))
+            assert bool(pairs) == METHODS[name].low_rank
+            pairs += [(layer.values, before.values)] * METHODS[name].sparse
+            assert not any(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ...compression.report import Report, cell, shape_cell
+from ...compression.report import Report, cell, rank_cell, shape_cell
 from ...config.sparselr_config import SparseLRConfig
 from ...format.patterns import NM
 from ...utils.public_names import hub_id, public_source
@@ -32,6 +32,7 @@ _METHODS = {
     "eora": "[EoRA](https://arxiv.org/abs/2410.21271)",
     "sslc": "[SSLC](https://arxiv.org/abs/2510.26446)",
     "svd": "activation-weighted low rank",
+    "shss": "[sHSS](https://arxiv.org/abs/2601.07839)",
     "sparsegpt": "[SparseGPT](https://arxiv.org/abs/2301.00774)",
     "alps": "[ALPS](https://arxiv.org/abs/2406.07831)",
     "wanda": "[Wanda](https://arxiv.org/abs/2306.11695)",
@@ -67,10 +68,10 @@ def model_card(
 
     Args:
         config: the settings of the run.
-        report: what the run did; None leaves out sizes, perplexity, layers and base model.
+        report: of the run; None leaves out sizes, perplexity, layers and base model.
         repo_id: where the card will be: "user/name", or None for a directory.
-        licence: an identifier, or the fields license, license_name and license_link of a card. None: what the card
-            of the base model says, if it is found (no error if it is not). Nothing is looked up for a report that
+        licence: an identifier, or the fields license, license_name and license_link of a card. None: those of the
+            base model's card, if it is found (no error if it is not). Nothing is looked up for a report that
             was read from a checkpoint.
         architecture: the model's class name; gives the pipeline tag and the class in the loading example.
     """
@@ -118,7 +119,7 @@ def _task(architecture: str | None) -> tuple[str | None, str]:
 def tags_of(config: SparseLRConfig) -> list[str]:
     """The card's tags."""
     pattern = config.sparsity if isinstance(config.sparsity, str) else "unstructured"
-    return ["sparselr", "compressed", "sparse", pattern, *(["low-rank"] if config.has_factors else [])]
+    return ["sparselr", "compressed", "sparse", pattern, *(["low-rank"] if config.has_low_rank else [])]
 
 
 def base_licence(report: Report) -> dict[str, str]:
@@ -173,7 +174,7 @@ def _sections(config: SparseLRConfig, report: Report, repo_id: str | None, loade
     sections = [
         f"# {title}",
         f"{origin}, compressed with `hf_sparselr`: each compressed weight matrix is S + B A, where S is sparse "
-        f"({_sparsity(config)}) and B A has {_rank(config)}. The checkpoint is stored packed.",
+        f"({_sparsity(config)}) and B A has {_rank(config)}. {_hierarchy(config)}The checkpoint is stored packed.",
         "**The weights only open with the `hf_sparselr` package**, which registers itself with transformers when it "
         "is installed. No remote code is run.",
         _usage(config, repo_id or "REPOSITORY_OR_DIRECTORY", loader),
@@ -196,9 +197,19 @@ def _sparsity(config: SparseLRConfig) -> str:
     return f"{pattern.sparsity:.0%} of the entries are zero"
 
 
+def _hierarchy(config: SparseLRConfig) -> str:
+    if config.hierarchy is None:
+        return ""
+    order = ", after a reverse Cuthill-McKee permutation" if config.hierarchy.permutation else ""
+    return (
+        f"B A is hierarchical (arXiv 2601.07839): rows and columns are halved up to {config.hierarchy.depth} times"
+        f"{order}, blocks beside the diagonal are of low rank and the last ones on it are dense. "
+    )
+
+
 def _rank(config: SparseLRConfig) -> str:
     if config.compression is None:
-        return f"rank {config.rank}"
+        return f"{'' if config.hierarchy is None else 'a first '}rank {config.rank}"
     return f"{config.rank_ratio:.0%} of the parameters"
 
 
@@ -257,7 +268,7 @@ def _layers(layers: list[dict]) -> str:
     rows = [("Layer", "Shape", "Pattern", "Rank", "Zeros in S", "Relative error")]
     for row in layers:
         cells = (_code(cell(row, "name")), *map(_text, (shape_cell(row, " x "), cell(row, "pattern"))))
-        numbers = (cell(row, "rank"), cell(row, "sparsity", ".2%"), cell(row, "relative_error", ".5f"))
+        numbers = (rank_cell(row), cell(row, "sparsity", ".2%"), cell(row, "relative_error", ".5f"))
         rows.append((*cells, *map(_text, numbers)))
     return (
         "## Layers\n\nThe relative error is tr(E H Eᵀ) / tr(W H Wᵀ), with the error E of a weight W and the Gram "

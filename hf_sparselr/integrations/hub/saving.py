@@ -113,7 +113,7 @@ def _is_ours(model: Any) -> bool:
 
 @contextlib.contextmanager
 def _passing_on(model: Any, state_dict: dict | None, staging: Staging | None = None) -> Iterator[None]:
-    """Shows our quantizer what was given to `save_pretrained`; transformers does not pass it on."""
+    """Shows our quantizer the arguments of `save_pretrained` that transformers does not pass on."""
     quantizer = getattr(model, "hf_quantizer", None)
     if not hasattr(quantizer, "given_state"):  # another method's
         yield
@@ -139,7 +139,7 @@ def save_pretrained(
     """Around `PreTrainedModel.save_pretrained`: a compressed model is saved as a transaction.
 
     Raises:
-        ValueError: before anything is written, naming what stands in the way.
+        ValueError: before anything is written, naming the obstacle.
         FormatError: the files that were written do not hold the model; nothing was changed.
     """
     if not _is_ours(self) or not self.should_save_on_this_rank(is_main_process):

@@ -33,7 +33,14 @@ def _lora_layers(model: nn.Module) -> dict[str, SparseLRLoraLayer]:
 def check_injection(
     self: BaseTuner, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None = None
 ) -> None:
-    """Every adapter of every method passes here while the model is still unchanged."""
+    """Before `BaseTuner.inject_adapter`, which every adapter of every method passes; the model is still unchanged.
+
+    Also tells PEFT which LoRA layer to put on compressed layers.
+
+    Raises:
+        ValueError: a method, initialisation or variant that needs a dense weight, `modules_to_save` or
+            `target_parameters` on a compressed layer, or an adapter that replaces factors which the model lacks.
+    """
     config: Any = self.peft_config[adapter_name]
     layers = compressed_layers(model)
     if not layers and not is_replacing(config):
@@ -110,6 +117,7 @@ def _check_parameters(config: PeftConfig, layers: dict[str, SparseLRLinear]) -> 
 def check_weighting(
     self: BaseTuner, adapters: list[str], weights: list[float], combination_type: str
 ) -> None:
+    """Before `LoraModel.add_weighted_adapter`: adapters that replace factors mix only with their like."""
     kinds = {is_replacing(self.peft_config.get(name)) for name in adapters}
     if len(kinds) > 1:
         raise ValueError(
@@ -148,6 +156,7 @@ def _check_same_kind(adapter_name: str, replacing: bool, config: PeftConfig) -> 
 def check_hotswap(
     model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: LoraConfig
 ) -> None:
+    """Before `hotswap_adapter_from_state_dict`: both adapters must be of one kind and hold the same factors."""
     for name, layer in _lora_layers(model).items():
         name = name.removeprefix("_orig_mod.")
         if adapter_name not in layer.lora_A:
@@ -168,7 +177,7 @@ def check_reload(
     peft_config: PeftConfig | None,
     adapter_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """transformers' hot swap is a load_adapter under a name in use, without any look at the configs."""
+    """Before transformers' `load_adapter`, which under a name in use swaps adapters without looking at configs."""
     name = adapter_name or "default"
     present = getattr(self, "peft_config", {}).get(name)
     if present is not None and compressed_layers(self):
@@ -177,6 +186,7 @@ def check_reload(
 
 
 def check_intruders(peft_model: nn.Module, old_adapter_name: str) -> None:
+    """Before `reduce_intruder_dimension`, which needs the weight that an adapter adds to."""
     if any(old_adapter_name in layer.replacing for layer in _lora_layers(peft_model).values()):
         raise ValueError(
             f"reduce_intruder_dimension compares an adapter with the weight it adds to, but {old_adapter_name} "
@@ -185,6 +195,7 @@ def check_intruders(peft_model: nn.Module, old_adapter_name: str) -> None:
 
 
 def check_experts(self: Any) -> None:
+    """Before X-LoRA starts, which adds the outputs of its experts."""
     if any(layer.replacing for layer in _lora_layers(self.lora_model).values()):
         raise ValueError(
             "X-LoRA adds its experts to each layer, but some of these replace the model's low-rank factors: use "

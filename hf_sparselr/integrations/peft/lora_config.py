@@ -95,6 +95,12 @@ def lora_config(model: nn.Module, **lora_kwargs: Any) -> LoraConfig:
 def _ranks(model: nn.Module) -> dict[str, int]:
     """{name: rank} of the layers whose factors PEFT can hold."""
     ranks = {name: layer.rank for name, layer in compressed_layers(model).items() if layer.rank}
+    if not ranks and any(layer.hierarchy is not None for layer in compressed_layers(model).values()):
+        raise ValueError(
+            "the low-rank part of the compressed layers is hierarchical, and no pair A, B gives the same outputs: "
+            "train it with hf_sparselr.train_mode, add an adapter beside it with peft.LoraConfig, or compress with "
+            "low_rank='flat'"
+        )
     if not ranks:
         raise ValueError("the model holds no compressed layer with low-rank factors: use peft.LoraConfig")
     refused = refused_by_peft(model, list(ranks))

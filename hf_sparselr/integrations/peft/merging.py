@@ -50,6 +50,11 @@ def merge_and_unload(
     ranks = _ranks_without_adapters(model)
     if rank is not None and rank != OWN:
         check_integer("rank", rank, 0)
+    if rank == OWN and any(layer.hierarchy is not None for layer in ranks):
+        raise ValueError(
+            f"rank={OWN!r}: the layers' own low-rank part is hierarchical, without a rank to cut adapters back to; "
+            "pass a number, for the factors beside it, or None"
+        )
     if rank is None and calibration is not None:
         raise ValueError("calibration is for cutting back to a rank: pass rank, or no calibration")
     rows = None if calibration is None else _rows(calibration)

@@ -33,6 +33,11 @@ class PackedNames:
                 f"format_version={version!r}: this hf_sparselr serves checkpoints up to version {FORMAT_VERSION}; "
                 "upgrade it to serve this one"
             )
+        if config.get("low_rank", "flat") != "flat":
+            raise ValueError(
+                f"low_rank={config['low_rank']!r}: engines serve flat low-rank parts only; serve this model with "
+                "transformers, or compress it with low_rank='flat'"
+            )
         patterns = config.get(PACKED_LAYERS)
         if not isinstance(patterns, (list, tuple)) or not patterns:
             raise ValueError(

@@ -53,10 +53,9 @@ class PackedShards(nn.Module):
         self.device = device
         self.count = 0  # of layers, known once they are loaded
         self._loader = loader
-        self._waiting: dict[
-            Hashable, dict[str, torch.Tensor]
-        ] = {}  # a whole mask or values without the other
-        self._kept: dict[Hashable, dict[str, torch.Tensor]] = {}  # this rank's slices
+        # By shard: a whole mask or values that wait for the other, and this rank's slices.
+        self._waiting: dict[Hashable, dict[str, torch.Tensor]] = {}
+        self._kept: dict[Hashable, dict[str, torch.Tensor]] = {}
         self._places: dict[Hashable, range] = {}  # the rows of a layer in the merged one
 
     # -- loading

@@ -9,7 +9,7 @@ def reject_adapters(model: nn.Module, action: str) -> None:
     """Raises ValueError where adapters wrap packed layers of a model: `action` would leave them behind.
 
     Args:
-        action: what cannot be done, as a verb: "dequantize".
+        action: the verb of the error, such as "dequantize".
     """
     if any(name.endswith(".base_layer") for name in packed_layers(model)):
         raise ValueError(

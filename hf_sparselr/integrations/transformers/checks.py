@@ -9,6 +9,7 @@ from torch import nn
 
 from ...compression.linear_layers import weight_shape
 from ...compression.model_structure import linear_layers
+from ...compression.plan import Layer
 from ...config.sparselr_config import SparseLRConfig
 from ...format.checkpoint import (
     SENTINEL,
@@ -19,7 +20,8 @@ from ...format.checkpoint import (
     group_layers,
     layer_rank,
 )
-from ...format.patterns import NM, Pattern
+from ...format.checkpoint_hierarchy import PREFIX, owner, read_shape
+from ...format.patterns import NM
 from ...format.seal import SAVE_ID, check_seal, read_seal
 from ...nn.linear import SparseLRLinear
 from ...solvers.registry import PRECOMPUTED
@@ -36,7 +38,7 @@ def check_checkpoint(
 ) -> dict[str, Parts]:
     """Checks a whole checkpoint: names, shapes, dtypes, masks, ranks, and that its files belong together.
 
-    Reads headers and masks only. What the weights are worth, `inspect --verify` tells.
+    Reads headers and masks only. `inspect --verify` compares the weights with their checksums.
 
     Args:
         model: a skeleton with dense linear layers.
@@ -65,10 +67,13 @@ def check_checkpoint(
     _check_names(model, entries, stored, names)
     shapes = {layer: weight_shape(layers[name]) for layer, name in named.items()}
     asked = {layer: _asked(config, layer, named[layer], shapes[layer], model) for layer in stored}
-    patterns = {layer: found[0] for layer, found in asked.items() if found and isinstance(found[0], NM)}
+    patterns = {
+        layer: found.pattern for layer, found in asked.items() if found and isinstance(found.pattern, NM)
+    }
     check_masks(stored, {layer: shape[1] for layer, shape in shapes.items()}, patterns)
     seals = {entry.file: None for entry in entries.values()}
     ranks = check_seal(entries, {file: read_seal(file) for file in seals}, getattr(config, SAVE_ID, None))
+    _check_hierarchies(stored, asked, shapes)
     _check_ranks(stored, config, asked, ranks)
     return {named[layer]: parts for layer, parts in stored.items()}
 
@@ -102,13 +107,13 @@ def changed_ranks(config: SparseLRConfig, layers: Mapping[str, SparseLRLinear]) 
     """Layers whose rank is not the one that the config gives them, after adapters were merged: {name: rank}."""
     if not _fixes_ranks(config):
         return {}
-    asked = {
-        name: config.layer_settings(name, (layer.out_features, layer.in_features))
-        for name, layer in layers.items()
-    }
-    return {
-        name: layer.rank for name, layer in layers.items() if asked[name] and asked[name][1] != layer.rank
-    }
+    ranks = {}
+    for name, layer in layers.items():
+        shape = layer.out_features, layer.in_features
+        asked = config.layer_settings(name, shape)
+        if asked and layer.rank != Layer(name, *asked, config.layer_hierarchy(shape, asked[1])).flat_rank:
+            ranks[name] = layer.rank
+    return ranks
 
 
 def _tensor_names(model: nn.Module) -> list[str]:
@@ -132,7 +137,7 @@ def _check_names(
         target.rpartition(".")[0]
         for name, targets in names.targets.items()
         for target in targets
-        if name in entries and name.rpartition(".")[0] not in stored
+        if name in entries and owner(name) not in stored
     }
     for name in linear_layers(model):
         if name not in packed and name not in present:
@@ -147,8 +152,8 @@ def _check_names(
 
 def _asked(
     config: SparseLRConfig, stored: str, name: str, shape: tuple[int, int], model: "PreTrainedModel"
-) -> tuple[Pattern, int] | None:
-    """Pattern and rank that the config gives a layer, whose name may have differed in the class that wrote it.
+) -> Layer | None:
+    """What the config gives a layer, whose name may have differed in the class that wrote it.
 
     None where that leaves more than one answer.
     """
@@ -157,7 +162,10 @@ def _asked(
         {stored, name} if is_written_by(model) else {stored, name, name.removeprefix(prefix), prefix + name}
     )
     found = {config.layer_settings(each, shape) for each in names}
-    return found.pop() if len(found) == 1 else None
+    if len(found) > 1 or None in found:
+        return None
+    pattern, rank = found.pop()
+    return Layer(stored, pattern, rank, config.layer_hierarchy(shape, rank))
 
 
 def _fixes_ranks(config: SparseLRConfig) -> bool:
@@ -165,14 +173,33 @@ def _fixes_ranks(config: SparseLRConfig) -> bool:
     return config.allocation == "uniform" and config.method != PRECOMPUTED
 
 
+def _check_hierarchies(
+    stored: Mapping[str, Parts], asked: Mapping[str, Layer | None], shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """A hierarchical part may not be lost, or split otherwise than the config says."""
+    for layer, parts in stored.items():
+        if asked[layer] is None:
+            continue
+        found, expected = read_shape(parts, *shapes[layer]), asked[layer].hierarchy
+        if found != expected:
+            names = [f"{PREFIX}.ranks", "values"]
+            file = next(parts[name].file for name in names if name in parts)
+            told = [shape and list(shape.ranks) for shape in (found, expected)]
+            raise FormatError(
+                f"{file}: tensor {layer}.{PREFIX}.ranks says {told[0]}, but the config says {told[1]}"
+            )
+
+
 def _check_ranks(
     stored: Mapping[str, Parts],
     config: SparseLRConfig,
-    asked: Mapping[str, tuple[Pattern, int] | None],
+    asked: Mapping[str, Layer | None],
     changed: Mapping[str, int],
 ) -> None:
     for layer, parts in stored.items():
-        expected = changed.get(layer, asked[layer][1] if asked[layer] and _fixes_ranks(config) else None)
+        expected = changed.get(
+            layer, asked[layer].flat_rank if asked[layer] and _fixes_ranks(config) else None
+        )
         if expected is not None and layer_rank(parts) != expected:
             file = parts["A" if "A" in parts else "values"].file
             raise FormatError(

@@ -21,13 +21,14 @@ from transformers.core_model_loading import (
 
 from ...compression.model_structure import linear_layers
 from ...format.checkpoint import DTYPES, FLOATS, SENTINEL, Entry, FormatError
+from ...format.checkpoint_hierarchy import owner
 
 if TYPE_CHECKING:  # transformers imports this module before it has the class
     from transformers import PreTrainedModel
 
 
 class StoredNames:
-    """What the tensors of a checkpoint are called in a model, by the rules with which transformers loads them.
+    """The names that the tensors of a checkpoint have in a model, by the rules with which transformers loads them.
 
     Attributes:
         targets: {stored name: names of the model's tensors that it becomes}. Several where it is split, and the same
@@ -51,7 +52,7 @@ class StoredNames:
         self._known, self._prefix = dict.fromkeys(tensors, True), model.base_model_prefix
         self.targets = {}
         for name in sorted(stored, key=dot_natural_key):  # some renamings rely on this order
-            packed = name.rpartition(".")[0] in layers
+            packed = owner(name) in layers
             self.targets[name] = self._targets(name, renamings, [] if packed else converters)
 
     def layer(self, stored: str) -> str:
@@ -80,7 +81,7 @@ class Sparing:
         return self.pattern.groupindex
 
     def search(self, name: str) -> re.Match | None:
-        return None if name.rpartition(".")[0] in self.layers else self.pattern.search(name)
+        return None if owner(name) in self.layers else self.pattern.search(name)
 
 
 def spare(conversions: list, layers: Iterable[str], prefix: str) -> list:
@@ -117,23 +118,21 @@ def check_dense(
     Raises:
         FormatError: naming file and tensor.
     """
-    state = {
-        name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in packed
-    }
+    state = {name: tensor for name, tensor in model.state_dict().items() if owner(name) not in packed}
     found, unexpected = set(), {}
     for stored, entry in entries.items():
         targets = names.targets[stored]
-        if targets[0].rpartition(".")[0] in packed:
+        if owner(targets[0]) in packed:
             continue
         known = [target for target in targets if target in state]
         found.update(known)
         if not known:
             unexpected[targets[0]] = stored
         _check_dtype(stored, entry, [state[target].dtype for target in known])
-    missing = state.keys() - found
-    for tied, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if {tied, source} & found:
-            missing -= {tied, source}
+    missing = state.keys() - found - set(model._keys_to_ignore_on_save or ())
+    for alike in _names_of_one_tensor(model):
+        if any(name in found or name.rpartition(".")[0] in packed for name in alike):
+            missing -= alike
     info = SimpleNamespace(missing_keys=missing, unexpected_keys=set(unexpected))
     model._adjust_missing_and_unexpected_keys(info)
     if info.missing_keys:
@@ -143,6 +142,17 @@ def check_dense(
         raise FormatError(
             f"{entries[stored].file}: tensor {stored} is unexpected: the model has no such tensor"
         )
+
+
+def _names_of_one_tensor(model: "PreTrainedModel") -> list[set[str]]:
+    """Groups of names for tensors that are stored once: tied weights, and those of modules with several names."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    groups: dict[int, set[str]] = {}
+    for members in (model.named_parameters, model.named_buffers):
+        for name, tensor in members(remove_duplicate=False):
+            groups.setdefault(id(tensor), set()).add(name)
+    shared = [names for names in groups.values() if len(names) > 1]
+    return [*shared, *({tied, source} for tied, source in ties.items())]
 
 
 def writing_class(model: "PreTrainedModel") -> "type[PreTrainedModel] | None":

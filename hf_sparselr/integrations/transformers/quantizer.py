@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
+from ...compression.experts import fuse_experts
 from ...compression.linear_layers import weight_shape
 from ...compression.model_structure import linear_layers
 from ...compression.plan import plan_layers
@@ -20,14 +21,17 @@ from ...compression.report import Report
 from ...config.sparselr_config import QUANT_METHOD, SparseLRConfig
 from ...data.origin import Origin
 from ...format.checkpoint import SENTINEL, Entry, FormatError, group_layers, layer_rank, read_headers
+from ...format.checkpoint_hierarchy import PREFIX, read_shape
 from ...format.seal import METADATA, room
 from ...format.staging import Staging
+from ...nn.hierarchical import HierarchicalLowRank
 from ...nn.linear import SparseLRLinear, packed_layers
 from ...nn.shared_input import link_shared_inputs
 from ...utils.modules import check_device
 from ...utils.public_names import hub_id
 from .adapters import reject_adapters
 from .checks import check_checkpoint
+from .experts import unfuse_packed_experts
 from .names import spare
 
 
@@ -84,7 +88,9 @@ class SparseLRQuantizer(HfQuantizer):
         """Replaces the linear layers that the checkpoint holds packed by empty modules of the right shapes."""
         if not files:
             raise FormatError("a compressed checkpoint is read from .safetensors files, but none were given")
-        entries, layers = read_headers(files), linear_layers(model)
+        entries = read_headers(files)
+        unfuse_packed_experts(model, entries)
+        layers = linear_layers(model)
         packed = check_checkpoint(model, self.quantization_config, entries)
         for name, parts in packed.items():
             model.set_submodule(name, _empty_layer(model, name, layers[name], parts))
@@ -139,7 +145,7 @@ class SparseLRQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict, dict]:
         """The state dict with a zero-element `weight` per packed layer: stock transformers refuses such a file.
 
-        transformers saves what this returns instead of the state dict given to `save_pretrained`, which is the only
+        transformers saves the returned one, and not the state dict given to `save_pretrained`, which is the only
         whole one of a sharded model.
         """
         state = dict(model.state_dict() if self.given_state is None else self.given_state)
@@ -150,10 +156,11 @@ class SparseLRQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         reject_adapters(model, "dequantize")
-        if isinstance(dtype, str):  # what saving a model leaves in its config
+        if isinstance(dtype, str):  # saving a model leaves a name in its config
             dtype = getattr(torch, dtype)
         for name, module in packed_layers(model).items():
             model.set_submodule(name, module.to_dense().to(dtype).requires_grad_(True))
+        fuse_experts(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -189,15 +196,20 @@ def attach(model: nn.Module, config: SparseLRConfig, report: Report) -> nn.Modul
 
 
 def _empty_layer(model: nn.Module, name: str, dense: nn.Module, parts: dict[str, Entry]) -> SparseLRLinear:
-    return SparseLRLinear(
+    dtype = _stored_dtype(model, name, dense.weight.dtype)
+    layer = SparseLRLinear(
         *reversed(weight_shape(dense)),
         nonzeros=parts["values"].shape[0],
         rank=layer_rank(parts),
         bias=dense.bias is not None,
         transposed=isinstance(dense, Conv1D),
         device="meta",
-        dtype=_stored_dtype(model, name, dense.weight.dtype),
+        dtype=dtype,
     )
+    hierarchy = read_shape(parts, *weight_shape(dense))
+    if hierarchy is not None:
+        layer.hierarchy = HierarchicalLowRank(hierarchy, f"{PREFIX}.row_order" in parts, "meta", dtype)
+    return layer
 
 
 def _stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:

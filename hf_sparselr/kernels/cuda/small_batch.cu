@@ -1,4 +1,4 @@
-/* y = x S^T + u B^T + bias for up to 16 rows of x, S packed, on the tensor cores; u = x A^T.
+/* y = x S^T + u B^T + bias for up to 32 rows of x, S packed, on the tensor cores; u = x A^T.
  *
  * A warp owns ROWS rows of S and a part of the columns. It brings the mask and the values of a few columns into
  * registers as the first factor of a product of the tensor cores, zeros included, or at 2:4 as the factor and the
@@ -32,6 +32,10 @@ struct Arguments {
   const u16 *x;
   float *u;
   long long count, ins, blocks; /* rows of x, columns, words of a row */
+  /* Fused, the first `projecting` blocks compute u, and the others wait for them at their end. Blocks start in order.
+     arrived: how many blocks of either kind have ended; the last one sets both to zero for the next launch. */
+  u32 *arrived;
+  long long projecting;
   Weight weights[WEIGHTS];
 };
 
@@ -322,6 +326,81 @@ __device__ __forceinline__ void accumulate(const Weight &w, const Arguments &arg
 }
 #endif
 
+#ifdef RANK
+/* u = x A^T: one factor a block, all rows of x. */
+__device__ __forceinline__ void project(const Arguments &args, int q, float *parts) {
+  int number = 0;
+#pragma unroll
+  for (int i = 0; i + 1 < WEIGHTS; i++)
+    if (number == i && q >= args.weights[i].rank) q -= (int)args.weights[i].rank, number = i + 1;
+  const Weight &w = args.weights[number];
+  const u16 *A = w.A + q * args.ins;
+  for (int base = 0; base < args.count; base += 8) { /* eight rows of x at a time */
+    float sums[8] = {};
+    for (int k = 8 * threadIdx.x; k < args.ins; k += 8 * THREADS) {
+      uint4 a = load16(A + k);
+      float wide[8] = {widen(a.x), widen(a.x >> 16), widen(a.y), widen(a.y >> 16),
+                       widen(a.z), widen(a.z >> 16), widen(a.w), widen(a.w >> 16)};
+#pragma unroll
+      for (int n = 0; n < 8; n++) {
+        uint4 v = load16(args.x + min(base + n, (int)args.count - 1) * args.ins + k);
+        sums[n] += wide[0] * widen(v.x) + wide[1] * widen(v.x >> 16) + wide[2] * widen(v.y) + wide[3] * widen(v.y >> 16);
+        sums[n] += wide[4] * widen(v.z) + wide[5] * widen(v.z >> 16) + wide[6] * widen(v.w) + wide[7] * widen(v.w >> 16);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+      for (int step = 16; step; step /= 2) sums[n] += __shfl_xor_sync(~0u, sums[n], step);
+    if (threadIdx.x % 32 == 0)
+#pragma unroll
+      for (int n = 0; n < 8; n++) parts[threadIdx.x / 32 * BATCH + base + n] = sums[n];
+  }
+  __syncthreads();
+  if (threadIdx.x < args.count) {
+    float sum = 0;
+    for (int i = 0; i < WARPS; i++) sum += parts[i * BATCH + threadIdx.x];
+    args.u[w.at + threadIdx.x * w.rank + q] = sum;
+  }
+}
+
+/* Says that a block has ended. Everything that its threads wrote is seen by who sees this. */
+__device__ __forceinline__ void arrive(u32 *counter) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(counter, 1);
+}
+
+__device__ __forceinline__ void wait_for_low_rank(const Arguments &args) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory"); /* for the launch before this one, which computed u */
+#endif
+  if (!args.projecting) return;
+  if (threadIdx.x == 0) {
+    u32 arrived;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(args.arrived) : "memory");
+    while (arrived < args.projecting);
+  }
+  __syncthreads();
+}
+
+/* The last block to come here makes the counters ready for the next launch. */
+__device__ __forceinline__ void leave(const Arguments &args) {
+  if (!args.projecting || threadIdx.x) return;
+  if (atomicAdd(args.arrived + 1, 1) == gridDim.x - args.projecting - 1) {
+    args.arrived[0] = args.arrived[1] = 0;
+    __threadfence();
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) low_rank(const __grid_constant__ Arguments args) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  project(args, blockIdx.x, (float *)shared);
+}
+#endif
+
 #ifdef FOURS
 __device__ __forceinline__ uint2 read_factors(const Weight &w, long long row, int q) {
   return row < w.outs && q < w.rank ? __ldg((const uint2 *)(w.B + row * w.rank + q)) : make_uint2(0, 0);
@@ -355,12 +434,19 @@ __device__ __forceinline__ void add_low_rank(const Weight &w, const Arguments &a
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) small_batch(const __grid_constant__ Arguments args) {
-  int number = 0, first = 0;
+  int number = 0, first = 0, block = blockIdx.x;
+#ifdef RANK
+  if (block < args.projecting) {
+    project(args, block, (float *)shared);
+    return arrive(args.arrived);
+  }
+  block -= (int)args.projecting;
+#endif
 #pragma unroll
   for (int i = 1; i < WEIGHTS; i++)
-    if (blockIdx.x >= args.weights[i - 1].last) number = i, first = (int)args.weights[i - 1].last;
+    if (block >= args.weights[i - 1].last) number = i, first = (int)args.weights[i - 1].last;
   const Weight &w = args.weights[number];
-  int top = ROWS * ((int)blockIdx.x - first), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int top = ROWS * (block - first), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #ifndef PAIRS
   if (threadIdx.x < 16) ((u32 *)shared)[threadIdx.x] = selectors(threadIdx.x);
   __syncthreads();
@@ -372,8 +458,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) small_batch(cons
   for (int i = 0; i < ROWS / 8; i++) factors[i] = read_factors(w, top + 8 * i + lane / 4, 16 * warp + 4 * (lane % 4));
 #endif
   accumulate(w, args, top, warp, lane, sums);
-#if defined(RANK) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory"); /* from here on u is complete */
+#ifdef RANK
+  wait_for_low_rank(args);
 #endif
 #ifdef FOURS
   for (int q = 16 * warp; q < w.rank; q += 16 * WARPS) {
@@ -410,45 +496,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) small_batch(cons
 #endif
     w.y[sample * w.outs + top + row] = narrow(sum);
   }
-}
-
 #ifdef RANK
-/* u = x A^T: one factor a block, all rows of x. */
-extern "C" __global__ void __launch_bounds__(256) low_rank(const __grid_constant__ Arguments args) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
+  leave(args);
 #endif
-  int q = blockIdx.x, number = 0;
-#pragma unroll
-  for (int i = 0; i + 1 < WEIGHTS; i++)
-    if (number == i && q >= args.weights[i].rank) q -= (int)args.weights[i].rank, number = i + 1;
-  const Weight &w = args.weights[number];
-  const u16 *A = w.A + q * args.ins;
-  float sums[BATCH] = {};
-  for (int k = 8 * threadIdx.x; k < args.ins; k += 8 * 256) {
-    uint4 a = load16(A + k);
-    float wide[8] = {widen(a.x), widen(a.x >> 16), widen(a.y), widen(a.y >> 16),
-                     widen(a.z), widen(a.z >> 16), widen(a.w), widen(a.w >> 16)};
-#pragma unroll
-    for (int n = 0; n < BATCH; n++) {
-      uint4 v = load16(args.x + min(n, (int)args.count - 1) * args.ins + k);
-      sums[n] += wide[0] * widen(v.x) + wide[1] * widen(v.x >> 16) + wide[2] * widen(v.y) + wide[3] * widen(v.y >> 16);
-      sums[n] += wide[4] * widen(v.z) + wide[5] * widen(v.z >> 16) + wide[6] * widen(v.w) + wide[7] * widen(v.w >> 16);
-    }
-  }
-  __shared__ float parts[8][BATCH];
-#pragma unroll
-  for (int n = 0; n < BATCH; n++)
-#pragma unroll
-    for (int step = 16; step; step /= 2) sums[n] += __shfl_xor_sync(~0u, sums[n], step);
-  if (threadIdx.x % 32 == 0)
-#pragma unroll
-    for (int n = 0; n < BATCH; n++) parts[threadIdx.x / 32][n] = sums[n];
-  __syncthreads();
-  if (threadIdx.x < args.count) {
-    float sum = 0;
-    for (int i = 0; i < 8; i++) sum += parts[i][threadIdx.x];
-    args.u[w.at + threadIdx.x * w.rank + q] = sum;
-  }
 }
-#endif

@@ -1,4 +1,4 @@
-"""y = x S^T + (x A^T) B^T + bias for up to 16 rows of x on the tensor cores, by `small_batch.cu`."""
+"""y = x S^T + (x A^T) B^T + bias for up to 32 rows of x on the tensor cores, by `small_batch.cu`."""
 
 import functools
 import logging
@@ -8,19 +8,20 @@ from itertools import accumulate
 import torch
 
 from ..bindings import Product
-from ..launch import DriverLaunch, Varying, drives
+from ..launch import DriverLaunch, Varying, drives, empty
 from ..launch_config import LaunchConfig
 from ..packed_weight import PackedWeight
 from ..support_index import SupportIndex, index_of
+from ..tensor_cache import apart
 from .nvrtc import CompileError, load_function
 
 logger = logging.getLogger(__name__)
 
 _STAGES = 2  # as in the source
 _STEP = 128  # columns, likewise
+_COUNTERS = 64  # bytes
 _TABLE = 128  # bytes of shared memory before the values
 _BEYOND = 512  # after them: what a mask that was edited behind torch's back can make a block read
-_LOW_RANK_THREADS = 256
 _SHARED = 227 * 1024  # bytes that a block can have at most, on compute capability 9.0
 
 
@@ -62,12 +63,12 @@ def bind_mma(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -
     """x S^T + (x A^T) B^T + bias of every weight, summed in FP32.
 
     Args:
-        rows: of x, 1 to 16.
+        rows: of x, 1 to 32.
         weights: of one kind (`kind_of`) that is supported (`supports`).
     """
     one, device = weights[0], weights[0].values.get_device()
     indices = [index_of(weight.mask, weight.in_features) for weight in weights]
-    tiles, low_rank = (rows + 7) // 8, one.A is not None
+    tiles, low_rank = 1 if rows <= 8 else 2 if rows <= 16 else 4, one.A is not None
     batch = 8 * tiles
     densest, shared = max(index.densest for index in indices), 4 * config.warps * batch * config.rows
     if not indices[0].pairs:
@@ -82,35 +83,60 @@ def bind_mma(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -
     outs, ranks = [weight.out_features for weight in weights], [weight.rank for weight in weights]
     places = [0, *accumulate(-(-rows * rank // 8) * 8 for rank in ranks)]  # of each weight in u
     blocks = list(accumulate(-(-out // config.rows) for out in outs))
+    # Varying: x, u, the counters of a fused launch, how many of its blocks compute u, and each y.
     arguments = [Varying(0, None), Varying(1, None), rows, one.in_features, indices[0].shape[1]]
+    arguments += [Varying(2, None), Varying(3, None)]
     for number, (weight, index) in enumerate(zip(weights, indices, strict=True)):
         arguments += [
             index.words(weight.mask), weight.values, index.starts, index.offsets,
             *(weight.values if tensor is None else tensor for tensor in (weight.B, weight.bias)),
-            Varying(2 + number, None), outs[number], ranks[number], places[number], index.nonzeros, blocks[number],
+            Varying(4 + number, None), outs[number], ranks[number], places[number], index.nonzeros, blocks[number],
             weight.values if weight.A is None else weight.A,
         ]  # fmt: skip
     load = functools.partial(load_function, "small_batch.cu", defines=tuple(defines), device=device)
-    overlaps = low_rank and torch.cuda.get_device_capability(device) >= (9, 0)
-    main = DriverLaunch(
-        load("small_batch", shared=shared), (blocks[-1],), (32 * config.warps,), shared, arguments, overlaps
-    )
-    project = None
-    if low_rank:
-        project = DriverLaunch(load("low_rank", shared=0), (sum(ranks),), (_LOW_RANK_THREADS,), 0, arguments)
+    block, total = (32 * config.warps,), sum(ranks)
+    main = load("small_batch", shared=shared)
+    if not low_rank:
+        launch = DriverLaunch(main, (blocks[-1],), block, shared, arguments)
 
-    def product(inputs: torch.Tensor, _: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
-        lead = inputs.shape[:-1]
-        ys = [inputs.new_empty((*lead, out)) for out in outs]
-        if project is None:
-            main(inputs, 0, *ys)
+        def product(inputs: torch.Tensor, _: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
+            ys = empty(inputs, outs)
+            launch(inputs, 0, 0, 0, *ys)
             return ys
-        u = torch.empty(places[-1], dtype=torch.float32, device=inputs.device)
-        project(inputs, u, *ys)
-        main(inputs, u, *ys)
+
+        return product
+    fused = DriverLaunch(main, (total + blocks[-1],), block, shared, arguments)
+    overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
+    second = DriverLaunch(main, (blocks[-1],), block, shared, arguments, overlaps)
+    first = DriverLaunch(load("low_rank", shared=shared), (total,), block, shared, arguments)
+
+    def fused_product(inputs: torch.Tensor, _: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
+        ys = empty(inputs, outs)
+        if torch._C._cuda_isCurrentStreamCapturing():  # the graph may run beside this stream
+            u = torch.empty(places[-1], dtype=torch.float32, device=inputs.device)
+            first(inputs, u, 0, 0, *ys)
+            second(inputs, u, 0, 0, *ys)
+        else:
+            counters = _scratch(device, places[-1])
+            fused(inputs, counters + _COUNTERS, counters, total, *ys)
         return ys
 
-    return product
+    return fused_product
+
+
+_SCRATCH: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def _scratch(device: int, size: int) -> int:
+    """The address of counters, which are zero between launches, and `size` floats behind them, of the current stream:
+    its launches use them one after the other."""
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    memory = _SCRATCH.get((device, stream))
+    if memory is None or memory.numel() < size + _COUNTERS // 4:
+        where = torch.device("cuda", device)
+        length = max(2**16, size + _COUNTERS // 4)
+        memory = _SCRATCH[device, stream] = apart(lambda: torch.zeros(length, device=where), where)
+    return memory.data_ptr()
 
 
 def _stride(densest: int) -> int:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..bindings import Product
-from ..launch import TritonLaunch, Varying
+from ..launch import TritonLaunch, Varying, empty
 from ..launch_config import LaunchConfig
 from ..packed_weight import PackedWeight
 from ..support_index import SupportIndex, index_of
@@ -87,12 +87,12 @@ def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
     ranks = [weight.rank for weight in weights]
 
     def product(inputs: torch.Tensor, rows: int, _: Sequence[PackedWeight]) -> list[torch.Tensor]:
-        lead = inputs.shape[:-1]
-        ys = [inputs.new_empty((*lead, out)) for out in outs]
+        ys = empty(inputs, outs)
         if project is None:
             us = [inputs] * len(ys)
         else:
-            us = [inputs.new_empty((rows, rank), dtype=torch.float32) for rank in ranks]
+            u = torch.empty(rows * sum(ranks), dtype=torch.float32, device=inputs.device)
+            us = parts_of(u, [rows * rank for rank in ranks], main)
             project(inputs, *us)
         if total is None:
             main(inputs, *us, *ys)
@@ -104,6 +104,14 @@ def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
         return ys
 
     return product
+
+
+def parts_of(whole: torch.Tensor, sizes: list[int], launch: TritonLaunch) -> list:
+    """Parts of a tensor of FP32 for a launch: their addresses where it takes them, as views cost time."""
+    if not launch.takes_addresses:
+        return list(whole.split(sizes))
+    start = whole.data_ptr()
+    return [start + 4 * place for place in accumulate(sizes[:-1], initial=0)]
 
 
 def _arguments(weight: PackedWeight, u: Varying, target: Varying) -> tuple:

@@ -141,7 +141,7 @@ def decompose(
             admm = TextbookAdmm(weights[0], gram, patterns[0], ranks[0], options.rho)
         else:
             admm = Admm(weights, gram, patterns, ranks, options.rho, seed, options.precision)
-    stats = _iterate(admm, options, phases)
+    stats = iterate(admm, options, phases)
     layers, level = list(admm.result()), LEVELS[admm.precision]
     shared = {name: seconds / len(layers) for name, seconds in phases.seconds.items()}
     del admm
@@ -155,7 +155,7 @@ def decompose(
         yield S, mask, basis, {**stats, "objective": objective, "phases": {**shared, **phases.seconds}}
 
 
-def _iterate(admm: Admm | TextbookAdmm, options: Options, phases: PhaseTimer) -> dict:
+def iterate(admm: Admm | TextbookAdmm, options: Options, phases: PhaseTimer) -> dict:
     """Runs steps under the schedule of `options` until the support stands still; returns stats."""
     last_mask, raised, restarts, iteration = admm.mask.clone(), False, 0, 0
     while iteration < options.max_iterations:

@@ -1,5 +1,6 @@
 """The SGLang adapter against a stand-in of the calls of SGLang 0.5.23 that it uses; the real one needs a GPU."""
 
+import json
 import sys
 import types
 
@@ -115,7 +116,7 @@ def test_a_checkpoint_loads_by_the_names_in_its_config(sglang, tmp_path):
     register()
     overrides = {"k_proj": {"rank": 0}, "up_proj": {"skip": True}}
     model = compress(tiny.build("llama"), tiny.settings(overrides=overrides), output_dir=tmp_path)
-    stored = model.config.to_dict()["quantization_config"]
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     config = sglang[0]["sparselr"].from_config(
         {**stored, "hf_config": model.config, "packed_modules_mapping": {}}
     )

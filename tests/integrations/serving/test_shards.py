@@ -8,8 +8,6 @@ from helpers.engine import Engine, feed, packed_layer, tensors
 from torch.nn import functional as F
 
 from hf_sparselr.format.checkpoint import FormatError
-from hf_sparselr.format.layer_names import compact_names
-from hf_sparselr.integrations.serving.packed_names import PackedNames
 from hf_sparselr.integrations.serving.shards import PackedShards
 
 INPUTS, HEAD, HEADS, GROUPS = 24, 8, 4, 2  # 24 inputs do not fill mask words
@@ -136,53 +134,3 @@ def test_the_operator_keeps_to_the_rules_of_torch():
     shards.finish()
     arguments = (torch.randn(2, INPUTS), *shards.tensors(), torch.randn(8), INPUTS)
     torch.library.opcheck(torch.ops.hf_sparselr.merged_linear.default, arguments)
-
-
-# --- names
-
-
-def names(*layers):
-    return PackedNames({"format_version": 1, "packed_layers": compact_names(layers)})
-
-
-def test_merged_layers_are_found_by_their_parts():
-    found = names(
-        "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.fused"
-    )
-    merged = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    prefix = "model.layers.0.self_attn"
-    assert found.packed(f"{prefix}.qkv_proj", merged) == [f"{prefix}.q_proj", f"{prefix}.v_proj"]
-    assert found.packed("model.layers.0.mlp.fused", merged) == ["model.layers.0.mlp.fused"]
-    assert found.packed("model.layers.1.self_attn.qkv_proj", merged) == []
-    found.rename(lambda stored: [name.replace("model.", "language_model.") for name in stored])
-    assert found.packed("language_model.layers.0.mlp.fused", merged)
-
-
-def test_files_of_a_model_without_its_head_have_shorter_names():
-    assert names("h.0.c_fc").packed("transformer.h.0.c_fc", {})
-    assert not names("transformer.h.0.c_fc").packed("h.0.c_fc", {})
-
-
-def test_packed_experts_and_heads_are_refused_by_name():
-    found = names("model.layers.1.mlp.experts.0.up_proj", "lm_head")
-    with pytest.raises(
-        ValueError, match=r"^model\.layers\.1\.mlp\.experts\.0\.up_proj is packed.* FusedMoE .*dequantize"
-    ):
-        found.refuse_below("model.layers.1.mlp.experts", "FusedMoE")
-    with pytest.raises(ValueError, match=r"^lm_head is packed"):
-        found.refuse_below("lm_head", "ParallelLMHead")
-    found.refuse_below("model.layers.0.mlp.experts", "FusedMoE")
-    found.refuse_below("", "Embedding")
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"format_version": 2, "packed_layers": ["a"]}, "format_version=2: .*up to version 1; upgrade"),
-        ({"packed_layers": ["a"]}, "format_version=None"),
-        ({"format_version": 1}, "packed_layers=None: .*save it again"),
-    ],
-)
-def test_what_cannot_be_served_is_refused(config, message):
-    with pytest.raises(ValueError, match=message):
-        PackedNames(config)

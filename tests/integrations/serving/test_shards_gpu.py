@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from hf_sparselr.integrations.serving.shards import PackedShards
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+pytestmark = pytest.mark.gpu
 
 INPUTS, SIZES = 512, {"q": 512, "k": 128, "v": 128}
 

@@ -246,3 +246,9 @@ def test_an_adapter_is_not_left_behind_by_dequantising():
     with pytest.raises(ValueError, match="has adapters, so this cannot dequantize it"):
         adapted.get_base_model().dequantize()
     assert torch.equal(tiny.logits(adapted), expected)
+
+
+def test_inspect_says_at_once_that_there_is_nothing(tmp_path):
+    for path in (tmp_path / "nothing", "a/b/c", "../nothing"):
+        with pytest.raises(FileNotFoundError, match="no such folder, and no Hub id"):
+            inspect_checkpoint(path)

@@ -68,7 +68,7 @@ def test_caches(packed, expected, cache):
     assert singly(packed, cache_implementation=cache) == expected
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads caches from CUDA only")
+@pytest.mark.gpu  # transformers offloads caches from CUDA only
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 def test_offloaded_caches(packed, cache):
     model = copy.deepcopy(packed).cuda()

@@ -1,0 +1,56 @@
+"""How much of a model became packed: said after every run, with a warning where it is little."""
+
+import logging
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..nn.linear import SparseLRLinear
+
+logger = logging.getLogger("hf_sparselr")
+
+LEAST = 0.6  # share of the blocks' linear weights below which a warning lists the dense ones
+SHOWN = 12
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
+def coverage(model: nn.Module, blocks: Iterable[str]) -> dict:
+    """The weights of the linear layers and experts in the blocks of a packed model.
+
+    All parameters with two dimensions or more count, but those of embeddings and convolutions.
+
+    Returns:
+        "packed" and "total", numbers of weights, and "dense", {name of a layer, or a parameter: its weights}.
+    """
+    packed, dense, seen = 0, {}, set()
+    for block in blocks:
+        for name, module in model.get_submodule(block).named_modules(prefix=block):
+            if id(module) in seen or isinstance(module, (nn.Embedding, *_CONVOLUTIONS)):
+                continue
+            seen.add(id(module))
+            if isinstance(module, SparseLRLinear):
+                packed += module.in_features * module.out_features
+                continue
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 1 and not key.endswith("bias"):
+                    dense[name if key == "weight" else f"{name}.{key}"] = parameter.numel()
+    return {"packed": packed, "total": packed + sum(dense.values()), "dense": dense}
+
+
+def say_coverage(found: dict, reasons: dict[str, str]) -> None:
+    """Logs the share of linear weights that became packed; a warning, with the largest dense ones, if it is small.
+
+    Args:
+        found: from `coverage`.
+        reasons: {layer name: why it stayed dense}, as far as known.
+    """
+    share = found["packed"] / max(found["total"], 1)
+    line = f"{share:.0%} of the linear weights in the blocks became packed"
+    if share >= LEAST:
+        logger.info(line)
+        return
+    largest = sorted(found["dense"], key=found["dense"].__getitem__, reverse=True)
+    shown = [f"{name} ({reasons[name]})" if name in reasons else name for name in largest[:SHOWN]]
+    more = f", ... ({len(largest)} in all)" if len(largest) > SHOWN else ""
+    logger.warning(f"only {line}; dense stayed {', '.join(shown)}{more}")

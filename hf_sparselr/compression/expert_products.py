@@ -1,0 +1,61 @@
+"""How modules multiply with the weights of their experts, where they do not say: seen in a forward pass."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..data.model_inputs import Sample, first_row
+from ..nn.packed_experts import WatchedStack
+from .capture import model_inputs
+from .experts import expert_parameters, stack_shape
+
+Places = dict[str, tuple[nn.Module, str, int]]
+
+
+@torch.no_grad()
+def watch_experts(model: nn.Module, names: Iterable[str], batch: Sample) -> tuple[set[str], set[str]]:
+    """Looks for the products of modules that do not say whether they hold weights as (out, in) or (in, out).
+
+    Args:
+        names: of the layers to compress.
+        batch: the model runs on its first sample.
+
+    Returns:
+        The parameters that hold weights as (in, out), and those that are not used in products x W of single experts.
+    """
+    wanted = {name.rpartition(".")[0] for name in names}
+    kinds: dict[tuple, Places] = {}
+    for name, place in expert_parameters(model).items():
+        if name in wanted and not hasattr(place[0], "is_transposed"):
+            kinds.setdefault((type(place[0]), place[1]), {})[name] = place
+    transposed, unusable = set(), set()
+    for places in kinds.values():
+        uses = _watch(model, places, batch)
+        for name in places:
+            if uses is None or len(uses[name]) > 1:
+                unusable.add(name)
+            elif uses[name] == {True}:
+                transposed.add(name)
+    return transposed, unusable
+
+
+def _watch(model: nn.Module, places: Places, batch: Sample) -> dict[str, set[bool]] | None:
+    """The uses of parameters in a forward pass; None if the pass fails because they are no tensors."""
+    watched, parameters = {}, {}
+    try:
+        for name, (module, key, experts) in places.items():
+            parameters[name] = getattr(module, key)
+            watched[name] = WatchedStack(parameters[name], stack_shape(parameters[name], experts))
+            delattr(module, key)
+            setattr(module, key, watched[name])
+        model(**model_inputs(model, first_row(batch)))
+    except (TypeError, AttributeError):
+        return None
+    finally:
+        for name, parameter in parameters.items():
+            module, key, _ = places[name]
+            if key in vars(module):
+                delattr(module, key)
+            setattr(module, key, parameter)
+    return {name: stack.uses for name, stack in watched.items()}

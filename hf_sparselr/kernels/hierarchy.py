@@ -1,0 +1,100 @@
+"""The product with a hierarchical matrix, x (..., in) to (..., out), in two batched products for all levels.
+
+The leaves are the finest segments, so one batched product gives every level's right factor times every leaf's inputs. A
+level sums those of its blocks and hands them to the siblings. A second product multiplies by the left factors. A, B and
+the leaves are read once, whatever the depth. (format/hierarchy.py defines the tensors.)
+
+On CUDA up to `FEW_ROWS` rows take two Triton launches where nothing is differentiated. torch.compile sees the batched
+products.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from ..format.hierarchy import Hierarchy, HierarchyShape, leaf_blocks, pad_factors, pad_to, swap_siblings
+from ..utils.availability import TRITON
+
+FEW_ROWS = 16
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def hierarchical_product(
+    inputs: torch.Tensor, hierarchy: Hierarchy, base: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x L^T, plus `base`; differentiable in x, A, B, the leaves and the base. Follows autocast, as F.linear does.
+
+    Args:
+        inputs: (..., in).
+        hierarchy: L, in the dtype of the inputs.
+        base: (..., out) or None.
+
+    Returns:
+        (..., out).
+    """
+    shape, rows = hierarchy.shape, inputs.reshape(-1, hierarchy.shape.in_features)
+    if _takes_few(rows, hierarchy, base):
+        from .triton.hierarchy import multiply_few
+
+        flat = None if base is None else base.reshape(-1, shape.out_features)
+        with torch.cuda.device_of(rows):
+            outputs = multiply_few(rows, hierarchy, flat)
+        return outputs.view(*inputs.shape[:-1], shape.out_features)
+    if hierarchy.column_order is not None:
+        rows = rows.index_select(1, hierarchy.column_order)
+    outputs = _product(shape, rows, hierarchy.A, hierarchy.B, hierarchy.leaves)
+    if hierarchy.row_order is not None:
+        outputs = torch.empty_like(outputs).index_copy(1, hierarchy.row_order.long(), outputs)
+    outputs = outputs.view(*inputs.shape[:-1], shape.out_features)
+    return outputs if base is None else base + outputs
+
+
+def _takes_few(rows: torch.Tensor, hierarchy: Hierarchy, base: torch.Tensor | None) -> bool:
+    if not (rows.is_cuda and TRITON) or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad or jvp of torch.func
+        return False
+    tensors = [rows, hierarchy.A, hierarchy.B, hierarchy.leaves, *([] if base is None else [base])]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    readable = all(
+        type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cuda and tensor.dtype == rows.dtype
+        for tensor in tensors
+    )
+    as_stored = all(tensor.is_contiguous() for tensor in tensors[1:4])
+    return readable and as_stored and rows.dtype in _TRITON_DTYPES and 0 < len(rows) <= FEW_ROWS
+
+
+def _product(
+    shape: HierarchyShape, rows: torch.Tensor, A: torch.Tensor, B: torch.Tensor, leaves: torch.Tensor
+) -> torch.Tensor:
+    """(rows, in) to (rows, out), both in the order of positions."""
+    segments = 2**shape.depth
+    A, B = pad_factors(shape, A, B)
+    x = pad_to(rows, len(rows), shape.padded[1]).unflatten(1, (segments, -1)).transpose(0, 1)
+    seen = _by_segment(x, A.unflatten(1, (segments, -1)).transpose(0, 1))
+    passed = _pass_to_siblings(shape, seen)
+    outputs = x @ leaf_blocks(shape, leaves).mT
+    outputs = torch.baddbmm(outputs, passed.to(outputs), B.unflatten(0, (segments, -1)).mT.to(outputs))
+    return outputs.transpose(0, 1).flatten(1)[:, : shape.out_features]
+
+
+def _by_segment(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """x (segments, rows, columns) times blocks (segments, ranks, columns), whose columns lie apart in A."""
+    if x.device.type == "cpu":  # where a batched product would copy such blocks
+        pairs = zip(x.unbind(), blocks.unbind(), strict=True)
+        return torch.stack([F.linear(part, block) for part, block in pairs])
+    return x @ blocks.mT
+
+
+def _pass_to_siblings(shape: HierarchyShape, seen: torch.Tensor) -> torch.Tensor:
+    """Sums over the leaves of every block, given to the leaves of its sibling, level by level.
+
+    Args:
+        seen: (2^depth, rows, sum of ranks).
+    """
+    levels = []
+    for level, span in enumerate(shape.spans, start=1):
+        leaves = seen[:, :, span].unflatten(0, (2**level, -1))
+        sums = swap_siblings(leaves.sum(1, keepdim=True))
+        levels.append(sums.expand_as(leaves).flatten(0, 1))
+    return torch.cat(levels, dim=2)
