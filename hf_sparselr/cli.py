@@ -140,9 +140,11 @@ def _compress(args: argparse.Namespace) -> None:
         check_push_rights(args.push)
 
     from .config.sparselr_config import SparseLRConfig
-    from .entrypoints.compress import compress
 
     config = SparseLRConfig(**fields)
+
+    from .entrypoints.compress import compress
+
     with _log_lines():
         model = compress(args.name, config, args.output, dtype=args.dtype, **_loading(args))
     report = model.sparselr_report

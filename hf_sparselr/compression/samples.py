@@ -50,6 +50,8 @@ class Samples:
         reader = config.tokenizer if needed else None
         if needed and reader is None:
             reader = origin.tokenizer() if needed == "tokenizer" else origin.processor()
+        if needed == "tokenizer":
+            reader = getattr(reader, "tokenizer", reader)  # of a processor
         samples = load_samples(
             source,
             reader,
@@ -97,7 +99,7 @@ class Samples:
         except OSError as error:
             logger.debug("%s", error)
             return None
-        return getattr(tokenizer, "bos_token_id", None)
+        return getattr(getattr(tokenizer, "tokenizer", tokenizer), "bos_token_id", None)
 
 
 def warn_of_few_tokens(samples: list[Sample], widths: dict[str, int]) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ..utils.validation import (
     anchored,
@@ -23,13 +23,12 @@ OVERRIDE_KEYS = ("sparsity", "rank", "skip")
 
 @dataclass(frozen=True)
 class Kind:
-    """Anything.
+    """Anything."""
 
-    Attributes:
-        option: keywords of `argparse.add_argument` for a field of this kind.
-    """
-
-    option: ClassVar[Mapping[str, Any]] = {"metavar": "TEXT"}
+    @property
+    def option(self) -> Mapping[str, Any]:
+        """Keywords of `argparse.add_argument` for a field of this kind."""
+        return {"metavar": "TEXT"}
 
     def check(self, field: str, value: Any) -> Any:
         """The value as the config keeps it.
@@ -72,7 +71,9 @@ class Integer(Kind):
     most: int | None = None
     optional: bool = False
 
-    option: ClassVar[Mapping[str, Any]] = {"type": int, "metavar": "N"}
+    @property
+    def option(self) -> Mapping[str, Any]:
+        return {"type": int, "metavar": "N"}
 
     def check(self, field: str, value: Any) -> Any:
         if value is not None or not self.optional:
@@ -86,7 +87,9 @@ class Share(Kind):
 
     exclusive: bool = False
 
-    option: ClassVar[Mapping[str, Any]] = {"type": float, "metavar": "SHARE"}
+    @property
+    def option(self) -> Mapping[str, Any]:
+        return {"type": float, "metavar": "SHARE"}
 
     def check(self, field: str, value: Any) -> Any:
         if value is not None:
@@ -112,7 +115,9 @@ class Numbers(Kind):
 class Sparsity(Kind):
     """None, "n:m", or a fraction of zeros."""
 
-    option: ClassVar[Mapping[str, Any]] = {"metavar": "S"}
+    @property
+    def option(self) -> Mapping[str, Any]:
+        return {"metavar": "S"}
 
     def check(self, field: str, value: Any) -> Any:
         from ..format.patterns import parse
@@ -131,7 +136,9 @@ class Sparsity(Kind):
 class Regexes(Kind):
     """None, a regular expression over module names, or a list of them."""
 
-    option: ClassVar[Mapping[str, Any]] = {"nargs": "+", "metavar": "RE"}
+    @property
+    def option(self) -> Mapping[str, Any]:
+        return {"nargs": "+", "metavar": "RE"}
 
     def check(self, field: str, value: Any) -> list[str] | None:
         if value is None:
@@ -150,7 +157,9 @@ class Regexes(Kind):
 class Options(Kind):
     """A group of options: a dict, a dataclass or None. The config builds and checks it."""
 
-    option: ClassVar[Mapping[str, Any]] = {"metavar": "JSON"}
+    @property
+    def option(self) -> Mapping[str, Any]:
+        return {"metavar": "JSON"}
 
     def from_option(self, field: str, value: str) -> Any:
         try:
@@ -177,7 +186,9 @@ class Overrides(Options):
 class Calibration(Kind):
     """A source of calibration data."""
 
-    option: ClassVar[Mapping[str, Any]] = {"metavar": "SRC"}
+    @property
+    def option(self) -> Mapping[str, Any]:
+        return {"metavar": "SRC"}
 
     def check(self, field: str, value: Any) -> Any:
         from ..data.calibration import CUSTOM, check_source

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -50,7 +50,10 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         TypeError, ValueError: naming the field, the value and what is allowed.
     """)
     __signature__ = _SIGNATURE
-    save_id: str | None = None  # of the checkpoint whose config.json this was read from (format/seal.py)
+    format_version: int
+    save_id: str | None
+    _given: frozenset[str]
+    _method_options: Any
 
     if not TYPE_CHECKING:  # type checkers read the arguments from `Fields`
 
@@ -62,7 +65,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             super().__init__(**{n: FIELDS[n].kind.check(n, value) for n, value in bound.arguments.items()})
             self.quant_method = QUANT_METHOD
             self.format_version = FORMAT_VERSION
-            self.save_id: str | None = None
+            self.save_id = None
             self._resolve_budget()
             self._resolve_hierarchy()
             self._build_options()
@@ -161,7 +164,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         if self.compression is None:
             self._check_parts()
         self.allocation_options.check(self.pattern, self.rank)
-        for pattern, override in self.overrides.items():
+        for pattern, override in (self.overrides or {}).items():
             self._check_override(f"overrides[{pattern!r}]", override)
         if self.low_rank == "hss":
             stored = isinstance(self._method_options, _StoredOptions)
@@ -207,7 +210,8 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
 
     def override_of(self, name: str) -> dict[str, Any]:
         """The first override whose pattern matches a layer or a module above it, {} if none does."""
-        return next((own for pattern, own in self.overrides.items() if covers(pattern, name)), {})
+        overrides = self.overrides or {}
+        return next((own for pattern, own in overrides.items() if covers(pattern, name)), {})
 
     @property
     def pattern(self) -> Pattern:
@@ -216,7 +220,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             return EMPTY
         if self.compression is None:
             return parse(self.sparsity)
-        return budget_pattern(self.compression, self.rank_ratio)
+        return budget_pattern(self.compression, self.rank_ratio or 0.0)
 
     @property
     def has_factors(self) -> bool:
@@ -245,8 +249,8 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         if pattern is None:
             return None
         if "rank" not in own and self.compression is not None:
-            return pattern, budget_rank(self.compression, self.rank_ratio, shape)
-        return pattern, own.get("rank", self.rank)
+            return pattern, budget_rank(self.compression, self.rank_ratio or 0.0, shape)
+        return pattern, own.get("rank", self.rank) or 0
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values: groups of options as dicts, data as "custom", nothing of one run alone."""
@@ -295,7 +299,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             return False
         return {**self.to_dict(), "save_id": None} == {**other.to_dict(), "save_id": None}
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
 

@@ -14,11 +14,26 @@ from typing import Any
 import torch
 
 from ..utils.public_names import public_source
-from .model_inputs import Sample, is_audio, is_image, is_model_inputs, processed, samples_of, token_samples
+from .model_inputs import (
+    Sample,
+    is_audio,
+    is_illustrated,
+    is_image,
+    is_model_inputs,
+    processed,
+    samples_of,
+    token_samples,
+)
 from .sources import C4, COLUMNS, FILES, INSTEAD, column_of, is_dataset, load_split, read_files
 from .windows import Draw, windows_of_chats, windows_of_documents, windows_of_texts
 
 CUSTOM = "custom"  # what config.json says of files and of data in memory
+
+PROCESSED = (
+    "images",
+    "audio",
+    "illustrated chats",
+)  # kinds of items that a processor turns into model inputs
 
 _C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
 _POOL = 16  # windows tokenised per window drawn from a data set, which can be too large to tokenise whole
@@ -26,8 +41,8 @@ _STRING = re.compile(r"self|file:.*\S.*|\w[\w.-]*(/\w[\w.-]*)?(:[^\s:]+)?")
 _INT_DTYPES = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _ALLOWED = (
     'pass "self", "file:GLOB", a Hub data set "id" or "id:config", a list of texts, a list of chats (each a '
-    "list of message dicts), a datasets.Dataset, integer token tensors ((samples, tokens) or an iterable), dicts of "
-    "model inputs as a processor returns them, or a list of images or of audio arrays"
+    "list of message dicts, images in them allowed), a datasets.Dataset, integer token tensors ((samples, tokens) or "
+    "an iterable), dicts of model inputs as a processor returns them, or a list of images or of audio arrays"
 )
 
 
@@ -65,13 +80,14 @@ def check_source(calibration: Any) -> None:
 def reader_of(calibration: Any) -> str | None:
     """The reader that a source needs (not "self"): the model's "tokenizer", its "processor", or None."""
     if is_dataset(calibration):
-        columns = calibration.column_names or next(iter(calibration), {})
+        columns: Iterable[str] = calibration.column_names or next(iter(calibration), {})
         return None if column_of(columns, _show(calibration)) == "input_ids" else "tokenizer"
     if isinstance(calibration, str):
         return "tokenizer"
     kind = _kind(calibration[0]) if isinstance(calibration, list | tuple) else None
-    readers = {"texts": "tokenizer", "chats": "tokenizer", "images": "processor", "audio": "processor"}
-    return readers.get(kind or "")
+    if kind in PROCESSED:
+        return "processor"
+    return "tokenizer" if kind in ("texts", "chats") else None
 
 
 def load_samples(
@@ -91,7 +107,7 @@ def load_samples(
     """
     check_source(calibration)
     kind, calibration = _peek(calibration)
-    if kind in ("images", "audio"):
+    if kind in PROCESSED:
         if reader is None:
             raise ValueError(
                 f"{_show(calibration)} holds {kind}, and tokenizer=None: pass the model's processor"
@@ -137,7 +153,7 @@ def _load_model_inputs(items: Iterable[Any], num_samples: int, vocab_size: int |
 
 def load_windows(
     calibration: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int, vocab_size: int | None
-) -> list[torch.LongTensor]:
+) -> list[torch.Tensor]:
     """Token windows from any source except "self".
 
     Texts, files and chats form one stream, cut into windows of `seq_len`, of which `num_samples` are drawn without
@@ -168,7 +184,9 @@ def load_windows(
 
 def _check_vocabulary(windows: list[torch.Tensor], source: str, vocab_size: int | None) -> None:
     """Raises ValueError at an id that the model has no embedding for. A model without a vocabulary has no limit."""
-    for index, window in enumerate(windows if vocab_size else ()):
+    if not vocab_size:
+        return
+    for index, window in enumerate(windows):
         bad = window[(window < 0) | (window >= vocab_size)].tolist()
         if bad:
             where = f"{source} has id {bad[0]} in sample {index}, outside [0, vocab_size={vocab_size})"
@@ -214,7 +232,7 @@ def _kind(item: Any) -> str | None:
     if not isinstance(item, list | tuple) or not item:
         return None
     if all(isinstance(message, Mapping) for message in item):
-        return "chats"
+        return "illustrated chats" if is_illustrated(item) else "chats"
     return "token ids" if isinstance(item[0], int) else None
 
 
@@ -253,7 +271,9 @@ def _need_tokenizer(draw: Draw) -> None:
         raise ValueError(f"{draw.source} is text, and tokenizer=None: pass the model's, or token ids")
 
 
-def _from_text(kind: str, items: Iterable[Any], draw: Draw, limit: float = math.inf) -> list[torch.Tensor]:
+def _from_text(
+    kind: str | None, items: Iterable[Any], draw: Draw, limit: float = math.inf
+) -> list[torch.Tensor]:
     _need_tokenizer(draw)
     return windows_of_texts(items, draw, limit) if kind == "texts" else windows_of_chats(items, draw, limit)
 

@@ -33,12 +33,22 @@ def is_audio(item: Any) -> bool:
     return isinstance(item, np.ndarray) and item.ndim == 1 and item.dtype.kind == "f"
 
 
+def is_illustrated(chat: Any) -> bool:
+    """Whether a chat (a list of message dicts) holds more than text: a part of a message that is an image or sound."""
+    contents = [message.get("content") for message in chat if isinstance(message, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, Mapping) and part.get("type") != "text" for part in parts)
+
+
 def processed(items: Iterable[Any], kind: str, processor: Any) -> Iterator[Mapping[str, Any]]:
-    """The model inputs that a processor makes of images or of audio, an item at a time.
+    """The model inputs that a processor makes of items, one at a time.
 
     Args:
-        kind: "images" or "audio"; audio has the sampling rate of the processor's feature extractor.
+        kind: "images"; "audio", with the sampling rate of the processor's feature extractor; "illustrated chats".
     """
+    if kind == "illustrated chats":
+        as_tensors = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return (processor.apply_chat_template(item, **as_tensors) for item in items)
     if kind == "images":
         return (processor(images=item, return_tensors="pt") for item in items)
     extractor = getattr(processor, "feature_extractor", processor)

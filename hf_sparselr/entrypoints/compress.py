@@ -48,25 +48,33 @@ def compress(
     if output_dir is not None:
         check_folder(output_dir)
     check_device(config.device)
-    by_name = not isinstance(model, PreTrainedModel)
-    if by_name:
-        origin = Origin.of_name(os.fspath(model), load_kwargs)
-        cls, skeleton = dense_skeleton(origin, load_kwargs.get("dtype", "auto"))
+    given = model if isinstance(model, PreTrainedModel) else None
+    if given is not None:
+        _check_given(given, load_kwargs)
+        origin, skeleton = Origin.of_model(given), given
     else:
-        _check_given(model, load_kwargs)
-        origin, skeleton = Origin.of_model(model), model
+        origin = Origin.of_name(_name(model), load_kwargs)
+        cls, skeleton = dense_skeleton(origin, load_kwargs.get("dtype", "auto"))
     plan = plan_layers(skeleton, config)
     processors = (
         check_output(output_dir, skeleton, plan, origin, config.tokenizer) if output_dir is not None else []
     )
     samples = Samples.load(skeleton, config, origin)
-    if by_name:
-        model = cls.from_pretrained(origin.name, **load_kwargs)
-    with nullcontext() if by_name else restored_on_error(model, model.config):
-        attach(model, config.stored(), compress_in_memory(model, plan, config, samples))
+    dense = given if given is not None else cls.from_pretrained(origin.name, **load_kwargs)
+    # Nobody else has a model that was loaded here.
+    with restored_on_error(given, given.config) if given is not None else nullcontext():
+        attach(dense, config.stored(), compress_in_memory(dense, plan, config, samples))
     if output_dir is not None:
-        save(model, output_dir, processors)
-    return model.eval()
+        save(dense, output_dir, processors)
+    return dense.eval()
+
+
+def _name(model: Any) -> str:
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(
+            f"model is a {type(model).__name__}: expected a transformers model, the name of one, or its directory"
+        )
+    return os.fspath(model)
 
 
 def _check_given(model: PreTrainedModel, load_kwargs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -179,7 +180,9 @@ def _windows_of_text(
     return windows, scored
 
 
-def _batches(windows: list[torch.Tensor], scored: list[int], size: int):
+def _batches(
+    windows: list[torch.Tensor], scored: list[int], size: int
+) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """Windows of equal length together, with their parts of `scored`."""
     start = 0
     for batch in (sample["input_ids"] for sample in make_batches(token_samples(windows), size)):

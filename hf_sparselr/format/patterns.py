@@ -122,7 +122,7 @@ Pattern = NM | Unstructured
 EMPTY = Unstructured(1.0)  # of methods without a sparse part
 
 
-def parse(sparsity: str | float, field: str = "sparsity") -> Pattern:
+def parse(sparsity: str | float | None, field: str = "sparsity") -> Pattern:
     """Reads "n:m" (keep n of m) or the fraction of zeros in [0, 1).
 
     Raises:

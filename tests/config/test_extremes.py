@@ -1,12 +1,15 @@
 """Extreme numbers in every numeric field: refused by name at once, or good for a finite model."""
 
 import copy
+import json
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
 import pytest
+import torch
 from helpers import tiny
 
 from hf_sparselr import SparseLRConfig, compress
@@ -111,3 +114,52 @@ def test_extreme_numbers_work_or_are_refused_by_name() -> None:
         assert tiny.logits(packed).isfinite().all(), arguments
         worked += 1
     assert worked > 50
+
+
+ODD = (
+    None,
+    True,
+    False,
+    "",
+    "x",
+    "2:4",
+    "4:2",
+    "tm",
+    "self",
+    "file:",
+    "(",
+    b"x",
+    [],
+    {},
+    (),
+    [None],
+    {"a": 1},
+    {1: {}},
+)
+ODD += (
+    {"q": {"rank": 1}},
+    {"passes": 0},
+    {"rho": math.nan},
+    {"unknown": 1},
+    [[1, 2], [3]],
+    object(),
+    torch.ones(2, 2),
+    len,
+)
+ODD += (*REFUSED, *EXTREME, 0, 1, 2, 0.5, 1.0, 64)
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_configs_work_or_name_a_field_that_was_given() -> None:
+    rng, names = random.Random(0), list(FIELDS)
+    refused = 0
+    for _ in range(10_000):
+        arguments = {name: rng.choice(ODD) for name in rng.sample(names, rng.randint(1, 4))}
+        try:
+            config = SparseLRConfig(**arguments)
+        except (ValueError, TypeError) as error:
+            assert any(name in str(error) for name in arguments), (arguments, error)
+            refused += 1
+            continue
+        assert SparseLRConfig.from_dict(json.loads(config.to_json_string())) == config, arguments
+    assert 1000 < refused < 9900

@@ -5,9 +5,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import ViTImageProcessor, WhisperFeatureExtractor
+from helpers import tiny
+from transformers import (
+    CLIPImageProcessor,
+    LlavaProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    WhisperFeatureExtractor,
+)
 
-from hf_sparselr import SparseLRConfig
+from hf_sparselr import SparseLRConfig, compress
 from hf_sparselr.data import calibration as cal
 from hf_sparselr.data.model_inputs import make_batches
 
@@ -123,6 +131,65 @@ def test_audio_goes_through_the_feature_extractor():
     for reader in (extractor, SimpleNamespace(feature_extractor=extractor)):
         samples = load(sounds, reader)
         assert all(torch.equal(s["input_features"], e) for s, e in zip(samples, expected, strict=True))
+
+
+def llava_processor() -> LlavaProcessor:
+    tokens = tiny.tokenizer()
+    tokens.add_tokens(["<image>"], special_tokens=True)
+    images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    template = (
+        "{% for m in messages %}{% for part in m.content %}"
+        "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    return LlavaProcessor(
+        images, tokens, patch_size=4, vision_feature_select_strategy="full", chat_template=template
+    )
+
+
+def test_chats_with_images_go_through_the_template_of_the_processor():
+    image = pytest.importorskip("PIL.Image").new("RGB", (8, 8), (200, 10, 10))
+    words = ("describe it", "and what is this one")
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+        for text in words
+    ]
+    processor = llava_processor()
+    assert cal.reader_of(chats) == "processor"
+    for sample, text in zip(load(chats, processor, vocab_size=4097), words, strict=True):
+        assert sample["pixel_values"].shape == (1, 3, 8, 8)
+        ids = sample["input_ids"][0].tolist()
+        assert ids[4:] == processor.tokenizer(text).input_ids and set(ids[:4]) == {4096}
+    plain = [[{"role": "user", "content": [{"type": "text", "text": "only words"}]}]]
+    assert cal.reader_of(plain) == "tokenizer"
+
+
+def test_a_processor_may_stand_for_the_tokenizer():
+    texts = [f"def f{i}(x):\n    return x + {i}\n" for i in range(60)]
+    models = [tiny.build("llama", vocab_size=4097) for _ in range(2)]
+    for model, reader in zip(models, (llava_processor(), llava_processor().tokenizer), strict=True):
+        compress(model, tiny.settings(calibration=texts, tokenizer=reader))
+    assert tiny.same(*map(tiny.snapshot, models))
+
+
+def test_images_compress_a_vision_model(tmp_path):
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=8,
+        patch_size=4,
+    )
+    ViTForImageClassification._from_config(config).save_pretrained(tmp_path / "dense")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "dense")
+    images = [np.full((16, 16, 3), shade, dtype=np.uint8) for shade in (10, 90, 170, 250)]
+    model = compress(str(tmp_path / "dense"), tiny.settings(calibration=images), tmp_path / "packed")
+    again = ViTForImageClassification.from_pretrained(tmp_path / "packed")
+    pixels = ViTImageProcessor.from_pretrained(tmp_path / "packed")(images, return_tensors="pt")[
+        "pixel_values"
+    ]
+    with torch.no_grad():
+        assert torch.equal(model(pixels).logits, again(pixels).logits)
 
 
 def test_the_reader_of_a_source():

@@ -226,6 +226,12 @@ def test_arguments_for_loading_belong_to_a_name():
         compress(tiny.build("llama"), settings(), revision="main")
 
 
+@pytest.mark.parametrize("model", [None, 3, torch.nn.Linear(2, 2)])
+def test_something_else_than_a_model(model):
+    with pytest.raises(TypeError, match=f"model is a {type(model).__name__}: expected a transformers model"):
+        compress(model, settings())
+
+
 # Calibration
 
 
