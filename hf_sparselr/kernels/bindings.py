@@ -62,11 +62,8 @@ def binding_of(weights: Sequence[PackedWeight], tensors: list[torch.Tensor] | No
         tensors = tensors_of(weights)
     key = (weights[0].in_features, *map(_pointer, tensors))
     binding = _BINDINGS.get(key)
-    if (
-        binding is not None
-        and binding.sizes == list(map(_size, tensors))
-        and binding.versions == list(map(version, tensors[::5]))
-    ):
+    sizes, versions = list(map(_size, tensors)), list(map(version, tensors[::5]))
+    if binding is not None and binding.sizes == sizes and binding.versions == versions:
         return binding
-    binding = Binding(weights, list(map(_size, tensors)), list(map(version, tensors[::5])))
+    binding = Binding(weights, sizes, versions)
     return _BINDINGS.put(key, binding, [tensor for weight in weights for tensor in weight.tensors])

@@ -46,7 +46,7 @@ def multiply(
     rows = inputs.numel() // binding.in_features if binding.in_features else 0
     captured = rows > MEDIUM_ROWS and torch.cuda.is_current_stream_capturing()
     product = binding.products.get((rows if rows <= NATIVE_ROWS else bucket(rows), kernel, captured))
-    if product is None or inputs.get_device() != torch.cuda.current_device():
+    if product is None or binding.device != torch._C._cuda_getDevice():
         return _first(inputs, rows, weights, binding, kernel, captured)
     return product(ready(inputs), rows, weights)
 
