@@ -13,6 +13,7 @@ from .cuda import small_batch
 from .cuda.sparse_cores import bind_sparse, prepare, sparse_configs
 from .launch import drives
 from .launch_config import FEW_ROWS, MEDIUM_ROWS, NATIVE_ROWS, LaunchConfig, bucket, candidates
+from .measured import measured
 from .packed_weight import PackedWeight, check_count
 from .reference import no_product
 from .support_index import index_of
@@ -135,6 +136,8 @@ def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -
     capturing = inputs.is_cuda and torch.cuda.is_current_stream_capturing()
     sparse = rows > MEDIUM_ROWS and index.pairs and prepare(inputs.device, capturing)
     config = known(rows, weight, capturing)
+    if config is None and native:
+        config = measured(rows, weight.out_features, index.pairs, inputs.device)
     if (
         config is not None
         and (sparse or config.kernel != "sparse_cores")
