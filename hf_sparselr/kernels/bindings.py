@@ -21,6 +21,7 @@ class Binding:
         sizes: of all tensors.
         versions: of the masks.
         dtype, device, in_features: of all weights; the device as its index, -1 for the CPU.
+        sparse: all are 2:4, which the sparse tensor cores take; known once there is a product.
         products: ready kernels for their addresses, by the number of rows and what else they depend on.
     """
 
@@ -30,6 +31,7 @@ class Binding:
         self.sizes, self.versions = sizes, versions
         self.dtype, self.device = weights[0].values.dtype, weights[0].values.get_device()
         self.in_features = weights[0].in_features
+        self.sparse = False
         self.products: dict[tuple, Product] = {}
 
     def fits(self, inputs: torch.Tensor) -> bool:

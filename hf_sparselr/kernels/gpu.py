@@ -46,6 +46,10 @@ def multiply(
     """
     rows = inputs.numel() // binding.in_features if binding.in_features else 0
     captured = rows > MEDIUM_ROWS and torch.cuda.is_current_stream_capturing()
+    if (
+        rows > MEDIUM_ROWS and binding.sparse
+    ):  # though an eager call may do without: a graph of this thread may follow
+        prepare(inputs.device, captured)
     product = binding.products.get((rows if rows <= NATIVE_ROWS else bucket(rows), kernel, captured))
     if product is None or binding.device != torch._C._cuda_getDevice():
         return _first(inputs, rows, weights, binding, kernel, captured)
@@ -71,6 +75,7 @@ def _first(
         return [no_product(inputs, weight) for weight in weights]
     with _on_device_of(inputs):
         plain = [weight.contiguous() for weight in weights]
+        binding.sparse = all(index_of(weight.mask, weight.in_features).pairs for weight in plain)
         product = bind(ready(inputs), rows, plain, kernel)
         if drives() and all(a is b for a, b in zip(plain, weights, strict=True)):
             binding.products[rows if rows <= NATIVE_ROWS else bucket(rows), kernel, captured] = product
