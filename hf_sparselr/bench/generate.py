@@ -1,20 +1,24 @@
-"""Prefill and decode rates and memory of a whole model, dense against packed.
+"""Generation and memory of a whole model, dense against packed, as users run it.
 
-    hf-sparselr bench generate --preset llama-3-8b --sparsity 2:4 0.7 --rank 64
+    hf-sparselr bench generate --preset llama-3-8b --sparsity 2:4 0.7 --batch 1 8 --mode eager compiled --prompt 128
     hf-sparselr bench generate --model DIR --dense NAME
 
 With a preset both models have random weights of its shape; with --model the packed checkpoint is compared with the
-dense one that --dense names. Both are compiled with a static cache, unless --eager.
+dense one that --dense names. Mode "eager" has the cache of `generate` by default, "compiled" a static cache and CUDA
+graphs. "first token" is the time until the first token of a prompt (the median of three), "tok/s" the rate of all
+sequences of a batch after it. What a call costs the host: `hf-sparselr bench host`.
 """
 
 import argparse
 import json
+import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.utils import logging as transformers_logging
 
 from ..compression.linear_layers import weight_shape
@@ -26,6 +30,8 @@ from ..nn.linear import SparseLRLinear
 from ..nn.shared_input import link_shared_inputs
 from .presets import PRESETS
 
+MODES = ("eager", "compiled")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="llama-3-8b")
@@ -33,9 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--model", help="a packed checkpoint, instead of a preset")
     parser.add_argument("--dense", help="the dense model beside --model")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["compiled"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="sequences at a time")
+    parser.add_argument("--prompt", nargs="+", type=int, default=[512], help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE")
@@ -47,30 +54,44 @@ def run(args: argparse.Namespace) -> None:
             "--model and --dense go together: a packed checkpoint and the dense model it was made from"
         )
     transformers_logging.disable_progress_bar()
-    results = {"dense": _measure(args, lambda: _dense(args))}
+    builds: dict[str, Callable[[], nn.Module]] = {"dense": lambda: _dense(args)}
     if args.model:
-        results["packed"] = _measure(args, lambda: _loaded(args, args.model))
+        builds["packed"] = lambda: _loaded(args, args.model)
     else:
         for sparsity in args.sparsity:
-            results[sparsity] = _measure(args, lambda sparsity=sparsity: _packed(args, sparsity))
-    rows = [("weights", "prefill tok/s", "decode tok/s", "decode x", "weights GB", "weights x", "peak GB")]
-    base = results["dense"]
-    for name, result in results.items():
-        rows.append(
-            (
-                name,
-                f"{result['prefill']:.0f}",
-                f"{result['decode']:.1f}",
-                f"{result['decode'] / base['decode']:.2f}",
-                f"{result['weights'] / 1e9:.2f}",
-                f"{result['weights'] / base['weights']:.3f}",
-                f"{result['peak'] / 1e9:.2f}" if result["peak"] else "-",
-            )
-        )
-    print(table(rows))
+            builds[sparsity] = lambda sparsity=sparsity: _packed(args, sparsity)
+    results: list[dict[str, Any]] = []
+    for name, build in builds.items():
+        results += _measure_model(args, name, build)
+    print(_table(results))
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=1)
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    head = (
+        "mode",
+        "batch",
+        "prompt",
+        "weights",
+        "first token ms",
+        "x",
+        "tok/s",
+        "x",
+        "weights GB",
+        "peak GB",
+    )
+    lines, dense = [head], {}
+    for r in results:
+        case = r["mode"], r["batch"], r["prompt"]
+        base = dense.setdefault(case, r)
+        first, rate = base["first_token"] / r["first_token"], r["rate"] / base["rate"]
+        speed = f"{1e3 * r['first_token']:.1f}", f"{first:.2f}", f"{r['rate']:.1f}", f"{rate:.2f}"
+        memory = f"{r['weights'] / 1e9:.2f}", f"{r['peak'] / 1e9:.2f}" if r["peak"] else "-"
+        lines.append((*map(str, case), r["name"], *speed, *memory))
+    lines[1:] = sorted(lines[1:], key=lambda line: (MODES.index(line[0]), int(line[1]), int(line[2])))
+    return table(lines)
 
 
 def _dense(args: argparse.Namespace) -> nn.Module:
@@ -105,49 +126,75 @@ def _packed(args: argparse.Namespace, sparsity: str) -> nn.Module:
 
 
 @torch.no_grad()  # as `generate` does
-def _measure(args: argparse.Namespace, build: Any) -> dict[str, float]:
-    on_cuda = args.device.startswith("cuda")
+def _measure_model(
+    args: argparse.Namespace, name: str, build: Callable[[], nn.Module]
+) -> list[dict[str, Any]]:
+    """All modes, batches and prompts of one model, which is gone afterwards."""
     model = build().requires_grad_(False)
+    weights = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
+    results = []
+    for mode in args.mode:
+        torch._dynamo.reset()
+        for batch in args.batch:
+            for prompt in args.prompt:
+                measured = _measure(args, model, mode, batch, prompt)
+                results.append(
+                    {
+                        "name": name,
+                        "mode": mode,
+                        "batch": batch,
+                        "prompt": prompt,
+                        "weights": weights,
+                        **measured,
+                    }
+                )
+    return results
+
+
+def _measure(
+    args: argparse.Namespace, model: nn.Module, mode: str, batch: int, prompt: int
+) -> dict[str, float]:
+    """Seconds to the first token, tokens a second after it, and peak bytes."""
+    on_cuda = args.device.startswith("cuda")
     if on_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    weights = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
-    ids = torch.randint(model.config.vocab_size, (1, args.prompt), device=args.device)
-    cache = StaticCache(config=model.config, max_cache_len=args.prompt + args.tokens + 1)
-    forward = (
-        model.forward
-        if args.eager
-        else torch.compile(model.forward, mode="reduce-overhead" if on_cuda else None)
-    )
+    ids = torch.randint(model.config.vocab_size, (batch, prompt), device=args.device)
+    forward: Callable = model.forward
+    if mode == "compiled":
+        forward = torch.compile(model.forward, mode="reduce-overhead" if on_cuda else None)
+    static = StaticCache(config=model.config, max_cache_len=prompt + args.tokens + 1)
 
-    def step(ids: torch.Tensor, forward: Any) -> torch.Tensor:
+    def new_cache() -> DynamicCache | StaticCache:
+        if mode == "eager":
+            return DynamicCache(config=model.config)
+        static.reset()
+        return static
+
+    def step(ids: torch.Tensor, cache: Any, forward: Callable) -> torch.Tensor:
         logits = forward(input_ids=ids, past_key_values=cache, logits_to_keep=1, use_cache=True).logits
         return logits[:, -1:].argmax(-1).clone()  # a CUDA graph overwrites its outputs
 
-    def seconds(action: Any) -> float:
+    def now() -> float:
         if on_cuda:
             torch.cuda.synchronize()
-        started = time.perf_counter()
-        action()
-        if on_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return time.perf_counter()
 
-    def prefill() -> torch.Tensor:
-        cache.reset()
-        return step(ids, model.forward)
+    def generate(tokens: int) -> tuple[float, float]:
+        """Seconds of the prompt, and of the tokens after the first."""
+        cache, started = new_cache(), now()
+        token = step(ids, cache, model.forward)
+        first = now()
+        for _ in range(tokens):
+            token = step(token, cache, forward)
+        return first - started, now() - first
 
-    def decode(token: torch.Tensor, count: int) -> None:
-        for _ in range(count):
-            token = step(token, forward)
-
-    prefill()
-    decode(prefill(), min(8, args.tokens))  # compiles, and records the graphs
-    times = [(seconds(prefill), seconds(lambda: decode(ids[:, -1:], args.tokens))) for _ in range(3)]
-    prefill_seconds, decode_seconds = (min(column) for column in zip(*times, strict=True))
+    for _ in range(2):
+        generate(min(8, args.tokens))  # compiles, records graphs, sees which layers share an input
+    times = [generate(args.tokens) for _ in range(3)]
+    first, rest = (statistics.median(column) for column in zip(*times, strict=True))
     return {
-        "prefill": args.prompt / prefill_seconds,
-        "decode": args.tokens / decode_seconds,
-        "weights": weights,
+        "first_token": first,
+        "rate": batch * args.tokens / rest,
         "peak": torch.cuda.max_memory_allocated() if on_cuda else 0,
     }

@@ -21,6 +21,7 @@ class Binding:
         sizes: of all tensors.
         versions: of the masks.
         dtype, device, in_features: of all weights; the device as its index, -1 for the CPU.
+        sparse: all are 2:4, which the sparse tensor cores take; known once there is a product.
         products: ready kernels for their addresses, by the number of rows and what else they depend on.
     """
 
@@ -30,6 +31,7 @@ class Binding:
         self.sizes, self.versions = sizes, versions
         self.dtype, self.device = weights[0].values.dtype, weights[0].values.get_device()
         self.in_features = weights[0].in_features
+        self.sparse = False
         self.products: dict[tuple, Product] = {}
 
     def fits(self, inputs: torch.Tensor) -> bool:
@@ -62,11 +64,8 @@ def binding_of(weights: Sequence[PackedWeight], tensors: list[torch.Tensor] | No
         tensors = tensors_of(weights)
     key = (weights[0].in_features, *map(_pointer, tensors))
     binding = _BINDINGS.get(key)
-    if (
-        binding is not None
-        and binding.sizes == list(map(_size, tensors))
-        and binding.versions == list(map(version, tensors[::5]))
-    ):
+    sizes, versions = list(map(_size, tensors)), list(map(version, tensors[::5]))
+    if binding is not None and binding.sizes == sizes and binding.versions == versions:
         return binding
-    binding = Binding(weights, list(map(_size, tensors)), list(map(version, tensors[::5])))
+    binding = Binding(weights, sizes, versions)
     return _BINDINGS.put(key, binding, [tensor for weight in weights for tensor in weight.tensors])

@@ -13,6 +13,7 @@ from .cuda import small_batch
 from .cuda.sparse_cores import bind_sparse, prepare, sparse_configs
 from .launch import drives
 from .launch_config import FEW_ROWS, MEDIUM_ROWS, NATIVE_ROWS, LaunchConfig, bucket, candidates
+from .measured import measured
 from .packed_weight import PackedWeight, check_count
 from .reference import no_product
 from .support_index import index_of
@@ -45,8 +46,12 @@ def multiply(
     """
     rows = inputs.numel() // binding.in_features if binding.in_features else 0
     captured = rows > MEDIUM_ROWS and torch.cuda.is_current_stream_capturing()
+    if (
+        rows > MEDIUM_ROWS and binding.sparse
+    ):  # though an eager call may do without: a graph of this thread may follow
+        prepare(inputs.device, captured)
     product = binding.products.get((rows if rows <= NATIVE_ROWS else bucket(rows), kernel, captured))
-    if product is None or inputs.get_device() != torch.cuda.current_device():
+    if product is None or binding.device != torch._C._cuda_getDevice():
         return _first(inputs, rows, weights, binding, kernel, captured)
     return product(ready(inputs), rows, weights)
 
@@ -70,6 +75,7 @@ def _first(
         return [no_product(inputs, weight) for weight in weights]
     with _on_device_of(inputs):
         plain = [weight.contiguous() for weight in weights]
+        binding.sparse = all(index_of(weight.mask, weight.in_features).pairs for weight in plain)
         product = bind(ready(inputs), rows, plain, kernel)
         if drives() and all(a is b for a, b in zip(plain, weights, strict=True)):
             binding.products[rows if rows <= NATIVE_ROWS else bucket(rows), kernel, captured] = product
@@ -135,6 +141,8 @@ def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -
     capturing = inputs.is_cuda and torch.cuda.is_current_stream_capturing()
     sparse = rows > MEDIUM_ROWS and index.pairs and prepare(inputs.device, capturing)
     config = known(rows, weight, capturing)
+    if config is None and native:
+        config = measured(rows, weight.out_features, index.pairs, inputs.device)
     if (
         config is not None
         and (sparse or config.kernel != "sparse_cores")

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .tensor_cache import apart
+
 logger = logging.getLogger(__name__)
 
 _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -103,6 +105,26 @@ def empty(inputs: torch.Tensor, outs: list[int]) -> list[torch.Tensor]:
     if len(outs) > 1 and inputs.numel() == inputs.shape[-1]:
         return list(torch.unsafe_split_with_sizes(inputs.new_empty((*lead, sum(outs))), outs, -1))
     return [inputs.new_empty((*lead, out)) for out in outs]
+
+
+COUNTERS = 64  # bytes at the start of scratch memory that are zero between launches
+_SCRATCH: dict[
+    tuple[int, int], tuple[int, int, torch.Tensor]
+] = {}  # of a device and stream: address, bytes, memory
+
+
+def scratch(device: int, size: int) -> int | None:
+    """The address of memory that launches of the current stream use one after the other, of `size` bytes or more; None
+    while a CUDA graph is captured, which may run beside this stream later."""
+    if torch._C._cuda_isCurrentStreamCapturing():
+        return None
+    key = device, torch._C._cuda_getCurrentRawStream(device)
+    kept = _SCRATCH.get(key)
+    if kept is None or kept[1] < size:
+        where, size = torch.device("cuda", device), max(2**18, size)
+        memory = apart(lambda: torch.zeros(size, dtype=torch.uint8, device=where), where)
+        kept = _SCRATCH[key] = memory.data_ptr(), size, memory
+    return kept[0]
 
 
 def _word(argument: Any) -> int:

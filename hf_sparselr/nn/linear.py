@@ -96,9 +96,8 @@ class SparseLRLinear(nn.Linear):
         """S + B A and the bias, as the kernels take them."""
         if not torch.compiler.is_compiling():
             try:
-                return PackedWeight(
-                    *_PARTS(self._parameters), self.in_features
-                )  # ten times as fast as attributes
+                # Ten times as fast as a Module's attributes.
+                return PackedWeight(*_PARTS(self._parameters), self.in_features)
             except KeyError:  # the copies of DataParallel have no parameters
                 pass
         return PackedWeight(self.mask, self.values, self.A, self.B, self.bias, self.in_features)
@@ -150,22 +149,22 @@ class SparseLRLinear(nn.Linear):
         self, inputs: torch.Tensor, factors: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
     ) -> torch.Tensor:
         """x: (..., in) to (..., out); `factors`, (A, B) or (None, None), stand in for the layer's own."""
-        if self._is_hierarchy_alone and factors is None:
-            return self.hierarchy(inputs)
+        hierarchy = self.hierarchy
+        if hierarchy is not None and factors is None and self._is_hierarchy_alone:
+            return hierarchy(inputs)
         if factors is not None:
             A, B = factors
             out = _multiply(inputs, self.packed_weight._replace(A=A, B=B), self.kernel)
-        elif self.shared_input is None or torch.is_grad_enabled() or torch.onnx.is_in_onnx_export():
+        elif self.shared_input is None or torch.is_grad_enabled() or _is_exported():
             out = self.product(inputs)
         else:
             out = self.shared_input(self, inputs)
-        return out if self.hierarchy is None else self.hierarchy(inputs, out)
+        return out if hierarchy is None else hierarchy(inputs, out)
 
     @property
     def _is_hierarchy_alone(self) -> bool:
         """Whether S is empty, and nothing else stands beside a hierarchical part."""
-        alone = self.A is None and self.bias is None and not self.values.numel()
-        return alone and self.hierarchy is not None
+        return self.A is None and self.bias is None and not self.values.numel()
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """`forward` of this layer alone, without the hierarchical part."""
@@ -195,9 +194,14 @@ class SparseLRLinear(nn.Linear):
 
 
 def _multiply(inputs: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Tensor:
-    if torch.onnx.is_in_onnx_export():
+    if _is_exported():
         return exportable_linear(inputs, weight)
     return packed_linear(inputs, weight, kernel)
+
+
+def _is_exported() -> bool:
+    """To ONNX, by torch.export; asked only there, as the question takes longer than the rest of a call."""
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
 def packed_layers(model: nn.Module) -> dict[str, SparseLRLinear]:

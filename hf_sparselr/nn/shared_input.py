@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..kernels import packed_linears
-from ..kernels.launch_config import FEW_ROWS
+from ..kernels.launch_config import NATIVE_ROWS
 from .linear import SparseLRLinear
 
 MOST_MISSES = 3  # calls in which a group was no group: an interrupted run may be one
@@ -53,11 +53,12 @@ class SharedInputGroup:
     def __call__(self, layer: SparseLRLinear, inputs: torch.Tensor) -> torch.Tensor:
         """The product of one of the layers: x (..., in) to (..., out)."""
         compiling, number = torch.compiler.is_compiling(), layer.number
-        state = None if compiling else _state(inputs)  # in one graph a tensor is a value
+        # In one graph a tensor is a value; elsewhere it may be edited, or another stream may come.
+        state = None if compiling else _state(inputs)
         ready = self._ready  # read once: another thread may run the model
         if ready is not None and self.layers[number]() is layer:
             known, its_state, first, outputs = ready
-            if known is inputs and its_state == state and number in outputs:
+            if known is inputs and its_state == state and number in outputs and not _casts(inputs, compiling):
                 output = outputs.pop(number)
                 if not outputs:
                     self._ready = None
@@ -66,14 +67,14 @@ class SharedInputGroup:
             self._misses[first] += 1
             if self._misses[first] == MOST_MISSES:
                 self.groups[first] = None
-        group = self.groups[number]
         if self.layers[number]() is not layer or not (compiling or _may_wait(inputs)):
             return layer.product(inputs)  # a shallow copy, with values of its own
+        group = self.groups[number]
         if group is None:
             if not compiling:
                 self._watch(number, inputs, state)
             return layer.product(inputs)
-        if inputs.numel() > FEW_ROWS * layer.in_features:
+        if inputs.numel() > NATIVE_ROWS * layer.in_features:
             return layer.product(inputs)
         members = [self.layers[i]() for i in group]
         if not all(_is_at_hand(member, layer) for member in members):
@@ -112,22 +113,20 @@ def link_shared_inputs(model: nn.Module) -> None:
 def _state(inputs: torch.Tensor) -> tuple | None:
     """What must not change between the calls of a group: the input's values, the stream; None in inference mode."""
     try:
-        changes = inputs._version
+        if inputs.is_cuda:
+            return inputs._version, torch._C._cuda_getCurrentRawStream(inputs.get_device())
+        return inputs._version, 0
     except RuntimeError:  # a tensor of inference mode
         return None
-    if inputs.is_cuda:
-        return (
-            changes,
-            torch._C._cuda_getCurrentRawStream(inputs.get_device()),
-            torch.is_autocast_enabled("cuda"),
-        )
-    return changes, 0, torch.is_autocast_enabled("cpu")
+
+
+def _casts(inputs: torch.Tensor, compiling: bool) -> bool:
+    return not compiling and torch.is_autocast_enabled("cuda" if inputs.is_cuda else "cpu")
 
 
 def _may_wait(inputs: torch.Tensor) -> bool:
     """Whether products may be computed before they are asked for."""
-    kind = "cuda" if inputs.is_cuda else "cpu"
-    return not (inputs.is_inference() or torch.is_inference_mode_enabled() or torch.is_autocast_enabled(kind))
+    return not (inputs.is_inference() or torch.is_inference_mode_enabled() or _casts(inputs, False))
 
 
 def _is_at_hand(member: SparseLRLinear | None, layer: SparseLRLinear) -> bool:

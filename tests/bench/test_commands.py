@@ -197,29 +197,38 @@ def test_generate(tiny_preset, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "forward", ticking)
     monkeypatch.setattr(generate, "time", clock)
     file = tmp_path / "result.json"
+    options = ["--preset", "smollm2-135m", "--sparsity", "2:4", "0.7", "--rank", "4", "--tokens", "4"]
+    cases = ["--mode", "eager", "--batch", "1", "3", "--prompt", "8", "--dtype", "float32", "--device", "cpu"]
+    assert main(["bench", "generate", *options, *cases, "--json", str(file)]) == 0
+    results = json.loads(file.read_text())
+    found = [(r["name"], r["batch"], r["prompt"], r["mode"]) for r in results]
+    assert found == [(name, batch, 8, "eager") for name in ("dense", "2:4", "0.7") for batch in (1, 3)]
+    assert all(r["first_token"] == 1 and r["rate"] == r["batch"] for r in results)
+    dense, pairs, sparse = (results[number]["weights"] for number in (0, 2, 4))
+    assert sparse < pairs < dense
+    assert "first token ms" in capsys.readouterr().out
+
+
+def test_host(tiny_preset, tmp_path, capsys) -> None:
+    file = tmp_path / "result.json"
     options = [
         "--preset",
         "smollm2-135m",
-        "--sparsity",
+        "--blocks",
+        "2",
+        "--rows",
+        "1",
+        "3",
+        "--patterns",
         "2:4",
-        "0.7",
         "--rank",
         "4",
-        "--prompt",
-        "8",
-        "--tokens",
-        "4",
     ]
-    fast = ["--eager", "--dtype", "float32", "--device", "cpu", "--json", str(file)]
-    assert main(["bench", "generate", *options, *fast]) == 0
+    assert main(["bench", "host", *options, "--passes", "2", "--device", "cpu", "--json", str(file)]) == 0
     results = json.loads(file.read_text())
-    assert list(results) == ["dense", "2:4", "0.7"]
-    assert results["0.7"]["weights"] < results["2:4"]["weights"] < results["dense"]["weights"]
-    assert all((result["prefill"], result["decode"]) == (8, 1) for result in results.values())
-    printed = capsys.readouterr().out.splitlines()
-    assert "decode tok/s" in printed[0] and [
-        line.split()[:4] for line in printed if line.startswith("0.7")
-    ] == [["0.7", "8", "1.0", "1.00"]]
+    found = [(r["weights"], r["rows"]) for r in results]
+    assert found == [("dense", 1), ("dense", 3), ("2:4", 1), ("2:4", 3)] and all(r["us"] > 0 for r in results)
+    assert "over dense" in capsys.readouterr().out
 
 
 def test_generate_needs_both_checkpoints(capsys) -> None:

@@ -90,10 +90,11 @@ def test_timing_is_of_the_device() -> None:
 
 
 def test_a_choice_is_made_once_and_kept_on_disk(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_sparselr.kernels import autotune
+    from hf_sparselr.kernels import autotune, gpu
 
     monkeypatch.setattr(autotune, "HF_HOME", str(tmp_path))
     autotune._file.cache_clear(), autotune._table.cache_clear()
+    monkeypatch.setattr(gpu, "measured", lambda *given: None)
     case = problem(192, 320, 0.5, dtype=torch.bfloat16)
     layer, x = layer_of(case, 320), draw(3, 320, seed=6, dtype=torch.bfloat16)
     with torch.no_grad():

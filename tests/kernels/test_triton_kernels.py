@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from hf_sparselr.kernels import autotune, gpu
 from hf_sparselr.kernels.cuda.sparse_cores import bind_arrange
 from hf_sparselr.kernels.launch_config import BESIDE, JOINED, LaunchConfig, candidates
+from hf_sparselr.kernels.measured import measured
 from hf_sparselr.kernels.support_index import index_of
 from hf_sparselr.kernels.triton.unpack import bind_densify, collect
 
@@ -255,6 +256,21 @@ def test_what_is_known_is_taken(rows: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert gpu.select(x, rows, weight, "auto") == BESIDE
     packed = {"gemv"} if rows == 1 else {"small_batch"} if rows <= 16 else {BESIDE.kernel}
     assert gpu.select(x, rows, weight, "packed").kernel in packed
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_measured_cards_have_a_kernel_for_every_few_rows(
+    pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    device = torch.device("cuda", 99)
+    for rows in range(1, 257):
+        for outs in (64, 16384):
+            config = measured(rows, outs, pairs, device)
+            most = {"gemv": 16, "mma": 32, "medium_batch": 256, "unpack_then_gemm": 256}[config.kernel]
+            assert rows <= most
+    assert measured(257, 64, pairs, device) is None
+    assert measured(1, 64, pairs, torch.device("cpu")) is None
 
 
 @pytest.fixture

@@ -203,6 +203,6 @@ def test_a_member_of_another_dtype_is_left_alone() -> None:
 
 def test_many_rows_are_computed_one_layer_after_the_other() -> None:
     module = parent(8, 4)
-    x = draw(17, WIDTH, seed=0, dtype=torch.float32)
+    x = draw(33, WIDTH, seed=0, dtype=torch.float32)
     call(module, [(0, x), (1, x), (0, x)])
     assert module.part0.shared_input.groups[0] == [0, 1] and module.part0.shared_input._ready is None

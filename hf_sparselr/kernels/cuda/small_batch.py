@@ -8,18 +8,16 @@ from itertools import accumulate
 import torch
 
 from ..bindings import Product
-from ..launch import DriverLaunch, Varying, drives, empty
+from ..launch import COUNTERS, DriverLaunch, Varying, drives, empty, scratch
 from ..launch_config import LaunchConfig
 from ..packed_weight import PackedWeight
 from ..support_index import SupportIndex, index_of
-from ..tensor_cache import apart
 from .nvrtc import CompileError, load_function
 
 logger = logging.getLogger(__name__)
 
 _STAGES = 2  # as in the source
 _STEP = 128  # columns, likewise
-_COUNTERS = 64  # bytes
 _TABLE = 128  # bytes of shared memory before the values
 _BEYOND = 512  # after them: what a mask that was edited behind torch's back can make a block read
 _SHARED = 227 * 1024  # bytes that a block can have at most, on compute capability 9.0
@@ -112,31 +110,16 @@ def bind_mma(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -
 
     def fused_product(inputs: torch.Tensor, _: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
         ys = empty(inputs, outs)
-        if torch._C._cuda_isCurrentStreamCapturing():  # the graph may run beside this stream
+        memory = scratch(device, COUNTERS + 4 * places[-1])
+        if memory is None:
             u = torch.empty(places[-1], dtype=torch.float32, device=inputs.device)
             first(inputs, u, 0, 0, *ys)
             second(inputs, u, 0, 0, *ys)
-        else:
-            counters = _scratch(device, places[-1])
-            fused(inputs, counters + _COUNTERS, counters, total, *ys)
+        else:  # the counters are zero between launches
+            fused(inputs, memory + COUNTERS, memory, total, *ys)
         return ys
 
     return fused_product
-
-
-_SCRATCH: dict[tuple[int, int], torch.Tensor] = {}
-
-
-def _scratch(device: int, size: int) -> int:
-    """The address of counters, which are zero between launches, and `size` floats behind them, of the current stream:
-    its launches use them one after the other."""
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    memory = _SCRATCH.get((device, stream))
-    if memory is None or memory.numel() < size + _COUNTERS // 4:
-        where = torch.device("cuda", device)
-        length = max(2**16, size + _COUNTERS // 4)
-        memory = _SCRATCH[device, stream] = apart(lambda: torch.zeros(length, device=where), where)
-    return memory.data_ptr()
 
 
 def _stride(densest: int) -> int:

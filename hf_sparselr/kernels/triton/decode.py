@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..bindings import Product
-from ..launch import TritonLaunch, Varying, empty
+from ..launch import COUNTERS, TritonLaunch, Varying, empty, scratch
 from ..launch_config import LaunchConfig
 from ..packed_weight import PackedWeight
 from ..support_index import SupportIndex, index_of
@@ -67,7 +67,7 @@ def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
     targets = [Varying(1 + len(us) + n, x.example.new_empty((1,), dtype=kept)) for n in range(len(weights))]
     arguments = tuple(map(_arguments, weights, us, targets))
     ends = tuple(accumulate(ceil_div(out, config.rows) for out in outs))
-    sizes = x, arguments, ends, ins, index.shape[1]
+    given = x, arguments, ends, ins, index.shape[1]
     constants = {
         "ROWS": config.rows, "PER_BLOCK": index.per_block, "PAIRS": can_pair(index, one.values),
         "EVEN": ins % tile == 0, "LOW_RANK": low_rank, "BIAS": one.bias is not None, "DEPENDENT": dependent,
@@ -77,22 +77,21 @@ def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
         constants["launch_pdl"] = True
     if config.kernel == "gemv":
         constants |= {"LANES": 32 * config.warps, "WIDE": ins % 8 == 0 and one.values.element_size() == 2}
-        main = TritonLaunch(multiply_vector, (ends[-1], rows), sizes, constants)
+        main = TritonLaunch(multiply_vector, (ends[-1], rows), given, constants)
     else:
         constants |= {"WARPS": config.warps, "AHEAD": config.ahead, "ALIGNED": _aligned(one.values)}
         constants["BATCH"] = 8 if rows <= 8 else 16
-        main = TritonLaunch(multiply_tiles, (ends[-1], split), (*sizes, rows, span), constants)
+        main = TritonLaunch(multiply_tiles, (ends[-1], split), (*given, rows, span), constants)
     project = _bind_low_rank(rows, weights, x, us, dependent) if low_rank else None
     total = bind_sum(split, one.values) if split > 1 else None
-    ranks = [weight.rank for weight in weights]
+    sizes = [rows * weight.rank for weight in weights]
 
     def product(inputs: torch.Tensor, rows: int, _: Sequence[PackedWeight]) -> list[torch.Tensor]:
         ys = empty(inputs, outs)
         if project is None:
             us = [inputs] * len(ys)
         else:
-            u = torch.empty(rows * sum(ranks), dtype=torch.float32, device=inputs.device)
-            us = parts_of(u, [rows * rank for rank in ranks], main)
+            us = _space(inputs, sizes, main)
             project(inputs, *us)
         if total is None:
             main(inputs, *us, *ys)
@@ -106,12 +105,13 @@ def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
     return product
 
 
-def parts_of(whole: torch.Tensor, sizes: list[int], launch: TritonLaunch) -> list:
-    """Parts of a tensor of FP32 for a launch: their addresses where it takes them, as views cost time."""
-    if not launch.takes_addresses:
-        return list(whole.split(sizes))
-    start = whole.data_ptr()
-    return [start + 4 * place for place in accumulate(sizes[:-1], initial=0)]
+def _space(inputs: torch.Tensor, sizes: list[int], launch: TritonLaunch) -> list:
+    """Memory of so many FP32 numbers each for a launch: addresses where it takes them, as tensors cost time."""
+    if launch.takes_addresses:
+        start = scratch(inputs.get_device(), COUNTERS + 4 * sum(sizes))
+        if start is not None:
+            return [start + COUNTERS + 4 * place for place in accumulate(sizes[:-1], initial=0)]
+    return list(torch.empty(sum(sizes), dtype=torch.float32, device=inputs.device).split(sizes))
 
 
 def _arguments(weight: PackedWeight, u: Varying, target: Varying) -> tuple:

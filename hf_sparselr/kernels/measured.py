@@ -1,0 +1,54 @@
+"""What was the fastest on cards that were measured: there, nothing is measured again for up to 256 rows of x.
+
+On one H100 80GB HBM3, layers of 14336 x 4096, 4096 x 14336 and 4096 x 4096, rank 64, BF16 (2026-11-27).
+"""
+
+import functools
+
+import torch
+
+from .launch_config import GEMV, JOINED, MEDIUM_BATCH, MMA, MMA_PAIRS, LaunchConfig
+
+_MANY_OUTS = 8192  # rows of S that keep a GPU busy without splitting the columns
+
+_WHOLE, _HALVES, _QUARTERS, _EIGHTHS = MEDIUM_BATCH  # parts of the columns
+
+# Up to so many rows of x: the configuration for many rows of S, and for few.
+_CARDS = {
+    "NVIDIA H100": {
+        "2:4": (
+            (1, GEMV[0], GEMV[0]),
+            (16, MMA_PAIRS[0], MMA_PAIRS[0]),
+            (32, _QUARTERS, _EIGHTHS),
+            (64, _WHOLE, _QUARTERS),
+            (128, _WHOLE, _QUARTERS),
+            (256, _WHOLE, _HALVES),
+        ),
+        "other": (
+            (1, GEMV[0], GEMV[0]),
+            (16, MMA[0], MMA[1]),
+            (32, _QUARTERS, _EIGHTHS),
+            (64, _QUARTERS, _QUARTERS),
+            (128, _WHOLE, _QUARTERS),
+            (256, JOINED, _HALVES),
+        ),
+    },
+}
+
+
+def measured(rows: int, outs: int, pairs: bool, device: torch.device) -> LaunchConfig | None:
+    """The configuration for so many rows of x and of S, of 16 bits, where there are kernels in CUDA C++; None for a
+    card that was not measured, and for more rows."""
+    for most, many, few in _table(device, pairs):
+        if rows <= most:
+            return many if outs > _MANY_OUTS else few
+    return None
+
+
+@functools.cache
+def _table(device: torch.device, pairs: bool) -> tuple:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for card, tables in _CARDS.items():
+        if name.startswith(card):
+            return tables["2:4" if pairs else "other"]
+    return ()
