@@ -77,7 +77,10 @@ def test_offloaded_caches(packed, cache):
 
 @pytest.mark.skipif(not importlib.util.find_spec("hqq"), reason="quantised caches need hqq")
 def test_a_quantised_cache_decodes_as_for_the_dense_model(packed, dequantized):
-    options = {"cache_implementation": "quantized", "cache_config": {"backend": "hqq", "nbits": 8}}
+    options = {
+        "cache_implementation": "quantized",
+        "cache_config": {"backend": "hqq", "nbits": 8, "q_group_size": 8},
+    }
     assert singly(packed, **options) == singly(dequantized, **options)
 
 
