@@ -125,11 +125,6 @@ class Hierarchy:
             return matrix
         return matrix[inverse_order(self.row_order)][:, inverse_order(self.column_order)]
 
-    @property
-    def parameters(self) -> int:
-        """Floats that are stored."""
-        return self.shape.parameters
-
     def scale_(self, factor: float) -> None:
         """Multiplies the matrix, in place, by a positive factor."""
         for tensor, share in ((self.A, factor**0.5), (self.B, factor**0.5), (self.leaves, factor)):
