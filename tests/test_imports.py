@@ -11,6 +11,8 @@ from helpers.subprocesses import check
 import hf_sparselr
 from hf_sparselr import compress
 
+pytestmark = pytest.mark.xdist_group("imports")  # they share what their fixtures make
+
 AUTOLOAD = "from hf_sparselr.integrations.autoload import autoload; autoload()\n"
 REGISTERED = """
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -197,8 +199,6 @@ import sys
 sys.modules["hf_sparselr.nn.linear"] = None  # importing it raises ImportError
 import transformers.quantizers
 from transformers import LlamaConfig
-
-pytestmark = pytest.mark.xdist_group("imports")  # they share what their fixtures make
 """
     assert (
         "could not register itself with transformers.quantizers"
