@@ -15,7 +15,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # Our module that registers classes with a host.
-_REGISTERING = {"transformers.quantizers": "hf_sparselr.integrations.transformers.quantizer"}
+_REGISTERING = {
+    "transformers.quantizers": "hf_sparselr.integrations.transformers.quantizer",
+    "torch._export.serde.serialize": "hf_sparselr.kernels.ops",  # torch.export.load looks for our operators
+}
 # With the keys of `patches.PATCHES`, which is imported only when a host has been.
 HOSTS = frozenset({*_REGISTERING, "transformers.modeling_utils", "transformers.trainer_utils", "peft"})
 

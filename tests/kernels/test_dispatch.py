@@ -2,12 +2,15 @@
 
 import copy
 import logging
+import os
+import subprocess
 import sys
 import threading
 
 import pytest
 import torch
 from helpers.kernel_cases import CUDA, DEVICE, assert_near, draw, layer_of, problem
+from helpers.paths import ROOT
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -292,6 +295,27 @@ def test_an_exported_layer_loads_and_runs(tmp_path) -> None:
         torch.export.save(program, tmp_path / "layer.pt2")
         loaded = torch.export.load(tmp_path / "layer.pt2")
         assert_near(loaded.module()(x), case.expected(x), torch.float32)
+
+
+def test_an_exported_layer_loads_where_only_the_package_was_imported(tmp_path) -> None:
+    case, x = problem(9, 100, 0.5), draw(2, 100, seed=6, dtype=torch.float32)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(layer_of(case, 100), (x,)), tmp_path / "layer.pt2")
+        torch.save((x, case.expected(x)), tmp_path / "expected.pt")
+    code = """
+import hf_sparselr, torch
+program = torch.export.load("layer.pt2")
+x, expected = torch.load("expected.pt")
+torch.testing.assert_close(program.module()(x).double(), expected, rtol=1e-4, atol=1e-4)
+"""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
+        timeout=300,
+    )
 
 
 def test_the_kernel_is_chosen_on_loading(tmp_path) -> None:

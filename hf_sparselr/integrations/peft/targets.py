@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from ...nn.linear import SparseLRLinear
+from ...nn.packed_experts import ExpertStack
 from .lora_layer import is_replacing
 
 
@@ -56,8 +57,26 @@ def convert_config(call: Callable[[], None], peft_config: Any, model: nn.Module)
     finally:
         peft_config.target_modules = set(peft_config.target_modules) | selecting
     parameters = [name for name, _ in model.named_parameters()]
-    after = {p for p in peft_config.target_parameters or () if p in before or _ends_one(p, parameters)}
-    peft_config.target_parameters = after or None
+    converted = {p for p in peft_config.target_parameters or () if p not in before}
+    stays = {p for p in converted if _ends_one(p, parameters)}
+    peft_config.target_parameters = (before | stays) or None
+    peft_config.target_modules = _without_stacks(model, peft_config.target_modules, converted - stays)
+
+
+def _without_stacks(model: nn.Module, targets: set[str], converted: set[str]) -> set[str]:
+    """Targets in which packed experts, which PEFT cannot hold as a whole, are replaced by their layers.
+
+    Args:
+        targets: names of modules, or their ends.
+        converted: ends that PEFT takes for parameters of experts.
+    """
+    modules = dict(model.named_modules())
+    stacks = [name for name, module in modules.items() if isinstance(module, ExpertStack)]
+    chosen = [name for name in stacks if any(_ends_one(end, [name]) for end in targets | converted)]
+    ends = {end for end in targets if _ends_one(end, chosen)}
+    others = {name for name in modules if name not in stacks and any(_ends_one(end, [name]) for end in ends)}
+    layers = {name for name in modules if name.rpartition(".")[0] in chosen}
+    return (targets - ends) | others | layers
 
 
 def _ends_one(end: str, names: list[str]) -> bool:

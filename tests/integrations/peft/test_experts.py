@@ -1,9 +1,12 @@
 """Adapters in models whose experts are 3-D parameters, and in models where PEFT refuses some layers."""
 
+import copy
+
 import peft
 import pytest
 import torch
 import transformers as tf
+from helpers import tiny
 from helpers.peft_models import IDS, disturb, logits, lora_layers, pack_blocks
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
@@ -73,6 +76,23 @@ def test_a_bare_name_where_there_are_no_experts_left():
     del model.model.layers[1].mlp.experts
     adapted = get_peft_model(model, LoraConfig(target_modules=["down_proj"]))
     assert len(lora_layers(adapted)) == 2 and not adapted.peft_config["default"].target_parameters
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_the_layers_of_packed_experts(tmp_path, name):
+    """PEFT cannot hold a stack of experts; a name that selects it selects its layers."""
+    model = hf_sparselr.compress(tiny.build(name), tiny.settings())
+    experts = {layer for layer in packed_layers(model) if ".experts.down_proj." in layer}
+    assert len(experts) == 8
+    twin = copy.deepcopy(model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["down_proj", "q_proj"]))
+    found = {f"model.{layer}" for layer in lora_layers(adapted)}
+    assert experts < found and len(found) == len(experts) + 2
+    adapted(input_ids=tiny.IDS, labels=tiny.IDS).loss.backward()
+    disturb(adapted)
+    trained = tiny.logits(adapted.eval())
+    adapted.save_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(PeftModel.from_pretrained(twin, tmp_path).eval()), trained)
 
 
 def test_a_start_from_factors_takes_no_parameters():

@@ -285,12 +285,15 @@ def run_replacing_adapter(workshop: Workshop) -> str:
 
 def run_errors(workshop: Workshop) -> str:
     """A bad checkpoint ends in the front end with its own message, before an engine starts."""
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     path = workshop.folder / "bad"
     source = workshop.checkpoint("2of4")
     path.mkdir(exist_ok=True)
     tensors = load_file(source / "model.safetensors")
+    with safe_open(source / "model.safetensors", "pt") as reader:
+        metadata = reader.metadata()
     config = json.loads((source / "config.json").read_text())
     lost = "model.layers.1.mlp.up_proj.values"
     newer = json.loads(json.dumps(config))
@@ -300,7 +303,7 @@ def run_errors(workshop: Workshop) -> str:
         (newer, tensors, "format_version=99: "),
     ):
         (path / "config.json").write_text(json.dumps(stored))
-        save_file(left, path / "model.safetensors", metadata={"format": "pt"})
+        save_file(left, path / "model.safetensors", metadata=metadata)
         answer = ask(workshop.folder, path, workshop.prompts("2of4"), {"enforce_eager": True})
         assert message in str(answer["error"]), answer["error"]
         assert "EngineCore" not in answer["log"], answer["log"]
