@@ -6,7 +6,7 @@ from helpers.kernel_cases import SUPPORTS, Problem, assert_near, draw, problem
 from torch._subclasses import FakeTensorMode
 
 from hf_sparselr.format.bitmask import pack
-from hf_sparselr.kernels import PackedWeight, cpu
+from hf_sparselr.kernels import PackedWeight, cpu, packed_linear
 
 pytestmark = pytest.mark.skipif(not cpu.supports(torch.float32), reason="needs a C compiler, on x86 AVX2")
 levels = pytest.mark.parametrize("wide", [False, True], ids=["AVX2", "AVX-512"])
@@ -102,3 +102,36 @@ def test_bits_beyond_the_last_column_meet_zeros(rows: int, wide: bool) -> None:
     )
     x = draw(rows, 13, seed=6, dtype=torch.float32).cpu().double()
     assert_near(out, 7 * x @ case.support.cpu().double().T, torch.float32)
+
+
+def test_fp32_is_never_unpacked_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = on_cpu(problem(6, 200, 0.5))
+    assert all(cpu.prefers(weight, rows) for rows in (1, 16, 17, 1000))
+    narrow = weight.to(torch.bfloat16)
+    monkeypatch.setattr(cpu, "_EMULATED", {torch.bfloat16})
+    assert all(cpu.prefers(narrow, rows) for rows in (1, 16, 17, 1000))
+    monkeypatch.setattr(cpu, "_EMULATED", set())
+    assert cpu.prefers(narrow, 16) and not cpu.prefers(narrow, 17)
+
+
+@pytest.mark.parametrize("train", ["inputs", "values"])
+def test_training_in_16_bits_is_computed_in_fp32_where_the_cpu_has_no_instructions(
+    train: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = problem(70, 320, 0.5, dtype=torch.bfloat16)
+    weight, products = on_cpu(case), []
+    monkeypatch.setattr(cpu, "_EMULATED", {torch.bfloat16})
+    real = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(a.dtype) or real(a, b))
+    x = draw(9, 320, seed=6, dtype=torch.bfloat16).cpu().requires_grad_(train == "inputs")
+    weight.values.requires_grad_(train == "values")
+    packed_linear(x, weight).float().square().sum().backward()
+    assert products and set(products) == {torch.float32}
+    S, y = case.S.cpu(), None
+    exact = x.detach().double().requires_grad_()
+    dense = (case.dense.cpu()).requires_grad_()
+    y = torch.nn.functional.linear(exact, dense, weight.bias.double())
+    y.square().sum().backward()
+    expected = exact.grad if train == "inputs" else dense.grad[S != 0]
+    actual = x.grad if train == "inputs" else weight.values.grad
+    assert (actual.double() - expected).norm() <= 0.03 * expected.norm()

@@ -46,7 +46,8 @@ def takes(weight: PackedWeight, *others: torch.Tensor) -> bool:
 
 def prefers(weight: PackedWeight, rows: int) -> bool:
     """Whether `multiply` is faster than unpacking S for oneDNN."""
-    return rows <= _ACROSS_ROWS or not multiplies_natively(weight.values.dtype)
+    dtype = weight.values.dtype
+    return dtype == torch.float32 or rows <= _ACROSS_ROWS or not multiplies_natively(dtype)
 
 
 def multiplies_natively(dtype: torch.dtype) -> bool:

@@ -3,8 +3,8 @@
  * Compiled once for each type of the values: -DBF16, -DFP16 or neither (FP32). x86-64 with AVX2, or any other processor
  * by the compiler's own vectors.
  *
- * Two ways. "Across": a few columns of a row of S are expanded to dense ones and multiplied with up to ACROSS rows of x.
- * "Along": for more rows, x is transposed, and every kept value is multiplied with that column of WIDTH rows at once, so
+ * Two ways. "Across": a few columns of a row of S are expanded to dense ones and multiplied with ACROSS rows of x, for up
+ * to twice as many. "Along": for more rows, x is transposed, and every kept value is multiplied with that column of WIDTH rows at once, so
  * that only kept values cost time.
  *
  * Nothing is read beyond `nonzeros` values or beyond a row of the mask, whatever the mask holds: the values of each row
@@ -423,14 +423,46 @@ INLINE int this_thread(void) {
 #endif
 }
 
-static void *reserve(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+enum { LINE = 64, KEPT = 1 << 23 }; /* bytes: of a cache line, and of memory that a thread keeps from call to call */
+
+static int64_t lines(int64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
+
+static __thread char *kept_memory;
+static __thread int64_t kept_bytes;
+
+/* Memory for the length of a call. What the system gives anew it fills with zeros, which takes longer than small products:
+   a thread keeps what it had, up to a limit. */
+static void *borrow(int64_t bytes) {
+  if (bytes > KEPT) return aligned_alloc(LINE, lines(bytes));
+  if (bytes > kept_bytes) {
+    free(kept_memory);
+    kept_bytes = lines(bytes * 2 < KEPT ? bytes * 2 : KEPT);
+    kept_memory = aligned_alloc(LINE, kept_bytes);
+    if (!kept_memory) kept_bytes = 0;
+  }
+  return kept_memory;
+}
+
+static void give_back(void *memory) {
+  if (memory != kept_memory) free(memory);
+}
+
+/* The next `bytes` of borrowed memory. */
+static void *take(char **memory, int64_t bytes) {
+  void *taken = *memory;
+  *memory += lines(bytes);
+  return taken;
+}
 
 static int multiply_across(const Weight *w, const entry *x, entry *y, int64_t rows, across multiply, int threads) {
   int64_t bytes = (w->ins + 7) / 8, stride = (8 * bytes + 127) / 64 * 64, ranks = w->rank;
-  float *wide = reserve(rows * stride * 4), *u = reserve((rows + 7) / 8 * 8 * (ranks + 1) * 4);
-  float *parts = reserve(threads * (ranks + 1) * 4); /* of a row of B */
-  entry *given = reserve(rows * stride * sizeof(entry));
-  if (!wide || !u || !given || !parts) return free(wide), free(u), free(given), free(parts), 1;
+  int64_t x_bytes = rows * stride * 4, u_bytes = (rows + 7) / 8 * 8 * (ranks + 1) * 4;
+  int64_t given_bytes = rows * stride * sizeof(entry), part_bytes = threads * (ranks + 1) * 4; /* of a row of B */
+  char *memory = borrow(lines(x_bytes) + lines(u_bytes) + lines(given_bytes) + lines(part_bytes)), *rest = memory;
+  if (!memory) return 1;
+  float *wide = take(&rest, x_bytes), *u = take(&rest, u_bytes);
+  entry *given = take(&rest, given_bytes);
+  float *parts = take(&rest, part_bytes);
   const int side = rows == 1 ? 1 : ACROSS; /* of u: (groups of rows, rank, side) */
   memset(given, 0, rows * stride * sizeof(entry)); /* what is read behind the ends is zero */
   for (int64_t r = 0; r < rows; r++) memcpy(given + r * stride, x + r * w->ins, w->ins * sizeof(entry));
@@ -468,7 +500,7 @@ static int multiply_across(const Weight *w, const entry *x, entry *y, int64_t ro
         }
       }
   }
-  return free(wide), free(u), free(given), free(parts), 0;
+  return give_back(memory), 0;
 }
 
 /* What threads write while they multiply a band of S. */
@@ -527,13 +559,17 @@ static int multiply_along(const Weight *w, const entry *x, entry *y, int64_t row
   int width = widths[index];
   int64_t columns = (w->ins + 7) / 8 * 8, most = rows < MOST ? rows : MOST, chunks = (most + width - 1) / width;
   int64_t listed = STEP / 4 / width + 8, space = chunks * BAND * width;
-  float *xt = reserve(chunks * columns * width * 4), *ut = reserve((chunks * w->rank + 1) * width * 4);
-  float *sums = reserve(threads * space * 4), *values = reserve((threads * BAND * listed + 128) * 4);
-  int32_t *lists = reserve((threads * BAND * listed + 128) * 4);
-  int failed = !xt || !ut || !sums || !values || !lists;
-  if (!failed) memset(xt, 0, chunks * columns * width * 4);
-#pragma omp parallel num_threads(threads) if (!failed)
-  for (int64_t first = 0; first < rows && !failed; first += most) {
+  int64_t xt_bytes = chunks * columns * width * 4, ut_bytes = (chunks * w->rank + 1) * width * 4;
+  int64_t list_bytes = (threads * BAND * listed + 128) * 4;
+  char *memory = borrow(lines(xt_bytes) + lines(ut_bytes) + lines(threads * space * 4) + 2 * lines(list_bytes));
+  char *rest = memory;
+  if (!memory) return 1;
+  float *xt = take(&rest, xt_bytes), *ut = take(&rest, ut_bytes), *sums = take(&rest, threads * space * 4);
+  float *values = take(&rest, list_bytes);
+  int32_t *lists = take(&rest, list_bytes);
+  memset(xt, 0, xt_bytes);
+#pragma omp parallel num_threads(threads)
+  for (int64_t first = 0; first < rows; first += most) {
     int64_t few = rows - first < most ? rows - first : most, parts = (few + width - 1) / width;
     int thread = this_thread();
     Space mine = {sums + thread * space, lists + thread * BAND * listed, values + thread * BAND * listed};
@@ -560,7 +596,7 @@ static int multiply_along(const Weight *w, const entry *x, entry *y, int64_t row
         }
     }
   }
-  return free(xt), free(ut), free(sums), free(values), free(lists), failed;
+  return give_back(memory), 0;
 }
 
 /* x: (rows, ins), y: (rows, outs), rows after each other. level: see choose_across.
@@ -568,7 +604,7 @@ static int multiply_along(const Weight *w, const entry *x, entry *y, int64_t row
 int multiply(const uint8_t *mask, const entry *values, const entry *A, const entry *B, const entry *bias,
              const entry *x, entry *y, int64_t nonzeros, int64_t rows, int64_t outs, int64_t ins, int64_t rank,
              int level, int threads, int64_t *kept) {
-  int64_t *starts = reserve((outs + 1) * 8);
+  int64_t *starts = malloc((outs + 1) * 8);
   if (!starts) return 1;
   *kept = count(mask, starts, outs, (ins + 7) / 8, threads);
   if (*kept != nonzeros) return free(starts), 2;
@@ -576,7 +612,7 @@ int multiply(const uint8_t *mask, const entry *values, const entry *A, const ent
   int paired, index, failed;
   across few = choose_across(level, &paired);
   along many = choose_along(level, rows, &index);
-  if (rows <= ACROSS || paired) failed = multiply_across(&weight, x, y, rows, few, threads);
+  if (rows <= 2 * ACROSS || paired) failed = multiply_across(&weight, x, y, rows, few, threads);
   else failed = multiply_along(&weight, x, y, rows, index, many, threads);
   return free(starts), failed;
 }
@@ -610,7 +646,7 @@ WIDE static void wide_unpack(const uint8_t *m, const entry *v, int64_t left, ent
 /* dense: (outs, ins). Returns as `multiply`. */
 int unpack(const uint8_t *mask, const entry *values, entry *dense, int64_t nonzeros, int64_t outs, int64_t ins,
            int level, int threads, int64_t *kept) {
-  int64_t *starts = reserve((outs + 1) * 8), stride = (ins + 7) / 8;
+  int64_t *starts = malloc((outs + 1) * 8), stride = (ins + 7) / 8;
   if (!starts) return 1;
   *kept = count(mask, starts, outs, stride, threads);
   if (*kept != nonzeros) return free(starts), 2;
