@@ -6,6 +6,7 @@ A block's FP32 copy, its Gram matrices and its activations are on the compute de
 import copy
 import logging
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from ..config.options import TMOptions
 from ..config.sparselr_config import SparseLRConfig
 from ..format.checkpoint_hierarchy import owner
-from ..utils.modules import named_tensors
+from ..utils.modules import detached_states, named_tensors
 from ..utils.phase_timer import PhaseTimer
 from .activations import Workplace
 from .capture import Call, replay
@@ -74,6 +75,7 @@ def compress_block(
     inputs: BlockInputs,
     config: SparseLRConfig,
     precomputed: Precomputed | None = None,
+    shared: Set[int] = frozenset(),
 ) -> BlockResult:
     """Compresses a copy of a block; the block itself stays as it is.
 
@@ -81,6 +83,7 @@ def compress_block(
         name: of the block in the model.
         plan: of the whole model.
         precomputed: decompositions to take over. The dense block is then the one of its reference model.
+        shared: ids of tensors that other parts of the model share. They stay the same objects, and are not trained.
 
     Raises:
         ValueError: naming the layer: NaN or Inf in its inputs.
@@ -88,6 +91,7 @@ def compress_block(
     started = time.perf_counter()
     place, layers = Workplace.of(block, config), layers_of(name, block, plan)
     phases, layer_rows, tm, unused = PhaseTimer(place.device), [], None, {}
+    fixed = frozenset(key for key, tensor in named_tensors(block) if id(tensor) in shared)
     working = working_copy(block, place.device)
     dense = working_copy(precomputed.reference.get_submodule(name), place.device) if precomputed else working
     with phases("propagation"):
@@ -106,7 +110,9 @@ def compress_block(
         if targets is not None:
             with phases("TM"):
                 options = resolve_precision(config.tm, block)
-                tm = _match(name, working, hidden, targets, calls, config.seed, options, inputs.kept_back)
+                tm = _match(
+                    name, working, hidden, targets, calls, config.seed, options, inputs.kept_back, fixed
+                )
         del targets
     with phases("propagation"):
         dtypes = {key: tensor.dtype for key, tensor in _floats(block)}
@@ -114,6 +120,7 @@ def compress_block(
         hidden = place.forward(working, hidden, calls)
         _pack(working, dtypes)
         working.to(next(block.parameters()).device)
+        _keep_shared(working, block, fixed)
     row = {
         "name": name,
         "tm": tm,
@@ -137,7 +144,7 @@ def working_copy(block: nn.Module, device: torch.device) -> nn.Module:
     """
     configs = {id(value): value for part in block.modules() for value in vars(part).values()}
     configs = {key: value for key, value in configs.items() if isinstance(value, PreTrainedConfig)}
-    block = copy.deepcopy(block, configs).to(device).eval()
+    block = copy.deepcopy(block, {**configs, **detached_states(block)}).to(device).eval()
     for _, tensor in _floats(block):
         tensor.data = tensor.data.float()
     return block
@@ -204,6 +211,7 @@ def _match(
     seed: int,
     options: TMOptions,
     kept_back: int,
+    fixed: frozenset[str],
 ) -> dict:
     bar = transformers_logging.tqdm(
         total=options.passes, desc="  transformer matching", leave=False, unit="pass"
@@ -213,13 +221,23 @@ def _match(
         bar.update()
         bar.set_postfix(loss=f"{loss:.4f}")
 
-    stats = match_block(block, hidden, targets, calls, options, seed, on_pass, kept_back)
+    stats = match_block(block, hidden, targets, calls, options, seed, on_pass, kept_back, fixed)
     bar.close()
     logger.info(
         f"{name}: transformer matching took the block's squared error from {stats['loss_before']:.3e} to "
         f"{stats['loss_after']:.3e} in {stats['seconds']:.1f} s"
     )
     return stats
+
+
+def _keep_shared(finished: nn.Module, block: nn.Module, names: frozenset[str]) -> None:
+    """Gives a finished block the tensors back that the dense block shares with other parts of the model."""
+    own = dict(named_tensors(block))
+    for name in names:
+        parent, _, key = name.rpartition(".")
+        module = finished.get_submodule(parent)
+        tensors = module._parameters if key in module._parameters else module._buffers
+        tensors[key] = own[name]
 
 
 def _floats(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -21,7 +21,7 @@ from ..data.model_inputs import Sample, first_row, rows
 from ..format.bitmask import unpack, unpack_mask
 from ..format.decomposition import Decomposition
 from ..nn.linear import SparseLRLinear, packed_layers
-from ..utils.modules import eval_mode, named_tensors
+from ..utils.modules import detached_states, eval_mode, named_tensors
 from ..utils.precision import arithmetic
 from .capture import instance_forwards, model_inputs
 from .model_structure import Stacks, find_stacks
@@ -38,7 +38,7 @@ def copy_sharing_blocks(model: nn.Module, stacks: Stacks) -> nn.Module:
     those and never edits them. The other tensors are its own."""
     blocks = [block for stack in stacks.values() for block in stack.values()]
     tensors = [tensor for block in blocks for _, tensor in named_tensors(block)]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return copy.deepcopy(model, {**detached_states(model), **{id(tensor): tensor for tensor in tensors}})
 
 
 def distill(
@@ -96,7 +96,7 @@ def _train(model, teacher, groups: Groups, batches, options: DistillOptions, see
     counts = {
         id(batch): count for batch, count in zip(batches, predictions(teacher, batches, options), strict=True)
     }
-    device = next(iter(groups.values()))[0].device
+    device = next(model.parameters()).device
     padded = any(_is_padded(batch) for batch in batches)
 
     def size(step: list[Sample]) -> int | torch.Tensor:

@@ -7,8 +7,10 @@ from torch import nn
 
 from ..data.model_inputs import Sample, first_row
 from ..nn.packed_experts import WatchedStack
-from .capture import model_inputs
+from ..utils.modules import eval_mode
+from .capture import computing_in_fp32, halves_outside, in_fp32, model_inputs
 from .experts import expert_parameters, stack_shape
+from .model_structure import find_stacks
 
 Places = dict[str, tuple[nn.Module, str, int]]
 
@@ -43,13 +45,19 @@ def watch_experts(model: nn.Module, names: Iterable[str], batch: Sample) -> tupl
 def _watch(model: nn.Module, places: Places, batch: Sample) -> dict[str, set[bool]] | None:
     """The uses of parameters in a forward pass; None if the pass fails because they are no tensors."""
     watched, parameters = {}, {}
+    blocks = {name: block for stack in find_stacks(model).values() for name, block in stack.items()}
     try:
         for name, (module, key, experts) in places.items():
             parameters[name] = getattr(module, key)
             watched[name] = WatchedStack(parameters[name], stack_shape(parameters[name], experts))
             delattr(module, key)
             setattr(module, key, watched[name])
-        model(**model_inputs(model, first_row(batch)))
+        with (
+            eval_mode(model),
+            in_fp32(halves_outside(model, blocks)),
+            computing_in_fp32(list(blocks.values())),
+        ):
+            model(**model_inputs(model, first_row(batch)))
     except (TypeError, AttributeError):
         return None
     finally:

@@ -91,6 +91,23 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
+def shared_tensors(model: nn.Module) -> set[int]:
+    """The ids of parameters and buffers that belong to several blocks, or to a block and another part of the model."""
+    blocks = {id(block) for members in find_stacks(model).values() for block in members.values()}
+    owners: dict[int, set[int]] = {}
+
+    def visit(module: nn.Module, block: int, path: tuple[int, ...]) -> None:
+        block = id(module) if id(module) in blocks else block
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            owners.setdefault(id(tensor), set()).add(block)
+        for child in module.children():
+            if id(child) not in path:
+                visit(child, block, (*path, id(child)))
+
+    visit(model, 0, (id(model),))
+    return {tensor for tensor, found in owners.items() if len(found) > 1}
+
+
 def context_length(model: "PreTrainedModel") -> int | None:
     """The most tokens that a model can take at a time, or None where its config names no limit.
 

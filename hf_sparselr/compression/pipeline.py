@@ -7,7 +7,7 @@ on one block is in `block`.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from .block import BlockInputs, BlockResult, compress_block
 from .capture import BrokenChainError, capture_block_inputs, capture_calls
 from .distillation import copy_sharing_blocks
 from .measuring import dense_groups
-from .model_structure import Stacks, find_stacks
+from .model_structure import Stacks, find_stacks, shared_tensors
 from .plan import Layer, reachable_plan
 from .precomputed import Precomputed
 from .report import Report
@@ -123,17 +123,23 @@ def _compressed_blocks(
 ) -> Iterator[tuple[str, BlockResult]]:
     """Compresses one block after the other: (name, result). The sink takes one before the next is asked for."""
     reference = precomputed.reference if precomputed else None
+    shared = shared_tensors(model)
     if reference is None and _needs_dense_stream(config) and not _all_chains(segments, survey):
         reference = copy_sharing_blocks(model, find_stacks(model))
     for segment in segments:
         if all(survey.most_calls[name] == 1 for name in segment):
             try:
-                yield from _chain(model, plan, config, segment, batches, kept_back, precomputed)
+                yield from _chain(model, plan, config, segment, batches, kept_back, precomputed, shared)
                 continue
             except BrokenChainError:
                 pass  # not on all samples
         for name in segment:
-            yield name, _single(model, plan, config, name, survey, batches, kept_back, precomputed, reference)
+            yield (
+                name,
+                _single(
+                    model, plan, config, name, survey, batches, kept_back, precomputed, reference, shared
+                ),
+            )
 
 
 def _all_chains(segments: list[dict[str, nn.Module]], survey: Survey) -> bool:
@@ -148,6 +154,7 @@ def _chain(
     batches: list[Sample],
     kept_back: int,
     precomputed: Precomputed | None,
+    shared: Set[int],
 ) -> Iterator[tuple[str, BlockResult]]:
     """A chain: one pass of the model records all arguments, and each block's outputs are the next one's inputs."""
     recording = capture_block_inputs(model, blocks, batches)
@@ -159,7 +166,7 @@ def _chain(
             inputs.dense_hidden = _first_inputs(precomputed.reference, blocks, batches)
     for name, block in blocks.items():
         inputs.calls = recording.calls.pop(name)
-        result = compress_block(name, block, plan, inputs, config, precomputed)
+        result = compress_block(name, block, plan, inputs, config, precomputed, shared)
         inputs.hidden, inputs.dense_hidden = result.hidden, result.dense_hidden
         yield name, result
 
@@ -182,6 +189,7 @@ def _single(
     kept_back: int,
     precomputed: Precomputed | None,
     reference: nn.Module | None,
+    shared: Set[int],
 ) -> BlockResult:
     """A block that is no part of a chain, or is called several times: passes of the whole model record its calls."""
     once = survey.most_calls[name] == 1
@@ -191,7 +199,7 @@ def _single(
     if _needs_dense_stream(config) and reference is not None:
         with eval_mode(reference):
             inputs.dense_hidden = capture_calls(reference, name, batches, once)[0]
-    return compress_block(name, model.get_submodule(name), plan, inputs, config, precomputed)
+    return compress_block(name, model.get_submodule(name), plan, inputs, config, precomputed, shared)
 
 
 def replace_in(model: nn.Module) -> Sink:

@@ -16,7 +16,7 @@ from ..solvers.registry import PRECOMPUTED
 from ..utils.validation import covers, matches
 from .experts import compressible_layers
 from .linear_layers import weight_shape
-from .model_structure import Stacks
+from .model_structure import Stacks, shared_tensors
 
 if TYPE_CHECKING:
     from ..config.sparselr_config import SparseLRConfig
@@ -80,7 +80,8 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
     for pattern in config.ignore or ():
         if not any(matches(pattern, name) for name in modules):
             raise ValueError(f"ignore: {pattern!r} matches no module; layers are {_shorten(layers)}")
-    plan, misfits = {}, []
+    shared = shared_tensors(model)
+    plan, misfits, tied = {}, [], []
     for name, layer in layers.items():
         if any(covers(pattern, name) for pattern in config.ignore or ()):
             continue
@@ -88,6 +89,9 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
             continue
         settings = config.layer_settings(name, weight_shape(layer))
         if settings is None:
+            continue
+        if id(layer.weight) in shared:
+            tied.append(name)
             continue
         planned = Layer(name, *settings, config.layer_hierarchy(weight_shape(layer), settings[1]))
         problem = _misfit(planned, weight_shape(layer))
@@ -99,6 +103,10 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
         raise ValueError(
             f"{misfits[0]}{f' (and {len(misfits) - 1} more layers)' if len(misfits) > 1 else ''}; "
             'use overrides or ignore, or on_incompatible="skip" to leave such layers dense'
+        )
+    if tied:
+        logger.warning(
+            f"{len(tied)} layers stay dense, because several blocks share them: {_shorten(tied, 8)}"
         )
     if misfits:
         logger.warning(f"{len(misfits)} layers stay dense: {'; '.join(misfits[:8])}")

@@ -37,6 +37,7 @@ def match_block(
     seed: int,
     on_pass: Callable[[float], None] = lambda loss: None,
     kept_back: int = 0,
+    fixed: frozenset[str] = frozenset(),
 ) -> dict:
     """Trains a block whose layers are `WorkingLinear`, in place, and leaves its best state in it.
 
@@ -49,12 +50,13 @@ def match_block(
         on_pass: called after every pass with its mean loss, relative to `loss_before`.
         kept_back: so many batches at the end are not trained on. The best state is the best one on them. With 0, it is
             judged on the batches that it is trained on.
+        fixed: names of parameters of the block that are not trained.
 
     Returns:
         loss_before, loss_after (mean squared errors on the judging batches), best_pass (0: the start), passes, seconds.
     """
     started = time.perf_counter()
-    groups = trainable(block)
+    groups = trainable(block, fixed)
     parameters = [parameter for group in groups.values() for parameter in group]
     # Needed only if all goes wrong, so a large copy waits in main memory.
     start = snapshot(parameters, "cpu" if is_large(parameters) else None)
@@ -68,7 +70,9 @@ def match_block(
     before = after = judge()
     best_pass, passes = 0, 0
     if before > 0:
-        training = _train(block, trained, options, seed, before, on_pass, judge if kept_back else None)
+        training = _train(
+            block, groups, trained, options, seed, before, on_pass, judge if kept_back else None
+        )
         best_pass, passes = training.best_pass, len(training.losses)
         after = judge()
     if not after < before:  # NaN included
@@ -83,7 +87,7 @@ def match_block(
     }
 
 
-def _train(block, batches, options: TMOptions, seed: int, scale: float, on_pass, judge):
+def _train(block, groups, batches, options: TMOptions, seed: int, scale: float, on_pass, judge):
     """Losses are relative to `scale`, so that gradients stay far above Adam's epsilon when the error is small."""
     device = next(block.parameters()).device
     indices = group_batches([len(x) for x, _, _ in batches], options.batch_size)
@@ -104,7 +108,7 @@ def _train(block, batches, options: TMOptions, seed: int, scale: float, on_pass,
 
     return train(
         block,
-        trainable(block),
+        groups,
         steps,
         size,
         backward,

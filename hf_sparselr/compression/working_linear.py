@@ -66,11 +66,19 @@ class WorkingLinear(nn.Module):
         )
 
 
-def trainable(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters that refinement trains: "S" and "factors" of `WorkingLinear`, and "vectors" (norms, biases)."""
+def trainable(module: nn.Module, fixed: frozenset[str] = frozenset()) -> dict[str, list[nn.Parameter]]:
+    """The parameters that refinement trains: "S" and "factors" of `WorkingLinear`, and "vectors" (norms, biases).
+
+    Args:
+        fixed: names of parameters that are not trained.
+    """
     layers = [layer for layer in module.modules() if isinstance(layer, WorkingLinear)]
     return {
         "S": [layer.S for layer in layers],
         "factors": [factor for layer in layers for factor in layer.factors],
-        "vectors": [p for p in module.parameters() if p.ndim == 1 and p.is_floating_point()],
+        "vectors": [
+            parameter
+            for name, parameter in module.named_parameters()
+            if parameter.ndim == 1 and parameter.is_floating_point() and name not in fixed
+        ],
     }

@@ -76,3 +76,16 @@ def check_device(device: Any, field: str = "device") -> None:
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{field}={device!r}: cannot be used here ({reason})") from error
+
+
+def detached_states(module: nn.Module) -> dict[int, torch.Tensor]:
+    """Copies of the tensors that modules hold from an earlier pass with gradients: a memo for `copy.deepcopy`.
+
+    Such tensors, as states of recurrent layers, are no leaves of a graph, and cannot be copied as they are.
+    """
+    values = (value for part in module.modules() for value in vars(part).values())
+    return {
+        id(value): value.detach().clone()
+        for value in values
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }

@@ -253,6 +253,21 @@ def test_a_layer_that_is_called_twice_is_solved_once():
     assert len(names) == len(set(names)) == 12
 
 
+@pytest.mark.parametrize("refine", [None, "tm"])
+def test_weights_that_blocks_share_stay_shared_and_dense(refine, messages):
+    model = tiny.build("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp  # one module
+    first, second = (layer.input_layernorm for layer in model.model.layers)
+    second.weight = first.weight  # one parameter
+    norm = first.weight.detach().clone()
+    compress(model, tiny.settings(refine=refine, tm={"passes": 2, "lr": 1e-3}))
+    left, right = model.model.layers
+    assert len(packed_layers(model)) == 8 and any("several blocks share" in message for message in messages)
+    assert left.mlp.up_proj.weight is right.mlp.up_proj.weight
+    assert left.input_layernorm.weight is right.input_layernorm.weight
+    assert torch.equal(left.input_layernorm.weight, norm)
+
+
 def test_branches_that_are_not_taken_stay_dense_and_are_said(messages, tmp_path):
     config = tf.BartConfig(
         vocab_size=tiny.VOCAB, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64

@@ -121,7 +121,7 @@ def test_gradients_are_those_of_the_divergence(train) -> None:
     layers = packed_layers(model)
     groups = module._unpack(model, layers, CPU, options)
     parameters = [parameter.requires_grad_() for group in groups.values() for parameter in group]
-    loss = module.add_gradients(model, teacher, tiny.IDS, tiny.IDS.numel(), options)
+    loss = module.add_gradients(model, teacher, {"input_ids": tiny.IDS}, tiny.IDS.numel(), options)
     found = [parameter.grad.clone() for parameter in parameters]
     mine = model(input_ids=tiny.IDS).logits.log_softmax(-1)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_a_trained_model_predicts_better_afterwards() -> None:
     model = compress(copy.deepcopy(teacher), config)
     before, report = perplexity(model, ids), model.sparselr_report
     samples = Samples.load(teacher, config, Origin(""))
-    offline.distill_in_memory(model, teacher, offline.token_windows(samples.loaded), samples, report)
+    offline.distill_in_memory(model, teacher, samples.loaded, samples, report)
     assert report.distill["loss_after"] < 0.85 * report.distill["loss_before"]
     assert perplexity(model, ids) < 0.6 * before
 
@@ -219,7 +219,7 @@ def test_checkpointing_computes_blocks_again_and_changes_nothing(name, train) ->
 # What it leaves alone
 
 
-@pytest.mark.parametrize("lr", [1e30, 30.0])
+@pytest.mark.parametrize("lr", [1e6, 30.0])
 @pytest.mark.parametrize("train", ["all", "factors"])
 def test_a_hopeless_run_leaves_the_model(train, lr) -> None:
     model, teacher = packed("llama", torch.bfloat16)

@@ -126,7 +126,7 @@ def test_start_is_measured_before_anything_moves() -> None:
     assert match(block)["loss_before"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("lr", [10.0, 1e30])
+@pytest.mark.parametrize("lr", [10.0, 1e6])
 @pytest.mark.parametrize("passes", [1, 3])
 def test_a_hopeless_run_leaves_the_start(lr: float, passes: int) -> None:
     block = compressed_block()
@@ -194,7 +194,7 @@ def test_windows_kept_back_are_not_trained_on() -> None:
 
 
 def test_stops_at_the_first_pass_without_a_finite_loss() -> None:
-    assert match(compressed_block(), replace(FAST, lr=1e30))["passes"] < FAST.passes
+    assert match(compressed_block(), replace(FAST, lr=1e6))["passes"] < FAST.passes
 
 
 def test_bf16_only_where_asked() -> None:
@@ -247,7 +247,7 @@ def test_step_size_decides_what_a_step_is() -> None:
 
 
 @pytest.mark.parametrize("flag", [False, True])
-@pytest.mark.parametrize("lr", [1e-3, 1e30])
+@pytest.mark.parametrize("lr", [1e-3, 1e6])
 def test_restores_flags_and_leaves_no_gradients(flag: bool, lr: float) -> None:
     block = compressed_block().requires_grad_(flag)
     block.input_layernorm.weight.requires_grad_(not flag)
