@@ -32,7 +32,7 @@ from ...utils.public_names import hub_id
 from .adapters import reject_adapters
 from .checks import check_checkpoint
 from .experts import unfuse_packed_experts
-from .names import spare
+from .names import exclude_packed
 
 
 class SparseLRQuantizer(HfQuantizer):
@@ -104,7 +104,7 @@ class SparseLRQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module | None = None) -> list:
         """Keeps the tensors of packed layers from being fused or split; `model` is not passed before 5.23."""
         return (
-            spare(weight_conversions, self._packed, self._prefix)
+            exclude_packed(weight_conversions, self._packed, self._prefix)
             if self.pre_quantized
             else weight_conversions
         )
