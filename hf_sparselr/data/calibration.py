@@ -29,11 +29,8 @@ from .windows import Draw, windows_of_chats, windows_of_documents, windows_of_te
 
 CUSTOM = "custom"  # config.json's name for files and for data in memory
 
-PROCESSED = (
-    "images",
-    "audio",
-    "illustrated chats",
-)  # kinds of items that a processor turns into model inputs
+# Kinds of items that a processor turns into model inputs.
+PROCESSED = ("images", "audio", "illustrated chats")
 
 _C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
 _POOL = 16  # windows tokenised per window drawn from a data set, which can be too large to tokenise whole
