@@ -1,6 +1,6 @@
 """Flat against hierarchical low-rank parts, at equal bytes, layer by layer.
 
-    hf-sparselr bench forms LAYER.safetensors ... --sparsity 0.5 0.7 --rank 16 --output DIR
+    hf-sparselr bench forms LAYER.safetensors ... --sparsity 0.5 0.7 --rank 16 --output FILE
 
 A file holds `weight` (out, in) and `gram` (in, in). The bytes of 3BASiL with a flat low-rank part of that rank are the
 budget. The nonzeros of S get the bytes that a hierarchy's blocks, leaves and orders leave: two bytes a value, a
