@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_compress(commands.add_parser("compress", help="compress a model and write the packed checkpoint"))
     _add_eval(commands.add_parser("eval", help="perplexity of a model, compressed or not"))
-    _add_inspect(commands.add_parser("inspect", help="what a compressed checkpoint holds"))
+    _add_inspect(
+        commands.add_parser("inspect", help="layers, patterns, ranks and bytes of a compressed checkpoint")
+    )
     bench.add_commands(
         commands.add_parser("bench", help="measure methods, compression speed, kernels, generation")
     )
@@ -230,7 +232,7 @@ def _check_model(name: str, revision: str | None = None) -> None:
 
 @contextmanager
 def _log_lines() -> Iterator[None]:
-    """Shows what the package logs, a line a layer, on stderr."""
+    """Shows the package's log, a line a layer, on stderr."""
     logger = logging.getLogger("hf_sparselr")
     handler, level = logging.StreamHandler(), logger.level
     logger.addHandler(handler)

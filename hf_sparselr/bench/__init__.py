@@ -9,7 +9,7 @@ COMMANDS = {
     "compress": "seconds and memory of compressing one block, by phase",
     "forms": "flat against hierarchical low-rank parts of single layers at equal bytes",
     "kernels": "speed of compressed layers against dense ones",
-    "host": "what a call of a compressed layer costs the host",
+    "host": "time that a call of a compressed layer takes the host",
     "generate": "speed and memory of a compressed model's text generation against the dense one's",
 }
 

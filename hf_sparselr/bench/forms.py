@@ -1,9 +1,9 @@
 """Flat against hierarchical low-rank parts, at equal bytes, layer by layer.
 
-    hf-sparselr bench forms LAYER.safetensors ... --sparsity 0.5 0.7 --rank 16 --output DIR
+    hf-sparselr bench forms LAYER.safetensors ... --sparsity 0.5 0.7 --rank 16 --output FILE
 
 A file holds `weight` (out, in) and `gram` (in, in). The bytes of 3BASiL with a flat low-rank part of that rank are the
-budget. Every hierarchy gets what its blocks, leaves and orders leave of it for the nonzeros of S: two bytes a value, a
+budget. The nonzeros of S get the bytes that a hierarchy's blocks, leaves and orders leave: two bytes a value, a
 bit a weight for the mask, four bytes an index of an order. Of all depths and first ranks that fit the best one counts,
 chosen for each method by its own error (for 3BASiL with effort "fast"). Errors are tr(E H E^T) / tr(W H W^T).
 """

@@ -6,7 +6,7 @@
 With a preset both models have random weights of its shape; with --model the packed checkpoint is compared with the
 dense one that --dense names. Mode "eager" has the cache of `generate` by default, "compiled" a static cache and CUDA
 graphs. "first token" is the time until the first token of a prompt (the median of three), "tok/s" the rate of all
-sequences of a batch after it. What a call costs the host: `hf-sparselr bench host`.
+sequences of a batch after it. `hf-sparselr bench host` measures the time that a call takes the host.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What a call of a layer costs the host, dense against packed, in a model.
+"""The time that a call of a layer takes the host, dense against packed, in a model.
 
     hf-sparselr bench host --preset llama-3-8b --blocks 32 --rows 1 8 32 128 --patterns 2:4 0.5
 
-The linear layers of a preset's blocks are called one after the other, without what lies between them: the caches
-of the processor are as cold as in a model. "us" is the time in which the host issues a call, whatever the device is at:
-the median of many passes over the number of layers.
+The linear layers of a preset's blocks are called one after the other, without the operations between them: the caches
+of the processor are as cold as in a model. "us" is the time in which the host issues a call, however busy the device
+is: the median of many passes over the number of layers.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Where a block is worked on, and where and in which dtype the hidden states of all windows wait."""
+"""The device that a block is worked on, and the device and dtype in which the hidden states of all windows wait."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from .transformer_matching import resolve_precision
 
 @dataclass(frozen=True)
 class Workplace:
-    """The place of the work on one block.
+    """Devices and dtypes of the work on one block.
 
     Attributes:
         device: the compute device.
@@ -30,7 +30,7 @@ class Workplace:
 
     @classmethod
     def of(cls, block: nn.Module, config: SparseLRConfig) -> "Workplace":
-        """The place where the config wants a block to be worked on."""
+        """The devices and dtypes that the config asks for, for one block."""
         device = work_device(config.device, next(block.parameters()).device)
         precision = resolve_precision(config.tm, block).precision
         return cls(
@@ -41,14 +41,14 @@ class Workplace:
         )
 
     def keep(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Hidden states where and as they wait."""
+        """Hidden states, moved to the device and dtype in which they wait."""
         return [
             batch.to(self.activation_device, self.activation_dtype if batch.is_floating_point() else None)
             for batch in hidden
         ]
 
     def keep_calls(self, calls: list[Call]) -> list[Call]:
-        """Arguments beside the hidden states, so that no pass waits for them."""
+        """Arguments, moved to the device of the hidden states, so that no pass waits for them."""
         return move_to_device(calls, self.activation_device)
 
     @torch.no_grad()

@@ -62,7 +62,7 @@ def capture_block_inputs(model: nn.Module, blocks: dict[str, nn.Module], batches
     """Runs the model up to a chain of blocks and records how it calls each of them, in FP32.
 
     The pass is cheap: a block does not compute but hands its hidden states on, and the last block ends it. Some models
-    cannot live with that: they raise an error, or a block does not receive the tensor that the one before it handed on.
+    do not allow that: they raise an error, or a block does not receive the tensor that the one before it handed on.
     Then a real forward pass is recorded.
 
     Raises:

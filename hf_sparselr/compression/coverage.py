@@ -1,4 +1,4 @@
-"""How much of a model became packed: said after every run, with a warning where it is little."""
+"""The share of a model that became packed: logged after every run, as a warning if it is small."""
 
 import logging
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ def coverage(model: nn.Module, blocks: Iterable[str]) -> dict:
     return {"packed": packed, "total": packed + sum(dense.values()), "dense": dense}
 
 
-def say_coverage(found: dict, reasons: dict[str, str]) -> None:
+def log_coverage(found: dict, reasons: dict[str, str]) -> None:
     """Logs the share of linear weights that became packed; a warning, with the largest dense ones, if it is small.
 
     Args:

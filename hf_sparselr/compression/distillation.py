@@ -227,9 +227,8 @@ def _unpack(
     for _, tensor in named_tensors(model):
         own = id(tensor) in trained
         dtype = torch.float32 if own else _frozen_dtype(tensor, options)
-        tensor.data = tensor.data.to(
-            device, dtype, copy=own
-        )  # the tensors that the model came with stay as they are
+        # A copy, so that the tensors that the model came with stay as they are.
+        tensor.data = tensor.data.to(device, dtype, copy=own)
     return groups
 
 

@@ -1,4 +1,4 @@
-"""What counts as a linear layer, and how its weight is read.
+"""Which modules count as linear layers, and how their weights are read.
 
 The rest of the room sees weights as (out, in) matrices and does not ask which class a layer has.
 """
@@ -39,7 +39,7 @@ def _behaves_linearly(module: nn.Module) -> bool:
     try:
         with torch.no_grad():
             found = type(module).forward(small, inputs)
-    except Exception:  # a forward that cannot live with another shape is no plain product
+    except Exception:  # a forward that fails with another shape is no plain product
         return False
     return (
         isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)

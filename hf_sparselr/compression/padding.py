@@ -13,7 +13,7 @@ def padding_masks(
 ) -> tuple[torch.Tensor, ...]:
     """The masks (rows, length) for a block's inputs, True at real positions.
 
-    The first one is that of the hidden states. A decoder that attends to an encoder's outputs has that of those beside.
+    The first one is that of the hidden states. A decoder that attends to an encoder's outputs also has their mask.
     Masks without padding are left out, as are masks of other lengths than the tensors have: a model that shortens its
     inputs makes masks of its own.
 

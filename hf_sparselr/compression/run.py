@@ -11,7 +11,7 @@ from ..data.model_inputs import Sample, make_batches
 from ..utils.phase_timer import PhaseTimer
 from ..utils.public_names import loaded_from_hub
 from .activations import work_device
-from .coverage import coverage, say_coverage
+from .coverage import coverage, log_coverage
 from .distillation import copy_sharing_blocks, distill, on_device, takes_batches
 from .expert_products import watch_experts
 from .experts import fuse_experts, unfuse_experts
@@ -56,7 +56,7 @@ def compress_in_memory(
     fuse_experts(model)  # those of which none was packed
     report.dense |= reasons
     report.coverage = coverage(model, blocks)
-    say_coverage(report.coverage, report.dense)
+    log_coverage(report.coverage, report.dense)
     if teacher is not None:
         distill_in_memory(model, teacher, calibration, samples, report)
     report.base_model = base.config.name_or_path or None

@@ -45,8 +45,8 @@ class _Done(Exception):  # noqa: N818 (not an error: ends a forward pass early)
 def survey_blocks(model: nn.Module, stacks: Stacks, batches: list[Sample]) -> Survey:
     """Runs the model on the first sample of each batch until all blocks were called.
 
-    A block does not compute but hands its hidden states on. Where the model cannot live with that, the pass is a real
-    one. The model's output layer ends a pass.
+    A block does not compute but hands its hidden states on. If the model fails then, a real pass is made. The model's
+    output layer ends a pass.
     """
     survey = Survey(chains=set(stacks))
     blocks = {name: block for members in stacks.values() for name, block in members.items()}

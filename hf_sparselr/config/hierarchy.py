@@ -1,4 +1,4 @@
-"""`low_rank="hss"`: what can be said of the hierarchy, as data."""
+"""Options of `low_rank="hss"`, as data."""
 
 import importlib.util
 import math
@@ -23,7 +23,7 @@ class HierarchyOptions:
         depth: how often rows and columns are halved; 3 where None. 0 is the flat form.
         ranks: of the blocks beside the diagonal, level by level from the outermost, for all layers. None: the layer's
             `rank` at the first level, then less by `reduction`.
-        reduction: a level's rank as a share of the next one's; 2 where None.
+        reduction: the rank of a level divided by that of the next level inwards; 2 where None.
         smallest_leaf: layers whose leaves would have fewer rows or columns are split less often.
         permutation: "rcm" (reverse Cuthill-McKee, needs SciPy) or None.
     """
@@ -84,7 +84,7 @@ def check_installed(options: HierarchyOptions) -> None:
 
 
 def resolve_low_rank(low_rank: str | None, method: str) -> str:
-    """What None means: "hss" for the method whose form it is, else "flat".
+    """The form of the low-rank part. None becomes "hss" with method="shss", else "flat".
 
     Raises:
         ValueError: unknown, or a form that the method does not make.
@@ -102,10 +102,10 @@ def resolve_low_rank(low_rank: str | None, method: str) -> str:
 
 
 def check_hierarchy(config: Any, method_options: Any) -> None:
-    """Whether the other fields of a `SparseLRConfig` with `low_rank="hss"` go with it.
+    """Checks the other fields of a `SparseLRConfig` that has `low_rank="hss"`.
 
     Args:
-        method_options: those of the config; None for a stored one, whose solver is not needed.
+        method_options: those of the config; None if it comes from config.json, where no solver is needed.
 
     Raises:
         ValueError: naming the field.

@@ -125,7 +125,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         if self.compression is None:
             if self.rank_ratio is not None:
                 raise ValueError(
-                    f"rank_ratio={self.rank_ratio!r} without compression: it shares out what compression keeps"
+                    f"rank_ratio={self.rank_ratio!r} without compression: it divides what compression keeps"
                 )
             return
         method = METHODS[self.method]
@@ -200,7 +200,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             raise ValueError(f"{field}={override!r}: method={self.method!r} only prunes, expected rank 0")
 
     def was_given(self, name: str) -> bool:
-        """Whether a field was passed to the constructor: then even its default is meant."""
+        """Whether a field was passed to the constructor, even with its default value."""
         return name in self._given
 
     @property

@@ -27,13 +27,10 @@ from .model_inputs import (
 from .sources import C4, COLUMNS, FILES, INSTEAD, column_of, is_dataset, load_split, read_files
 from .windows import Draw, windows_of_chats, windows_of_documents, windows_of_texts
 
-CUSTOM = "custom"  # what config.json says of files and of data in memory
+CUSTOM = "custom"  # config.json's name for files and for data in memory
 
-PROCESSED = (
-    "images",
-    "audio",
-    "illustrated chats",
-)  # kinds of items that a processor turns into model inputs
+# Kinds of items that a processor turns into model inputs.
+PROCESSED = ("images", "audio", "illustrated chats")
 
 _C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
 _POOL = 16  # windows tokenised per window drawn from a data set, which can be too large to tokenise whole
@@ -96,7 +93,7 @@ def load_samples(
     """Calibration samples from any source except "self".
 
     Dicts of model inputs are taken in order, the first `num_samples`, as they are (see `model_inputs.samples_of`); so
-    is what the processor makes of images and audio. All other sources give token windows, see `load_windows`.
+    are the outputs of the processor for images and audio. All other sources give token windows, see `load_windows`.
 
     Args:
         reader: the model's tokenizer or processor, see `reader_of`; else None.

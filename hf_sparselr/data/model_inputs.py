@@ -34,7 +34,7 @@ def is_audio(item: Any) -> bool:
 
 
 def is_illustrated(chat: Any) -> bool:
-    """Whether a chat (a list of message dicts) holds more than text: a part of a message that is an image or sound."""
+    """Whether a chat (a list of message dicts) has a part that is not text, such as an image or sound."""
     contents = [message.get("content") for message in chat if isinstance(message, Mapping)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return any(isinstance(part, Mapping) and part.get("type") != "text" for part in parts)

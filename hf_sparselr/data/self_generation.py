@@ -38,7 +38,7 @@ def sample_from_model(
     eos = model.generation_config.eos_token_id
     windows: list[torch.LongTensor] = []
     with _isolated(model, seed):
-        # Not an argument of generate(), which fills what that leaves open from the model's own config.
+        # Set on the model: generate() fills the open fields of a config that is an argument from the model's own.
         # Nothing is padded, because windows end together; without a pad id generate() warns.
         model.generation_config = GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=eos, pad_token_id=0, **length

@@ -37,8 +37,8 @@ def compress(
             tokenizer and processor are loaded with those that concern them.
 
     Returns:
-        The compressed model, in eval mode as `from_pretrained` returns one; `model.sparselr_report` tells what
-        was done.
+        The compressed model, in eval mode as `from_pretrained` returns one; `model.sparselr_report` is the
+        report of the run.
 
     Raises:
         TypeError, ValueError, OSError: naming the field, layer or data set, and what is allowed.

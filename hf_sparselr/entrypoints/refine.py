@@ -41,8 +41,8 @@ def refine(
 ) -> PreTrainedModel:
     """Refines and packs a model that is already pruned, without solving its layers again.
 
-    S of a layer is its weight, zeros included, and the support of S are the nonzeros. B and A are the LoRA adapter,
-    where there is one; all other layers have rank 0. What `config.refine` asks for is done against `reference`, and no
+    S of a layer is its weight, zeros included, and its nonzeros are the support of S. B and A are the LoRA adapter,
+    where there is one; all other layers have rank 0. The refinement that `config.refine` names matches `reference`. No
     entry outside the support changes.
 
     Args:

@@ -31,8 +31,9 @@ def train_mode(model: nn.Module, mode: str = "factors") -> nn.Module:
         mode: "factors": A and B of all compressed layers (of a hierarchical low-rank part its factors and leaves),
             or, on a PEFT model, the active adapters that replace them (see `lora_config`). "factors+norms": also all
             parameters with one dimension: norms and biases.
-            Both train the task's heads, too, and what was newly initialised when the model was loaded; on a PEFT
-            model, what the adapter saves of these. "full": all floating-point parameters, S's nonzeros among them.
+            Both also train the task's heads and the modules that were newly initialised when the model was loaded; on
+            a PEFT model, those of them that the adapter saves. "full": all floating-point parameters, the nonzeros of S
+            among them.
 
     Returns:
         The model.

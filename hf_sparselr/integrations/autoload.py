@@ -95,5 +95,5 @@ class _Finder(MetaPathFinder):
 
 
 def autoload() -> None:
-    """What `import torch` runs, through `hf_sparselr_autoload`."""
+    """The function that `import torch` runs, through `hf_sparselr_autoload`."""
     watch()

@@ -27,7 +27,7 @@ class Patch:
         target: "module:function" or "module:Class.method" of the host. A classmethod stays bound to that class.
         ours: "module:function" below `hf_sparselr.integrations`. It gets those arguments of the host's call that it
             declares, by the host's names and with the host's defaults filled in.
-        lost: what no longer happens if the host has no such target; logged once.
+        lost: the consequence if the host has no such target; logged once.
         around: False: `ours` runs before the host's function, and may raise. True: `ours` runs in its place, gets
             the host's call as its first argument, and returns the result. The call is a function whose keyword
             arguments change arguments of the host's call.
@@ -123,7 +123,7 @@ def _call(
 
 
 def _load(patch: Patch, host: inspect.Signature) -> tuple[Callable[..., Any], frozenset[str]] | None:
-    """Our function and the names of the arguments it takes; None, logged, if the host lacks what it needs."""
+    """Our function and the names of the arguments it takes; None, logged, if the host lacks one of these."""
     module, _, name = patch.ours.partition(":")
     try:
         ours = getattr(importlib.import_module(f"{_ROOM}.{module}"), name)

@@ -1,7 +1,7 @@
-"""Which configuration is the fastest here for a product: measured once per device, kept on disk.
+"""Finds the configuration that computes a product fastest on this device: measures once, and keeps the answer on disk.
 
-By the time that the GPU takes, as the host is ahead of it. Not with cuSPARSELt, which takes the host longer than most
-layers take the GPU: it is judged by the longer of the two times, but for CUDA graphs.
+Configurations are compared by the time that the GPU takes, because the host is ahead of it. cuSPARSELt takes the host
+longer than most layers take the GPU: outside of CUDA graphs it is judged by the longer of the two times.
 """
 
 import functools

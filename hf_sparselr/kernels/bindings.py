@@ -1,4 +1,4 @@
-"""What is known of weights that were used before: that they fit together, and the kernels that are ready for them."""
+"""Weights that were used before: the result of their checks, and the kernels that are ready for them."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,7 +21,7 @@ class Binding:
         sizes: of all tensors.
         versions: of the masks.
         dtype, device, in_features: of all weights; the device as its index, -1 for the CPU.
-        sparse: all are 2:4, which the sparse tensor cores take; known once there is a product.
+        sparse: whether all are 2:4, as the sparse tensor cores need; set with the first product.
         products: ready kernels for their addresses, by the number of rows and what else they depend on.
     """
 

@@ -1,4 +1,4 @@
-"""The entry to the packed product: which way is taken where."""
+"""The entry to the packed product: chooses between operators, the reference and plain torch."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -44,7 +44,7 @@ def packed_linear(inputs: torch.Tensor, weight: PackedWeight, kernel: str = "aut
 def packed_linears(
     inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str = "auto"
 ) -> list[torch.Tensor]:
-    """`packed_linear` for weights with the same input: up to 16 rows on a GPU take one launch.
+    """`packed_linear` for weights with the same input: few rows on a GPU take one launch.
 
     Returns:
         (..., out) of each.
@@ -54,7 +54,7 @@ def packed_linears(
     kernel = chosen_kernel(kernel)
     tensors = tensors_of(weights)
     plain = type(inputs) in _PLAIN and _PLAIN.issuperset(map(type, tensors)) and not inputs.is_meta
-    if plain and inputs.is_cuda and _is_quiet("cuda"):  # the usual case, where the host's time counts
+    if plain and inputs.is_cuda and _is_quiet("cuda"):  # the usual case, in which the host's time matters
         return ops.products(inputs, weights, kernel, tensors)
     dtype = autocast_dtype(inputs)
     if dtype is not None:

@@ -20,5 +20,5 @@ def _unpack(weight: PackedWeight) -> torch.Tensor:
         [[byte >> place & 1 for place in range(8)] for byte in range(256)], device=mask.device
     )
     kept = table.index_select(0, mask.flatten().int()).view(len(mask), -1)[:, :in_features].flatten()
-    padded = torch.cat([values.new_zeros(1), values])  # place 0 is for what is not kept
+    padded = torch.cat([values.new_zeros(1), values])  # place 0 is for entries that are not kept
     return padded.index_select(0, kept.cumsum(0) * kept).view(len(mask), in_features)

@@ -1,4 +1,4 @@
-"""The product on a GPU: which kernel is taken, and kernels that are kept ready for their weights."""
+"""The product on a GPU: selects a kernel, and keeps it ready for its weights."""
 
 import contextlib
 import functools
@@ -35,20 +35,18 @@ _BINDERS = {
 def multiply(
     inputs: torch.Tensor, weights: Sequence[PackedWeight], binding: Binding, kernel: str
 ) -> list[torch.Tensor]:
-    """x S^T + (x A^T) B^T + bias of every weight; up to 16 rows, weights that are alike share a launch.
+    """x S^T + (x A^T) B^T + bias of every weight; for few rows, weights that are alike share a launch.
 
     Each comes out as it would alone, to the bit: weights whose sums differ in order do not share one.
 
     Args:
         inputs: x (..., in).
-        binding: what is known of the weights.
+        binding: of the weights, with their ready kernels.
         kernel: "auto" or "packed".
     """
     rows = inputs.numel() // binding.in_features if binding.in_features else 0
     captured = rows > MEDIUM_ROWS and torch.cuda.is_current_stream_capturing()
-    if (
-        rows > MEDIUM_ROWS and binding.sparse
-    ):  # though an eager call may do without: a graph of this thread may follow
+    if rows > MEDIUM_ROWS and binding.sparse:  # in eager calls too: a graph of this thread may follow
         prepare(inputs.device, captured)
     product = binding.products.get((rows if rows <= NATIVE_ROWS else bucket(rows), kernel, captured))
     if product is None or binding.device != torch._C._cuda_getDevice():
@@ -132,7 +130,7 @@ def _in_parts(
 
 
 def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -> LaunchConfig:
-    """The configuration that is the fastest for a weight; measures it where that is not known."""
+    """The fastest configuration for a weight: known, measured on such cards before, or measured now."""
     index = index_of(weight.mask, weight.in_features)
     native = small_batch.supports(weight, index)
     options = candidates(rows, weight, index.pairs, native)

@@ -7,7 +7,7 @@ from .packed_weight import PackedWeight
 FEW_ROWS = 16  # of x that "gemv" and "small_batch" take
 NATIVE_ROWS = 32  # of x that "mma" takes
 MEDIUM_ROWS = 256  # of x for which "medium_batch" is worth trying, as it unpacks S for each 128
-MOST_ROWS = 8192  # more make no difference to what is the fastest
+MOST_ROWS = 8192  # with more rows the same configuration is the fastest
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ MEDIUM_BATCH = tuple(LaunchConfig("medium_batch", 64, 4, split=split) for split 
 JOINED = LaunchConfig("unpack_then_gemm", joined=True)
 BESIDE = LaunchConfig("unpack_then_gemm")
 
-# Up to so many rows of x: what is tried. In this order: of equal times, the first is taken.
+# kind of weight: (up to so many rows of x, the configurations to try). Of equal times the first is taken.
 TABLE = {
     "native 2:4": (
         (1, (*MMA_PAIRS[:2], GEMV[0])),
@@ -119,8 +119,8 @@ TABLE = {
 
 
 def candidates(rows: int, weight: PackedWeight, pairs: bool, native: bool) -> tuple[LaunchConfig, ...]:
-    """What is worth trying for so many rows of x, but for the sparse tensor cores. The first is taken where nothing
-    can be measured.
+    """The configurations to try for so many rows of x, without those of the sparse tensor cores. The first is taken
+    where nothing can be measured.
 
     Args:
         pairs: the weight is 2:4.

@@ -1,4 +1,4 @@
-"""What was the fastest on cards that were measured: there, nothing is measured again for up to 256 rows of x.
+"""The fastest configurations on cards that were measured. On these, nothing is measured again up to 256 rows of x.
 
 On one H100 80GB HBM3, layers of 14336 x 4096, 4096 x 14336 and 4096 x 4096, rank 64, BF16 (2026-11-27).
 """

@@ -1,4 +1,4 @@
-"""kernel="dense": S + B A beside the packed form, for as long as that stays as it is."""
+"""kernel="dense": keeps S + B A beside the packed form until that changes."""
 
 import functools
 import logging
@@ -16,10 +16,10 @@ _RESIDENT: TensorCache[tuple[list[torch.Tensor], torch.Tensor]] = TensorCache()
 
 
 def resident_weight(weight: PackedWeight, build: Callable[[PackedWeight], torch.Tensor]) -> torch.Tensor:
-    """S + B A (out, in), kept. Every call compares the packed form with a copy, so that no edit is missed, whatever
-    it was made through: that costs more memory and, on a GPU, waits for it.
+    """S + B A (out, in), kept. Every call compares the packed form with a copy, so that no edit is missed, however it
+    was made. The copy takes memory, and the comparison waits for a GPU.
 
-    Not within the capture of a CUDA graph, which would go on reading what is kept now: there, a new tensor.
+    While a CUDA graph is captured it returns a new tensor: the graph would go on reading the one that is kept now.
     """
     if weight.values.is_cuda and torch.cuda.is_current_stream_capturing():
         return build(weight)

@@ -17,7 +17,7 @@ _BUSY = threading.Lock()  # one measurement at a time: on one stream, as cuBLAS 
 def milliseconds(run: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
     """Median time of a call on a CUDA device, whose weights come from memory, as they do in a model.
 
-    The call is captured as a CUDA graph and replayed: what is measured is the device, not how fast the host launches.
+    The call is captured as a CUDA graph and replayed: the time is that of the device, not of the host's launches.
     Before each replay the L2 cache is filled by reading: lines written would have to go to memory in the time
     measured.
 
@@ -29,7 +29,7 @@ def milliseconds(run: Callable[[], Any], device: torch.device, repeats: int = 20
 
 
 def host_milliseconds(run: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
-    """Median time in which the host issues an eager call, whatever the GPU is at."""
+    """Median time in which the host issues an eager call, however busy the GPU is."""
     run()
     torch.cuda.synchronize(device)
     times = []

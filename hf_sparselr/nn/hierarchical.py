@@ -64,7 +64,7 @@ class HierarchicalLowRank(nn.Module):
 
     @property
     def factors(self) -> list[nn.Parameter]:
-        """What trains: A, B and the leaves."""
+        """The tensors that train: A, B and the leaves."""
         return [self.A, self.B, self.leaves]
 
     def detached(self) -> Hierarchy:

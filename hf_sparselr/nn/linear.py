@@ -108,14 +108,14 @@ class SparseLRLinear(nn.Linear):
 
     @property
     def factors(self) -> list[nn.Parameter]:
-        """A and B, and what trains of the hierarchical part."""
+        """A and B, and the tensors of the hierarchical part that train."""
         flat = [] if self.A is None else [self.A, self.B]
         return flat if self.hierarchy is None else flat + self.hierarchy.factors
 
     @property
     def weight(self) -> torch.Tensor:
         """S + B A, (out, in), or (in, out) where the layer replaced a Conv1D. Built when its values are read."""
-        if torch.compiler.is_compiling():  # which cannot make the view, and drops what is not used
+        if torch.compiler.is_compiling():  # the compiler cannot make the view, and drops unused tensors
             return self._dense()
         shape = (self.out_features, self.in_features)
         view = LazyDenseWeight(shape[::-1] if self.transposed else shape, self.values, self._dense)

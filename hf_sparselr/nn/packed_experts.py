@@ -67,7 +67,7 @@ def _reference(layer: nn.Module) -> torch.Tensor:
 
 
 class WatchedStack:
-    """Stands for a parameter of dense experts for a forward pass, and notes on which side its weights are multiplied.
+    """Replaces a parameter of dense experts during one forward pass, and notes whether the pass forms x W or x W^T.
 
     Attributes:
         uses: True for x W, False for x W^T.
@@ -86,14 +86,14 @@ class WatchedStack:
 
 
 class WatchedWeight:
-    """One weight of a `WatchedStack`; `turned` once transposed."""
+    """One weight of a `WatchedStack`; `transposed`: an odd number of times."""
 
-    def __init__(self, stack: WatchedStack, weight: torch.Tensor, turned: bool) -> None:
-        self.stack, self.weight, self.turned = stack, weight, turned
+    def __init__(self, stack: WatchedStack, weight: torch.Tensor, transposed: bool) -> None:
+        self.stack, self.weight, self.transposed = stack, weight, transposed
 
     @property
     def T(self) -> "WatchedWeight":  # noqa: N802 (the name of a tensor's property)
-        return WatchedWeight(self.stack, self.weight.T, not self.turned)
+        return WatchedWeight(self.stack, self.weight.T, not self.transposed)
 
     def t(self) -> "WatchedWeight":
         return self.T
@@ -112,7 +112,7 @@ class WatchedWeight:
         if not (is_linear or func in _MATMULS) or len(args) < 2 or not isinstance(args[1], cls):
             raise TypeError(f"{getattr(func, '__name__', func)} of an expert's weight is no product x W")
         weight = args[1]
-        weight.stack.uses.add(weight.turned if is_linear else not weight.turned)
+        weight.stack.uses.add(weight.transposed if is_linear else not weight.transposed)
         return func(args[0], weight.weight.to(args[0].dtype), *args[2:], **(kwargs or {}))
 
 
@@ -136,7 +136,7 @@ class ExpertWeight:
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> "ExpertWeight":
-        """The layer computes in the dtype of its input, on its own device."""
+        """Itself: the layer computes in the dtype of its input, on its own device."""
         return self
 
     @classmethod

@@ -1,9 +1,11 @@
 """Packed layers that take the same input in one launch: q, k and v, gate and up, whatever a model calls them.
 
-Which layers these are is seen when the model runs: siblings that were called one after the other with one tensor. From
-then on the first of them computes the product of all, and the others find theirs ready. A group that is called
-otherwise too often is given up. Only for few rows and where nothing is differentiated; not in inference mode, whose
-tensors do not show edits, nor under autocast; under torch.compile only if it was seen before.
+The model's own calls show which layers form a group: layers below one module that are called one after the other with
+the same tensor. From then on the first of them computes the products of all, and the others find theirs ready. A group
+that is called otherwise too often is dissolved.
+
+Groups serve up to `NATIVE_ROWS` rows of input, where nothing is differentiated. They do not serve inference mode, whose
+tensors do not show edits, nor autocast. Under torch.compile they serve only if they were found before.
 """
 
 import weakref
@@ -28,20 +30,21 @@ class SharedInputGroup:
     """
 
     def __init__(self, layers: list[SparseLRLinear]) -> None:
-        self.layers = [weakref.ref(layer) for layer in layers]  # which hold this: models must die at once
-        # By the first of each: who shares its input.
+        # Weak, because the layers refer to this object: a cycle would keep models from being freed at once.
+        self.layers = [weakref.ref(layer) for layer in layers]
+        # groups[i]: the layers that share layer i's input, if i is called first; None if there are none.
         self.groups: list[list[int] | None] = [None] * len(layers)
         self._misses = [0] * len(layers)
         self._forget()
 
     def _forget(self) -> None:
-        self._ready: tuple[Any, ...] | None = None  # input, its state, who computed, outputs that wait
+        self._ready: tuple[Any, ...] | None = None  # input, its state, computing layer, waiting outputs
         self._seen: Any = None  # the last input, weakly
         self._seen_state: tuple | None = None
-        self._run: list[int] = []  # who was called with it
+        self._run: list[int] = []  # the layers that were called with it
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and files: without what belongs to one run."""
+        """The state for copies and files, without the parts that belong to one run."""
         layers = [layer() for layer in self.layers]
         return {"layers": layers, "groups": self.groups, "_misses": self._misses}
 
@@ -92,7 +95,7 @@ class SharedInputGroup:
 
 
 def _gone() -> None:
-    """A reference to a layer that was gone when its siblings were copied."""
+    """Stands for the reference to a layer that no longer existed when its group was copied."""
 
 
 def link_shared_inputs(model: nn.Module) -> None:

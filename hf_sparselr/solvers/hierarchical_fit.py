@@ -164,7 +164,7 @@ def settle(
     """Sweeps over one error until a sweep lowers the objective by less than a thousandth of it.
 
     Args:
-        objective: of what L leaves of the error.
+        objective: a function of the residual E - L.
         most: sweeps.
 
     Returns:

@@ -19,7 +19,7 @@ class Pruner:
             iterations, converged, objective = tr((Wt - S) G (Wt - S)^T) and entries of the pruner.
         options: the dataclass of the pruner's options.
         repeated: (gram, pattern, options) -> a function Wt -> (S, mask). It does as `prune` for one weight after
-            another of the same shape, and makes only once what depends on gram and pattern alone.
+            another of the same shape, and computes only once the parts that depend on gram and pattern alone.
     """
 
     prune: Callable[..., tuple[torch.Tensor, torch.Tensor, dict]]

@@ -1,9 +1,9 @@
-"""sHSS (arXiv 2601.07839): the largest magnitudes to S, then a recursive factorisation of what they leave.
+"""sHSS (arXiv 2601.07839): S keeps the largest magnitudes, and a recursive factorisation fits the rest.
 
 S keeps the largest |W| of the layer or of each N:M group. The rest becomes a hierarchical matrix: dense leaves,
 truncated SVDs beside them. With permutation="rcm" (sHSS-RCM) the largest entries of the rest first move near the
-diagonal. Nothing sees the layer's inputs: `method="3basil", low_rank="hss"` is the form that does. The paper's code is
-not to be had: depth, ranks and graph are choices of this package.
+diagonal. The method does not see the layer's inputs: `method="3basil", low_rank="hss"` is the form that does. The
+paper's code is not available: depth, ranks and graph are choices of this package.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def solve_hierarchical(
 def solve(
     weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, options: Options, seed: int = 0
 ) -> Decomposition:
-    """The same at depth 0: a truncated SVD of what S leaves."""
+    """The same at depth 0: a truncated SVD of W - S."""
     W = weight.float().masked_fill(gram.dead, 0.0)
     S, mask = project(W, pattern)
     basis = left_singular_vectors(W - S, rank)

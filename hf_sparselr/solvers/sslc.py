@@ -40,9 +40,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_integer("method_options.iterations", self.iterations, 1)
-        check_number("method_options.important", self.important, 0)
-        if self.important > 1:
-            raise ValueError(f"method_options.important={self.important!r}: expected a number in [0, 1]")
+        check_number("method_options.important", self.important, 0, 1)
         check_choice("method_options.compare", self.compare, COMPARE)
 
 

@@ -2,6 +2,5 @@
 
 import importlib.util
 
-TRITON = (
-    importlib.util.find_spec("triton") is not None
-)  # a constant: torch.compile would trace into a function
+# A constant, because torch.compile would trace into a function.
+TRITON = importlib.util.find_spec("triton") is not None

@@ -120,7 +120,7 @@ def _process_folder() -> Path:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether no other user can change what lies in a folder, or put another folder in its place."""
+    """Whether no other user can change the content of a folder, or put another folder in its place."""
     folder = folder.resolve()
     return _is_own(folder) and all(map(_keeps_its_entries, folder.parents))
 
@@ -131,7 +131,7 @@ def _is_own(path: Path) -> bool:
 
 
 def _keeps_its_entries(folder: Path) -> bool:
-    """Whether other users cannot rename or replace what this user or root put into a folder."""
+    """Whether other users cannot rename or replace the files that this user or root put into a folder."""
     status = folder.stat()
     if not _has_users():
         return True

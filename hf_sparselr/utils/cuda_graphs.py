@@ -34,7 +34,7 @@ class GraphedCallable:
         if key in self._calls:
             self._calls[key] = self._calls[key] or self._captured(leaves, structure)
             return self._calls[key](leaves)
-        # The first call is not captured: it makes what is made once, such as an optimiser's state.
+        # The first call is not captured: it creates the state that is created once, such as an optimiser's.
         self._calls[key] = None
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)  # a capture must not meet what began on the default stream

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode. After it, each is in its own mode again."""
+    """Puts every module into eval mode inside the block, and back into its own mode after it."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()

@@ -11,9 +11,8 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 # products that are themselves to run in that precision (not on CUDA).
 LEVELS = {"fp32": "highest", "tf32": "high", "bf16": "high"}
 _LEVELS_OF_PRODUCTS = {**LEVELS, "bf16": "medium"}
-LARGE = (
-    2**22
-)  # weights. Arithmetic and memory limit the speed of larger layers, launches that of smaller ones.
+# Weights of a layer. Arithmetic and memory limit the speed of larger layers, launches that of smaller ones.
+LARGE = 2**22
 
 
 @contextmanager

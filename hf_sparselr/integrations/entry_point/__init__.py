@@ -1,4 +1,4 @@
-"""What `import torch` runs, and how it gets beside the package instead of into it.
+"""The module that `import torch` runs, and the build backend that installs it beside the package, not in it.
 
 An installation can lose the package and keep its metadata: a checkout that was moved after `pip install -e`, a folder
 deleted by hand. torch then finds the entry point, cannot import it, and raises. So the entry point is

@@ -1,4 +1,4 @@
-"""May this user push to a repository? Asked before the work."""
+"""Checks, before the work, that this user may push to a repository."""
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id

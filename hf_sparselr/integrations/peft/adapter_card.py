@@ -15,7 +15,7 @@ _BASE_TAG = "base_model:adapter:"
 
 
 def complete_card(call: Callable[[], None], self: PeftModel, output_dir: str) -> None:
-    """Around `PeftModel.create_or_update_model_card`: the card names the compressed base and what opens it."""
+    """Around `PeftModel.create_or_update_model_card`: the card names the compressed base and this package."""
     call()
     if _is_ours(self):
         _complete(self, os.path.join(output_dir, README))

@@ -112,7 +112,7 @@ class SparseLRLoraLayer(LoraLinear):
             B[:, : base.rank].copy_(base.B / self.scaling[name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's `convert_to_lora` takes the adapter: only what adds to the layer."""
+        """Whether PEFT's `convert_to_lora` takes the adapter: it takes adapters that add to the layer."""
         return adapter_name not in self.replacing and super().supports_lora_conversion(adapter_name)
 
     def _replacing(self, names: list[str]) -> str | None:

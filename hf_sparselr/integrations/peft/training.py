@@ -10,7 +10,7 @@ _METHOD = "quantization_method"
 
 
 def prepare_for_kbit_training(call: Callable[[], nn.Module], model: nn.Module) -> nn.Module:
-    """Around `prepare_model_for_kbit_training`: on a compressed model it does what it does on a GPTQ one.
+    """Around `prepare_model_for_kbit_training`: a compressed model is treated as a GPTQ model is.
 
     All parameters are frozen, and gradient checkpointing is enabled if asked for. Dtypes stay: PEFT casts the models
     of methods that it does not know to FP32, which would double the packed layers.

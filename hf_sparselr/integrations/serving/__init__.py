@@ -1,1 +1,1 @@
-"""What the plugins for vLLM and SGLang share: which layers are packed, loading them in slices, one operator."""
+"""The parts that the plugins for vLLM and SGLang share: names of packed layers, loading in slices, one operator."""

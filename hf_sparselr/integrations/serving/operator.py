@@ -48,7 +48,7 @@ def warm_up(
 ) -> None:
     """Makes kernels ready for every number of rows, with and without the bias: nothing can be built, measured or
     compiled while a CUDA graph is captured."""
-    rows = [1, 2]  # all that makes a difference on a CPU
+    rows = [1, 2]  # on a CPU only these numbers of rows make a difference
     if values[0].is_cuda:
         rows = [*range(1, FEW_ROWS + 1), *(1 << power for power in range(FEW_ROWS.bit_length(), _POWERS))]
     for count in rows:

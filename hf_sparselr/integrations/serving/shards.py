@@ -30,9 +30,9 @@ class PackedShards(nn.Module):
         shape: (out, in) on this rank.
         all_inputs: `in` of the whole layer.
         loader: the engine's loader of a dense weight of the merged layer, called with (parameter, tensor) or, for a
-            layer merged with others, (parameter, tensor, shard). It copies what this rank keeps, along the dimension
-            that the parameter's `output_dim` or `input_dim` names. Given row numbers as the weight it tells which
-            rows this rank keeps, for any class of layer.
+            layer merged with others, (parameter, tensor, shard). It copies the part that this rank keeps, along the
+            dimension that the parameter's `output_dim` or `input_dim` names. Given row numbers as the weight it tells
+            which rows this rank keeps, for any class of layer.
         dtype, device: of the values in memory.
     """
 

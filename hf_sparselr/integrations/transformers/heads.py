@@ -1,4 +1,4 @@
-"""What of a model a new task trains besides the factors: task heads, and weights that no checkpoint held."""
+"""The modules that a new task trains besides the factors: task heads, and weights that no checkpoint held."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from transformers.models.auto import modeling_auto
 
 from ...nn.linear import SparseLRLinear
 
-# What PEFT's model classes pass to every forward, and what those of single tasks add.
+# Arguments that PEFT's model classes pass to every forward, and those that the classes of single tasks add.
 _COMMON = {
     "input_ids",
     "attention_mask",
@@ -63,7 +63,7 @@ def _takes(model: nn.Module, names: set[str]) -> bool:
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:
-    """{dotted name: module} of what a task trains whole, outermost modules only; {} for a plain language model.
+    """{dotted name: module} of the modules that a task trains whole, the outermost ones; {} for a plain language model.
 
     - The heads of a transformers model with a task: modules beside its base model. The output embeddings of a
       language model are none, nor is anything of a bare base model.

@@ -70,7 +70,7 @@ class StoredNames:
         return [target, *(target.replace(first, other) for other in others)]
 
 
-class Sparing:
+class PatternOutsidePacked:
     """Stands for the compiled pattern of a `WeightConverter`, and matches no tensor of the packed layers."""
 
     def __init__(self, pattern: re.Pattern, layers: set[str]) -> None:
@@ -84,14 +84,14 @@ class Sparing:
         return None if owner(name) in self.layers else self.pattern.search(name)
 
 
-def spare(conversions: list, layers: Iterable[str], prefix: str) -> list:
+def exclude_packed(conversions: list, layers: Iterable[str], prefix: str) -> list:
     """Keeps converters from the tensors of packed layers, which have these names in the model."""
     for step in conversions:
         if isinstance(step, WeightConverter):
             scopes = {"", f"{prefix}.", f"{step.scope_prefix}.", f"{prefix}.{step.scope_prefix}."}
             names = {layer.removeprefix(scope) for layer in layers for scope in scopes}
             names |= {f"{prefix}.{layer}" for layer in layers}
-            step.compiled_sources = Sparing(step.compiled_sources, names)
+            step.compiled_sources = PatternOutsidePacked(step.compiled_sources, names)
     return conversions
 
 

@@ -32,7 +32,7 @@ from ...utils.public_names import hub_id
 from .adapters import reject_adapters
 from .checks import check_checkpoint
 from .experts import unfuse_packed_experts
-from .names import spare
+from .names import exclude_packed
 
 
 class SparseLRQuantizer(HfQuantizer):
@@ -103,11 +103,9 @@ class SparseLRQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module | None = None) -> list:
         """Keeps the tensors of packed layers from being fused or split; `model` is not passed before 5.23."""
-        return (
-            spare(weight_conversions, self._packed, self._prefix)
-            if self.pre_quantized
-            else weight_conversions
-        )
+        if not self.pre_quantized:
+            return weight_conversions
+        return exclude_packed(weight_conversions, self._packed, self._prefix)
 
     # -- after the weights are read
 
@@ -135,9 +133,8 @@ class SparseLRQuantizer(HfQuantizer):
             module.kernel = self.quantization_config.kernel
         link_shared_inputs(model)
         model.sparselr_report = Report.load(self._directory)
-        self.hub_name = hub_id(
-            model.config.name_or_path
-        )  # a folder of this name would have been read instead
+        # A folder of this name would have been read instead of the Hub.
+        self.hub_name = hub_id(model.config.name_or_path)
         return model
 
     # -- saving and the rest of the interface

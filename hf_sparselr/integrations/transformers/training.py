@@ -1,4 +1,4 @@
-"""What transformers' Trainer asks of a compressed model."""
+"""A check that runs before transformers' Trainer starts."""
 
 from typing import Any
 

@@ -1,16 +1,7 @@
 # ruff: noqa: RUF005 (the compiler of these functions knows tuples, but not unpacking)
 """One row of x against packed rows of S in FP32 registers (Triton): for values of 32 bits, and one row of 16 bits.
 
-At unstructured S it waits for integer arithmetic: before 16-bit values were addressed in bytes (`_multiply_kept`: 6
-to 10% faster), that pipe was busy 76% of the time and the L1 cache 65%, and a GPU of 1.4 times the bandwidth was no
-faster.
-
-Tried and left (14336 x 4096, rank 64, H100 and H200): reading values as aligned words and shifting them into place,
-as `tiles` does, takes 0.044 ms at 50% where gathering took 0.041. Tensor cores fed with eight blocks of one row of S
-as if they were eight rows, of whose products only the diagonal counts, need as many integer instructions to place the
-entries: 0.041 ms, and for eight rows of x 0.072 where `tiles` takes 0.055. Neither reading the mask, or mask and
-values, of the next columns ahead nor unrolling the walk along the columns helps, nor computing x A^T in every program
-(rank 16, 576 inputs).
+With an unstructured S it waits for integer arithmetic, not for memory; the room's NOTES.md has the measurements.
 """
 
 import triton

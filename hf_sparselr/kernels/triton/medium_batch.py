@@ -1,17 +1,13 @@
 """y = x S^T + (x A^T) B^T + bias for 17 to 256 rows of x, S unpacked tile by tile for the tensor cores (Triton).
 
-Between `decode`, for which a tile has too few products, and `unpacked`, for which writing S once and reading it again
-is next to nothing: a program unpacks a tile of S in registers and hands it to the tensor cores through shared memory.
-x A^T is a dense product of its own; B joins as more columns of S.
+With fewer rows a tile of S has too few products (`small_batch`); with more, writing S once and reading it again costs
+next to nothing (`unpack_then_gemm`). A program unpacks a tile of S in registers and hands it to the tensor cores
+through shared memory. x A^T is a dense product of its own; B joins as more columns of S.
 
 More than 32 rows of x are the left factor of the tensor cores' product, which then reads both factors from shared
 memory, so that two stages of loads can be under way. Fewer are the right one, as the left must have 64 rows; then S is
 read from registers, and there is one stage: with more, Triton 3.6 leaves products waiting in registers that the next
-tile takes (128 x 128 with 256 rows of x gave wrong sums). On an H100, 14336 x 4096 at 2:4, left / right factor: 0.053
-/ 0.046 ms for 32 rows, 0.051 / 0.063 for 64, 0.064 / 0.075 for 128; unstructured alike for 64 and more.
-
-Tried there as well (three shapes, 16 to 256 rows): 128 rows of S (a tenth faster for 256 rows of x at 2:4 only), 64
-columns, 8 warps, three stages, the mask read ahead or not, one to eight splits.
+tile takes (128 x 128 with 256 rows of x gave wrong sums). The room's NOTES.md has the measurements.
 """
 
 from collections.abc import Sequence

@@ -2,8 +2,8 @@
 """Two to 16 rows of x against tiles of 16 packed rows of S on the tensor cores, without moving S (Triton).
 
 A thread of the tensor cores holds rows g and g + 8 of a tile of S and row g of x, at the same columns; it shares these
-rows with three neighbours. In which order columns are contracted is nobody's business: a thread owns eight neighbours
-of each 32 and unpacks them where they are multiplied. Each warp has its own columns, as one matrix of a batch; the
+rows with three neighbours. The order in which columns are summed is free: a thread owns eight neighbours of each 32
+and unpacks them where they are multiplied. Each warp has its own columns, as one matrix of a batch; the
 batch is summed at the end. One read of x serves `ROWS` rows of S.
 """
 

@@ -1,7 +1,7 @@
 """3BASiL with a hierarchical low-rank part: ADMM and refit with sweeps in the place of subspace steps.
 
-Leaves are dense, so nonzeros of S inside them would say nothing new: an unstructured S keeps out of them. An N:M one
-keeps its pattern everywhere.
+Leaves are dense, so nonzeros of S inside them would add nothing: an unstructured S has none there. An N:M support keeps
+its pattern everywhere.
 """
 
 import torch
@@ -20,7 +20,7 @@ from .method import SETTLED, Options, iterate, refine_on_support
 
 
 class HierarchicalAdmm(Admm):
-    """`Admm` of one layer, whose L is what a sweep of `fit` makes of E.
+    """`Admm` of one layer, whose L is fitted to E by a sweep of `fit`.
 
     Args:
         leaves: bool (out, in), where S must be zero; None for nowhere.

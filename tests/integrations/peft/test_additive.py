@@ -30,12 +30,6 @@ from torch import nn
 
 import hf_sparselr
 
-
-@pytest.fixture
-def reference() -> torch.Tensor:
-    return logits(compressed_model())
-
-
 # --- which layers, which rank and scale
 
 

@@ -27,11 +27,6 @@ import hf_sparselr
 from hf_sparselr.nn.linear import SparseLRLinear
 
 
-@pytest.fixture
-def reference() -> torch.Tensor:
-    return logits(compressed_model())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_start_equals_the_compressed_model_to_the_bit(dtype):
     model = compressed_model(dtype)

@@ -27,11 +27,6 @@ from hf_sparselr import SparseLRLinear, compress
 from hf_sparselr.integrations.peft.merging import truncate
 
 
-@pytest.fixture
-def reference() -> torch.Tensor:
-    return logits(compressed_model())
-
-
 def ranks(model: nn.Module) -> dict[str, int]:
     return {name: layer.rank for name, layer in layers_of(model, SparseLRLinear).items()}
 
