@@ -72,7 +72,7 @@ def test_the_output_folder(dense, no_weights, tmp_path, verb):
 @VERBS
 def test_what_is_no_path_of_a_folder(dense, no_weights, tmp_path, monkeypatch, verb, path):
     monkeypatch.chdir(tmp_path)  # where an empty path would write
-    with pytest.raises((TypeError, ValueError), match="output_dir=.*: expected a "):
+    with pytest.raises((TypeError, ValueError), match=r"output_dir=.*: expected a "):
         verb(str(dense), settings(), path)
     assert not os.listdir(tmp_path)
 
