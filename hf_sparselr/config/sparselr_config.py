@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -17,6 +17,7 @@ from ..solvers.registry import METHODS
 from ..utils.validation import build_options, check_choice, check_integer, covers, reject_unknown
 from .fields import FIELDS, Fields, documented
 from .hierarchy import HierarchyOptions, check_hierarchy, resolve_low_rank
+from .kinds import OVERRIDE_KEYS
 from .options import ALLOCATION_OPTIONS, DistillOptions, TMOptions, budget_pattern, budget_rank
 from .presets import PRESETS
 
@@ -99,7 +100,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         """The dataclass of the method's options."""
         if isinstance(self._method_options, _StoredOptions):
             cls = METHODS[self.method].options
-            known = _known_options("method_options", self._method_options, cls)
+            known = _known_options("method_options", self._method_options, _option_names(cls))
             self._method_options = build_options("method_options", known, cls)
         return self._method_options
 
@@ -324,15 +325,25 @@ def _known_fields(stored: dict[str, Any]) -> dict[str, Any]:
     }
     for name, cls in classes.items():
         if cls is not None and isinstance(known.get(name), dict):
-            known[name] = _known_options(name, known[name], cls)
+            known[name] = _known_options(name, known[name], _option_names(cls))
+    if isinstance(known.get("overrides"), dict):
+        known["overrides"] = {
+            pattern: _known_options(f"overrides[{pattern!r}]", override, OVERRIDE_KEYS)
+            if isinstance(override, dict)
+            else override
+            for pattern, override in known["overrides"].items()
+        }
     if isinstance(known.get("method_options"), dict):
         known["method_options"] = _StoredOptions(known["method_options"])
     return known
 
 
-def _known_options(field: str, stored: dict[str, Any], cls: type) -> dict[str, Any]:
-    names = {option.name for option in dataclasses.fields(cls)}
-    _warn_unknown(f"{field}.", stored.keys() - names)
+def _option_names(cls: type) -> list[str]:
+    return [option.name for option in dataclasses.fields(cls)]
+
+
+def _known_options(field: str, stored: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    _warn_unknown(f"{field}.", stored.keys() - set(names))
     return {name: value for name, value in stored.items() if name in names}
 
 

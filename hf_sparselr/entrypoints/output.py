@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..compression.experts import compressible_layers
@@ -23,10 +23,16 @@ def check_folder(output_dir: str | os.PathLike) -> None:
     """Checks that files can be written there; creates nothing.
 
     Raises:
+        TypeError, ValueError: it is no path.
         OSError: it is a file, lies below one, or nothing can be written there.
     """
-    field = f"output_dir={os.fspath(output_dir)!r}"
+    field = f"output_dir={str(output_dir)!r}"
+    if not isinstance(output_dir, str | os.PathLike):
+        raise TypeError(f"{field}: expected a str or os.PathLike, not {type(output_dir).__name__}")
+    if not os.fspath(output_dir):  # else the files would land in the working directory
+        raise ValueError(f"{field}: expected a folder")
     existing = _existing(output_dir)
+    _check_names(field, Path(output_dir).absolute(), existing)
     if not existing.is_dir():
         raise NotADirectoryError(f"{field}: expected a folder, but {str(existing)!r} is a file")
     try:
@@ -37,6 +43,17 @@ def check_folder(output_dir: str | os.PathLike) -> None:
         raise PermissionError(
             f"{field}: expected a folder that can be written, but {str(existing)!r} cannot ({error})"
         ) from error
+
+
+def _check_names(field: str, path: Path, existing: Path) -> None:
+    """Checks that the file system takes the names of the folders that are to be made."""
+    for name in path.relative_to(existing).parts:
+        try:
+            os.lstat(existing / name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # too long, or with a null byte
+            raise ValueError(f"{field}: expected a path that can be made ({_line(error)})") from error
 
 
 def check_output(
@@ -57,9 +74,10 @@ def check_output(
 
     Raises:
         OSError: too little space.
-        ValueError: a generation config that transformers refuses to save.
+        ValueError: a config or generation config that transformers refuses to save.
     """
     _check_space(output_dir, stored_bytes(model, plan))
+    _check_config(model.config, f"config of {_model_name(model, origin)!r}", "Change model.config")
     _check_generation_config(model, origin)
     return _processors(origin, tokenizer)
 
@@ -92,14 +110,20 @@ def _check_generation_config(model: PreTrainedModel, origin: Origin) -> None:
             config = GenerationConfig.from_pretrained(origin.name, **origin.arguments)
     if config is None:
         return
+    advice = "Set model.generation_config on a loaded model, and compress that"
+    _check_config(config, f"generation_config of {_model_name(model, origin)!r}", advice)
+
+
+def _check_config(config: PreTrainedConfig | GenerationConfig, field: str, advice: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             config.save_pretrained(folder)
-        except ValueError as error:
-            raise ValueError(
-                f"generation_config of {origin.name or type(model).__name__!r} cannot be saved: {_line(error)} Set "
-                "model.generation_config on a loaded model, and compress that"
-            ) from error
+        except Exception as error:  # transformers' own checks fail in many ways
+            raise ValueError(f"{field} cannot be saved: {_line(error)} {advice}") from error
+
+
+def _model_name(model: PreTrainedModel, origin: Origin) -> str:
+    return origin.name or type(model).__name__
 
 
 def _line(error: Exception) -> str:

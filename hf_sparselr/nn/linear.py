@@ -13,6 +13,10 @@ from .hierarchical import HierarchicalLowRank
 from .lazy_weight import LazyDenseWeight
 
 _PARTS = itemgetter("mask", "values", "A", "B", "bias")
+_NOT_ASSIGNED = (
+    "the weight S + B A of a compressed layer is computed and cannot be assigned: assign or train its values, A and B, "
+    "or make the model dense first (model.dequantize(), or layer.to_dense())"
+)
 
 
 class SparseLRLinear(nn.Linear):
@@ -126,10 +130,13 @@ class SparseLRLinear(nn.Linear):
     def weight(self, value: torch.Tensor) -> None:
         # PEFT gives an unloaded layer its own weight back; nothing else may be assigned.
         if getattr(value, "build", None) != self._dense:
-            raise AttributeError(
-                "the weight S + B A of a compressed layer is computed and cannot be assigned: assign or train its "
-                "values, A and B, or make the model dense first (model.dequantize(), or layer.to_dense())"
-            )
+            raise AttributeError(_NOT_ASSIGNED)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # A Parameter that is assigned comes here, and never to the setter.
+        if name == "weight":
+            raise AttributeError(_NOT_ASSIGNED)
+        super().register_parameter(name, param)
 
     def _dense(self) -> torch.Tensor:
         dense = unpack(self.mask, self.values, self.in_features)

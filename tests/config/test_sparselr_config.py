@@ -520,8 +520,11 @@ def test_unknown_fields_of_a_stored_config_warn_once(caplog) -> None:
     stored = SparseLRConfig(**FULL).to_dict()
     later = json.loads(json.dumps({**stored, "note_of_later": 1}))
     later["tm"]["also_later"] = 2
+    pattern = next(iter(later["overrides"]))
+    later["overrides"][pattern]["third_later"] = 3
     assert SparseLRConfig.from_dict(later).to_dict() == stored
-    assert "note_of_later" in caplog.text and "tm.also_later" in caplog.text
+    for name in ("note_of_later", "tm.also_later", f"overrides[{pattern!r}].third_later"):
+        assert name in caplog.text
     caplog.clear()
     SparseLRConfig.from_dict(later)
     assert caplog.text == ""

@@ -68,6 +68,15 @@ def test_the_output_folder(dense, no_weights, tmp_path, verb):
             verb(str(dense), settings(), path)
 
 
+@pytest.mark.parametrize("path", ["", "a\0b", "x" * 300, "far/" + "x" * 300, 3, b"folder"])
+@VERBS
+def test_what_is_no_path_of_a_folder(dense, no_weights, tmp_path, monkeypatch, verb, path):
+    monkeypatch.chdir(tmp_path)  # where an empty path would write
+    with pytest.raises((TypeError, ValueError), match=r"output_dir=.*: expected a "):
+        verb(str(dense), settings(), path)
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write to")
 @VERBS
 def test_a_folder_that_cannot_be_written(dense, no_weights, verb):
@@ -126,6 +135,24 @@ def test_a_generation_config_that_cannot_be_saved(dense, tmp_path):
     assert tiny.same(tiny.snapshot(model), before) and not (tmp_path / "packed").exists()
     model.generation_config.do_sample = True
     compress(model, settings(), tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    ("owner", "field", "value"),
+    [
+        ("config", "temperature", 0.6),
+        ("config", "later", object()),
+        ("generation_config", "later", object()),
+        ("generation_config", "watermarking_config", 3),
+    ],
+)
+def test_a_config_that_transformers_cannot_save(tmp_path, owner, field, value):
+    model = tiny.build("llama")
+    setattr(getattr(model, owner), field, value)
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=f"^{owner} of 'LlamaForCausalLM' cannot be saved: "):
+        compress(model, settings(), tmp_path / "packed")
+    assert tiny.same(tiny.snapshot(model), before) and not (tmp_path / "packed").exists()
 
 
 # Tokenizer and processor

@@ -362,6 +362,11 @@ def test_the_weight_is_plain_to_the_compiler() -> None:
 def test_a_layer_takes_only_its_own_weight_back() -> None:
     layer, dense = make()
     layer.weight = layer.weight  # as PEFT does when it unloads an adapter
-    with pytest.raises(AttributeError, match="cannot be assigned"):
-        layer.weight = make()[0].weight
+    for value in (
+        make()[0].weight,
+        torch.zeros(layer.weight.shape),
+        nn.Parameter(torch.zeros(layer.weight.shape)),
+    ):
+        with pytest.raises(AttributeError, match="cannot be assigned"):
+            layer.weight = value
     torch.testing.assert_close(layer.weight, dense)

@@ -256,11 +256,13 @@ def _asked(config: SparseLRConfig) -> list[tuple[str, str]]:
     return [("Compression", f"{config.compression:.0%}"), ("Share of B and A", f"{config.rank_ratio:.0%}")]
 
 
-def _sizes(sizes: dict[str, int]) -> str:
+def _sizes(sizes: dict[str, int | None]) -> str:
     dense = sizes.get("dense")
     rows = [("Model", "Bytes", "Share of dense")]
     for name, size in sizes.items():
-        rows.append((_text(name), f"{size:,}", f"{size / dense:.1%}" if dense else "-"))
+        known = size is not None  # null in a file: a number that was not finite
+        share = f"{size / dense:.1%}" if known and dense else "-"
+        rows.append((_text(name), f"{size:,}" if known else "-", share))
     return _table(rows)
 
 
@@ -279,13 +281,18 @@ def _layers(layers: list[dict]) -> str:
 
 def _text(value: str) -> str:
     """Text from a file as Markdown that shows it and does nothing else, in one line."""
-    line = " ".join(str(value).split())[:_LONGEST]
-    return re.sub(r"([\\`*_\[\]#~])", r"\\\1", html.escape(line, quote=False))
+    return re.sub(r"([\\`*_\[\]#~])", r"\\\1", html.escape(_line(value), quote=False))
 
 
 def _code(value: str) -> str:
     """Text from a file as a code span, in one line."""
-    return f"`{' '.join(str(value).split())[:_LONGEST].replace('`', chr(39))}`"
+    return f"`{_line(value).replace('`', chr(39))}`"
+
+
+def _line(value: Any) -> str:
+    """One line that UTF-8 can hold: JSON may spell halves of characters."""
+    text = " ".join(str(value).split())[:_LONGEST]
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _number(value: Any) -> str:

@@ -213,8 +213,8 @@ def _commit(model: Any, staging: Staging, repo_id: str | None = None, keep_card:
     own = staging.directory / README
     _write(model, staging.folder, uploaded if repo_id and keep_card else own, repo_id)
     files = sorted(map(str, staging.folder.glob("*.safetensors")))
-    stored = check_saved(model, read_headers(files))
     config = model.hf_quantizer.quantization_config
+    stored = check_saved(model, config, read_headers(files))
     ranks = changed_ranks(config, packed_layers(model))
     config.save_id = seal(staging.folder, files, {stored[name]: rank for name, rank in ranks.items()})
     return staging.commit()

@@ -67,10 +67,7 @@ def check_checkpoint(
     _check_names(model, entries, stored, names)
     shapes = {layer: weight_shape(layers[name]) for layer, name in named.items()}
     asked = {layer: _asked(config, layer, named[layer], shapes[layer], model) for layer in stored}
-    patterns = {
-        layer: found.pattern for layer, found in asked.items() if found and isinstance(found.pattern, NM)
-    }
-    check_masks(stored, {layer: shape[1] for layer, shape in shapes.items()}, patterns)
+    _check_masks(stored, asked, shapes)
     seals = {entry.file: None for entry in entries.values()}
     ranks = check_seal(entries, {file: read_seal(file) for file in seals}, getattr(config, SAVE_ID, None))
     _check_hierarchies(stored, asked, shapes)
@@ -78,14 +75,16 @@ def check_checkpoint(
     return {named[layer]: parts for layer, parts in stored.items()}
 
 
-def check_saved(model: "PreTrainedModel", entries: Mapping[str, Entry]) -> dict[str, str]:
-    """Checks that files which were just written hold every packed layer of a model.
+def check_saved(
+    model: "PreTrainedModel", config: SparseLRConfig, entries: Mapping[str, Entry]
+) -> dict[str, str]:
+    """Checks that files which were just written hold every packed layer of a model, as loading will want it.
 
     Returns:
         The packed layers' names in the files: {name in the model: stored name}.
 
     Raises:
-        FormatError: a layer is not there, or has other shapes.
+        FormatError: a layer is not there, has other shapes, or a mask that does not fit its values or the config.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLRLinear)}
     stored = group_layers(entries)
@@ -100,6 +99,9 @@ def check_saved(model: "PreTrainedModel", entries: Mapping[str, Entry]) -> dict[
         check_layer(found[name], parts, layer.out_features, layer.in_features, bias=layer.bias is not None)
         if layer_rank(parts) != layer.rank or parts["values"].shape != layer.values.shape:
             raise FormatError(f"tensor {found[name]}.values in the files is not {name}.values of the model")
+    shapes = {found[name]: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    asked = {found[name]: _asked(config, found[name], name, shapes[found[name]], model) for name in layers}
+    _check_masks(stored, asked, shapes)
     return {name: found[name] for name in layers}
 
 
@@ -166,6 +168,15 @@ def _asked(
         return None
     pattern, rank = found.pop()
     return Layer(stored, pattern, rank, config.layer_hierarchy(shape, rank))
+
+
+def _check_masks(
+    stored: Mapping[str, Parts], asked: Mapping[str, Layer | None], shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    patterns = {
+        layer: found.pattern for layer, found in asked.items() if found and isinstance(found.pattern, NM)
+    }
+    check_masks(stored, {layer: shape[1] for layer, shape in shapes.items()}, patterns)
 
 
 def _fixes_ranks(config: SparseLRConfig) -> bool:

@@ -396,7 +396,15 @@ def test_a_base_is_linked_only_if_it_was_loaded_from_the_hub(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"layers": [{}], "settings": {}, "later": 1, "sizes": {"dense": 0}}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"layers": [{}], "settings": {}, "later": 1, "sizes": {"dense": 0}}',
+        '{"sizes": {"dense": null, "packed": 1e999}, "perplexity": {"dense": null}}',
+        r'{"layers": [{"name": "\ud800", "pattern": "\ud800"}], "perplexity": {"\udfff": 1}}',
+    ],
 )
 def test_a_broken_report_stops_neither_loading_nor_saving(tmp_path, text):
     model = compress(dense_model(), small_config(), output_dir=tmp_path / "out")

@@ -205,6 +205,35 @@ def test_saves_that_cannot_be_right_change_nothing(copied):
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
 
 
+def _lose_a_value(layer):
+    layer.values = torch.nn.Parameter(layer.values[:-1].clone(), requires_grad=False)
+
+
+def _drop_a_column(layer):
+    layer.mask.data[0, 0] &= layer.mask[0, 0] - 1
+
+
+def _keep_three_of_four(layer):
+    layer.mask.data[0, :2] = torch.tensor([0b00110111, 0b00110001], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (_lose_a_value, "holds .* values, but the mask keeps"),
+        (_drop_a_column, "holds .* values, but the mask keeps"),
+        (_keep_three_of_four, "keeps more than 2 of 4 consecutive inputs"),
+    ],
+)
+def test_edits_that_could_not_be_loaded_again_are_not_saved(copied, edit, message):
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    model = load(copied)
+    edit(model.get_submodule(Q))
+    with pytest.raises(FormatError, match=rf"{Q}\.(mask|values) {message}"):
+        model.save_pretrained(copied)
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
 def test_the_trainer_saves_in_one_step_too(copied, tmp_path):
     model = train_mode(load(copied), "factors")
     rows = [{"input_ids": row, "labels": row} for row in tiny.IDS]
