@@ -66,8 +66,12 @@ def run(
     model.eval()
     try:
         stacks = find_stacks(model)
+        versions = {name: model.get_submodule(name).weight._version for name in plan}
         survey = survey_blocks(model, stacks, batches)
-        plan, report.dense = reachable_plan(plan, stacks, survey.order, config)
+        edited = {
+            name for name, version in versions.items() if model.get_submodule(name).weight._version != version
+        }
+        plan, report.dense = reachable_plan(plan, stacks, survey.order, edited, config)
         segments = _working_order(stacks, survey, plan)
         groups = dense_groups(model, plan, config, batches, segments, survey)
         plan, report.allocation = allocate(config, plan, groups)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger("hf_sparselr")
 
+_EDITED = "the model writes to their weights while it runs"
 _NO_LAYERS = "their module does not multiply with the weights of one expert at a time"
 
 
@@ -172,12 +173,13 @@ def usable_plan(
 
 
 def reachable_plan(
-    plan: dict[str, Layer], stacks: Stacks, called: list[str], config: "SparseLRConfig"
+    plan: dict[str, Layer], stacks: Stacks, called: list[str], edited: set[str], config: "SparseLRConfig"
 ) -> tuple[dict[str, Layer], dict[str, str]]:
     """The planned layers of the blocks that calibration reaches, and the others with the reason: {layer name: why}.
 
     Args:
         called: the names of the blocks that a pass over all samples called.
+        edited: the layers whose weights the model itself wrote to in that pass.
 
     Raises:
         ValueError: stacks that no sample reaches, all in one message, unless `on_incompatible="skip"`.
@@ -199,12 +201,15 @@ def reachable_plan(
         logger.warning(
             f"{len(missed)} layers stay dense, because no calibration sample reaches them: {_shorten(missed, 8)}"
         )
-    kept = {name: layer for name, layer in plan.items() if name not in missed}
+    if edited:
+        logger.warning(f"{len(edited)} layers stay dense: {_EDITED}: {_shorten(sorted(edited), 8)}")
+    kept = {name: layer for name, layer in plan.items() if name not in missed and name not in edited}
     if not kept:
         raise ValueError(
             "no calibration sample reaches a layer to compress: pass samples that the model's blocks see"
         )
-    return kept, dict.fromkeys(missed, "no calibration sample reaches its block")
+    reached = dict.fromkeys(edited, _EDITED)
+    return kept, {**reached, **dict.fromkeys(missed, "no calibration sample reaches its block")}
 
 
 def _inside(block: str, plan: dict[str, Layer]) -> list[str]:

@@ -285,6 +285,16 @@ def test_weights_that_are_read_stay_dense_and_are_said():
     }
 
 
+def test_weights_that_a_model_writes_to_stay_dense_and_are_said(messages, tmp_path):
+    config = tf.RwkvConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2, rescale_every=1)
+    model = build(tf.RwkvForCausalLM, config).train()  # its first pass in eval mode divides some weights
+    compress(model, tiny.settings())
+    dense = model.sparselr_report.dense
+    assert len(dense) == 4 and set(dense.values()) == {"the model writes to their weights while it runs"}
+    assert any("4 layers stay dense" in message for message in messages)
+    assert torch.isfinite(outputs(model.eval(), {"input_ids": tiny.IDS})).all()
+
+
 def test_modules_that_a_model_replaces_while_it_runs(tmp_path):
     config = tf.BigBirdConfig(**TEXT, block_size=8, num_random_blocks=1)
     model = build(tf.BigBirdModel, config).train()
