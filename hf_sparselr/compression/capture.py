@@ -73,7 +73,7 @@ def capture_block_inputs(model: nn.Module, blocks: dict[str, nn.Module], batches
         for index, batch in enumerate(batches):
             try:
                 found = _record_chain(model, blocks, batch, compute=False)
-            except Exception:  # whatever a model raises when its blocks return too little
+            except Exception:  # a model may raise anything when its blocks return too little
                 found = _record_chain(model, blocks, batch, compute=True)
             if found is None:
                 continue

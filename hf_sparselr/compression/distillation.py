@@ -212,7 +212,7 @@ def _steps(batches: list[Sample], counts: list[int], samples: int) -> list[list[
 def _unpack(
     model: nn.Module, layers: dict[str, SparseLRLinear], device: torch.device, options: DistillOptions
 ) -> Groups:
-    """Puts the model on the device with FP32 masters of what is trained, and returns these in groups."""
+    """Puts the model on the device with FP32 masters of the trained parameters, and returns these in groups."""
     if options.train == "all":
         for name, layer in layers.items():
             layer.to(device)

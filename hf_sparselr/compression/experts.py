@@ -32,7 +32,7 @@ def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str, int]]
 
 
 def _holds(parameter: nn.Parameter, experts: int) -> bool:
-    """Whether a parameter has the shape of weights of so many experts: not that of biases, or of a router."""
+    """Whether a parameter has the shape of weights of this number of experts: not that of biases, or of a router."""
     if parameter.ndim == 3:
         return len(parameter) == experts and min(parameter.shape[1:]) > 1
     return parameter.ndim == 2 and len(parameter) % experts == 0 and len(parameter) > 8 * experts

@@ -86,7 +86,7 @@ def _problems(
     place: Workplace,
     phases: PhaseTimer,
 ) -> Iterator[tuple[list[str], torch.Tensor, dict]]:
-    """(layers that are solved together, their Gram matrix, what the report says of it): a group, or each expert."""
+    """(layers that are solved together, their Gram matrix, its entries in the report): a group, or each expert."""
     if not group.experts:
         with phases("capture and Gram"):
             gram = gram_of_inputs(block, group, hidden, calls, place)

@@ -56,7 +56,7 @@ def survey_blocks(model: nn.Module, stacks: Stacks, batches: list[Sample]) -> Su
             try:
                 calls = _calls(model, blocks, inputs, compute=False)
                 _check_identity(stacks, calls)
-            except Exception:  # whatever a model raises when its blocks return too little
+            except Exception:  # a model may raise anything when its blocks return too little
                 calls = _calls(model, blocks, inputs, compute=True)
             _note(survey, stacks, calls)
             if len(survey.order) == len(blocks):

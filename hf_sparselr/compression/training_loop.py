@@ -105,7 +105,7 @@ def is_large(parameters: Iterable[nn.Parameter]) -> bool:
 def make_optimizer(
     groups: Groups, options: TMOptions | DistillOptions, steps: int, betas: tuple[float, float]
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam, and a cosine schedule from `lr` to `final_lr * lr` in so many steps."""
+    """Adam, and a cosine schedule from `lr` to `final_lr * lr` over all steps."""
     rates = [
         {"params": parameters, "lr": options.lr * (options.factor_lr if name == "factors" else 1)}
         for name, parameters in groups.items()

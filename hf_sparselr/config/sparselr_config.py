@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..data import calibration as calibration_sources
 from ..format.checkpoint import FORMAT_VERSION, PACKED_LAYERS, QUANT_METHOD
 from ..format.hierarchy import HierarchyShape
 from ..format.patterns import EMPTY, Pattern, parse
 from ..solvers.registry import METHODS
+from ..utils.public_names import public_source
 from ..utils.validation import build_options, check_choice, check_integer, covers, reject_unknown
 from .fields import FIELDS, Fields, documented
 from .hierarchy import HierarchyOptions, check_hierarchy, resolve_low_rank
@@ -260,7 +260,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             for name, field in FIELDS.items()
             if field.stored and name not in _GROUPS
         }
-        stored["calibration"] = calibration_sources.describe(self.calibration)
+        stored["calibration"] = public_source(self.calibration)
         groups = {name: getattr(self, name) for name in _GROUPS if name != "method_options"}
         groups["method_options"] = self._method_options
         for name, options in groups.items():

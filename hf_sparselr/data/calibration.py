@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ..utils.public_names import public_source
 from .model_inputs import (
     Sample,
     is_audio,
@@ -41,14 +40,6 @@ _ALLOWED = (
     "list of message dicts, images in them allowed), a datasets.Dataset, integer token tensors ((samples, tokens) or "
     "an iterable), dicts of model inputs as a processor returns them, or a list of images or of audio arrays"
 )
-
-
-def describe(calibration: Any) -> str:
-    """The name that config.json records for a source: "self" or a Hub data set; "custom" for files and data.
-
-    Paths stay private, those of data set folders too.
-    """
-    return public_source(calibration)
 
 
 def check_source(calibration: Any) -> None:

@@ -31,7 +31,7 @@ _TIE = 1.04  # of times that are as good as the same: the first of the options c
 
 
 def known(rows: int, weight: PackedWeight, captured: bool) -> LaunchConfig | None:
-    """What was chosen for such a product, in a CUDA graph or not, or None if nothing was."""
+    """The choice for such a product, in a CUDA graph or not; None if there is none yet."""
     return _table(weight.values.device).get(_name(rows, weight, captured))
 
 
@@ -89,11 +89,11 @@ def _table(device: torch.device) -> dict[str, LaunchConfig]:
         stored = json.loads(_file(device).read_text())
         return {key: LaunchConfig(**config) for key, config in stored.items()}
     except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # no file, or not what was written: measure again
+        return {}  # no file, or a damaged one: measure again
 
 
 def _save(device: torch.device) -> None:
-    """Adds what was measured to the file; a directory that cannot be written only costs measuring again."""
+    """Adds a measurement to the file; a directory that cannot be written only costs measuring again."""
     file = _file(device)
     configs = {key: asdict(config) for key, config in _table(device).items()}
     try:

@@ -47,7 +47,7 @@ _BINDINGS: TensorCache[Binding] = TensorCache()
 
 
 def tensors_of(weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
-    """Five of each weight, an empty one for what is not there."""
+    """The five tensors of each weight; an empty one stands for None."""
     return [_ABSENT if tensor is None else tensor for weight in weights for tensor in weight[:5]]
 
 

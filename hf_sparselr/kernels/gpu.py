@@ -106,7 +106,7 @@ def bind(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight], kerne
 
 
 def _kind_of(weight: PackedWeight, config: LaunchConfig) -> tuple:
-    """What weights that share a launch have in common."""
+    """The properties that weights must share to share a launch."""
     if config.kernel == "mma":
         return small_batch.kind_of(weight, index_of(weight.mask, weight.in_features))
     return kind_of(weight)

@@ -52,7 +52,7 @@ class PackedWeight(NamedTuple):
         """Shapes, dtypes and devices; no value is read.
 
         Raises:
-            ValueError: a shape or a device, naming the tensor, what it is and what is expected.
+            ValueError: a shape or a device, naming the tensor, its value and the expected one.
             TypeError: a dtype, likewise.
         """
         mask, values, A, B, bias, in_features = self

@@ -50,7 +50,7 @@ class TensorCache(Generic[T]):
     def keep(
         self, key: Any, sources: list[torch.Tensor], build: Callable[[], T], fits: Callable[[T], bool]
     ) -> T:
-        """The entry of this key if it still fits; else builds it, once whatever the number of threads."""
+        """The entry of this key if it still fits; else builds it, once for all threads."""
         value = self.get(key)
         if value is not None and fits(value):
             return value
@@ -70,7 +70,7 @@ def version(tensor: torch.Tensor) -> int:
 
 
 def apart(run: Callable[[], T], device: torch.device, stream: torch.cuda.Stream | None = None) -> T:
-    """Runs `run` on a thread and a stream of its own, after all work of the current stream: what it allocates must
+    """Runs `run` on a thread and a stream of its own, after all work of the current stream. Its allocations must
     outlive the memory pool of a CUDA graph whose warm-up this may be, and it may capture a graph itself.
 
     Args:

@@ -20,6 +20,7 @@ from transformers import (
 from hf_sparselr.data import calibration as cal
 from hf_sparselr.data import sources, windows
 from hf_sparselr.data.self_generation import sample_from_model
+from hf_sparselr.utils.public_names import public_source
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" for i in range(60)]
@@ -72,12 +73,12 @@ def guarded(rows):
     raise AssertionError("read too far")
 
 
-# --- check_source and describe -----------------------------------------------------------------------------
+# --- check_source and the published name ---------------------------------------------------------------------
 
 
-def test_describe():
-    assert (cal.describe("self"), cal.describe("me/texts:part")) == ("self", "me/texts:part")
-    assert cal.describe("file:a/*.py") == cal.describe(TEXTS) == cal.describe(IDS) == cal.CUSTOM
+def test_the_name_of_a_source_is_published_only_if_it_is_public():
+    assert (public_source("self"), public_source("me/texts:part")) == ("self", "me/texts:part")
+    assert public_source("file:a/*.py") == public_source(TEXTS) == public_source(IDS) == cal.CUSTOM
 
 
 @pytest.mark.parametrize(

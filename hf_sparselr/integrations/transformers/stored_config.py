@@ -30,5 +30,5 @@ def merge_configs(
             f"the checkpoint is already compressed with other settings: {shown}; load it without "
             "quantization_config, or compress the original dense model"
         )
-    stored.kernel = requested.kernel  # how to run, not what is stored
+    stored.kernel = requested.kernel  # the kernel is a choice for running; it is not stored
     return stored

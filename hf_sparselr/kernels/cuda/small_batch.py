@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _STAGES = 2  # as in the source
 _STEP = 128  # columns, likewise
 _TABLE = 128  # bytes of shared memory before the values
-_BEYOND = 512  # after them: what a mask that was edited behind torch's back can make a block read
+_BEYOND = 512  # after them: as much as a block may read of a mask that was edited unseen by torch
 _SHARED = 227 * 1024  # bytes that a block can have at most, on compute capability 9.0
 
 
@@ -47,7 +47,7 @@ def _compiles(device: int) -> bool:
 
 
 def kind_of(weight: PackedWeight, index: SupportIndex) -> tuple:
-    """What weights that share a launch have in common."""
+    """The properties that weights must share to share a launch."""
     return index.pairs, index.per_block, weight.A is None, weight.bias is None, _in_fours(weight)
 
 

@@ -165,7 +165,7 @@ def _bind_arrange_anywhere(weight: PackedWeight, joined: bool) -> Callable[[], t
 
 
 def sparse_configs(inputs: torch.Tensor, weight: PackedWeight) -> tuple[LaunchConfig, ...]:
-    """What is worth trying for a 2:4 layer, with what is the fastest of cuSPARSELt's algorithms here.
+    """The configurations to try for a 2:4 layer, with the algorithm of cuSPARSELt that is the fastest here.
 
     Not in FP16: there cuSPARSELt 0.8's own search for an algorithm ends with an illegal instruction on an H100.
     """

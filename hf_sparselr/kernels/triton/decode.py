@@ -25,7 +25,7 @@ from .support import pick
 
 
 def kind_of(weight: PackedWeight) -> tuple:
-    """What weights that share a launch have in common."""
+    """The properties that weights must share to share a launch."""
     index = index_of(weight.mask, weight.in_features)
     exact = index.per_block, can_pair(index, weight.values), _aligned(weight.values)
     return (*exact, index.in_features, weight.values.dtype, weight.A is None, weight.bias is None)
@@ -106,7 +106,7 @@ def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
 
 
 def _space(inputs: torch.Tensor, sizes: list[int], launch: TritonLaunch) -> list:
-    """Memory of so many FP32 numbers each for a launch: addresses where it takes them, as tensors cost time."""
+    """FP32 memory for a launch, one buffer a size: addresses if the launch takes them, because tensors cost time."""
     if launch.takes_addresses:
         start = scratch(inputs.get_device(), COUNTERS + 4 * sum(sizes))
         if start is not None:
@@ -115,7 +115,7 @@ def _space(inputs: torch.Tensor, sizes: list[int], launch: TritonLaunch) -> list
 
 
 def _arguments(weight: PackedWeight, u: Varying, target: Varying) -> tuple:
-    """What the kernels take for a weight; the values stand in for what it does not have."""
+    """The kernels' arguments for a weight; the values stand in for missing tensors."""
     index = index_of(weight.mask, weight.in_features)
     support = index.words(weight.mask), weight.values, index.starts, index.offsets, index.nonzeros
     B = weight.values if weight.B is None else weight.B
