@@ -19,14 +19,18 @@ MOST = 80  # combinations tried a model
 Maker = Callable[[torch.Generator], torch.Tensor]
 
 
-def find_inputs(model: tf.PreTrainedModel) -> Callable[[int], dict[str, torch.Tensor]]:
+def find_inputs(model: tf.PreTrainedModel, kinds: int = 0) -> Callable[[int], dict[str, torch.Tensor]]:
     """A function that draws one sample of inputs from a seed.
+
+    Args:
+        kinds: how many kinds of input (text, images, sound) there are to be at least.
 
     Raises:
         RuntimeError: no combination of inputs runs; holds the error of the first.
     """
     first = None
-    for makers in itertools.islice(_combinations(model), MOST):
+    rich = (makers for makers in _combinations(model) if _kinds(makers) >= kinds)
+    for makers in itertools.islice(rich, MOST):
         try:
             draw = _drawer(model, makers)
             _run(model, draw(0))
@@ -123,6 +127,8 @@ def _candidates(model: tf.PreTrainedModel) -> dict[str, list[Maker]]:
         "pixel_values_videos": tiles,
         "pixel_values_images": images,
         "flattened_patches": [_normal(1, 16, 2 + channels * patch * patch)],
+        "high_res_pixel_values": images,
+        "image_position_ids": [_constant(torch.cartesian_prod(torch.arange(side), torch.arange(side))[None])],
         "image_grid_thw": [_constant(grid)],
         "grid_thw": [_constant(grid)],
         "image_grid_hw": [_constant(grid[:, 1:])],
@@ -147,7 +153,7 @@ _IMAGE = ("pixel_values", "pixel_values_videos", "pixel_values_images", "flatten
 _SOUND = ("input_features", "input_values")
 _IMAGE_EXTRAS = (
     "image_grid_thw", "grid_thw", "image_grid_hw", "image_grid_hws", "image_sizes", "spatial_shapes",
-    "pixel_attention_mask", "pixel_mask",
+    "pixel_attention_mask", "pixel_mask", "high_res_pixel_values", "image_position_ids",
 )  # fmt: skip
 _SOUND_EXTRAS = ("input_features_mask", "feature_attention_mask", "padding_mask")
 
@@ -177,6 +183,15 @@ def _combinations(model: tf.PreTrainedModel) -> Iterator[dict[str, Maker]]:
                     yield from _product([*chosen, *more], known)
 
 
+def most_kinds(model: tf.PreTrainedModel) -> int:
+    """How many of text, images and sound a model takes."""
+    return _kinds(inspect.signature(model.forward).parameters)
+
+
+def _kinds(names: Any) -> int:
+    return sum(any(name in names for name in kind) for kind in (_TEXT, _IMAGE, _SOUND))
+
+
 def _product(names: Any, known: dict[str, list[Maker]]) -> Iterator[dict[str, Maker]]:
     for makers in itertools.product(*(known[name] for name in names)):
         yield dict(zip(names, makers, strict=True))
@@ -200,6 +215,7 @@ def _with_placeholders(model: tf.PreTrainedModel, inputs: dict, counts: dict[int
     ids = inputs.get("input_ids")
     if ids is None or not counts:
         return inputs
+    ids = torch.where(torch.isin(ids, torch.tensor(list(counts))), SPECIAL - 1, ids)
     runs = [torch.full((1, count), token) for token, count in counts.items()]
     inputs["input_ids"] = torch.cat([ids[:, :4], *runs, ids[:, 4:]], dim=1)
     for name in ("attention_mask", "token_type_ids"):

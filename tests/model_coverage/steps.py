@@ -1,5 +1,6 @@
 """What one model type goes through: compress, run, save, reload to the bit, generate, an adapter's training step."""
 
+import itertools
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import transformers as tf
 
 import hf_sparselr
 
-from .inputs import find_inputs, forward, tensors
-from .tiny_configs import WAYS, tiny_config
+from .inputs import find_inputs, forward, most_kinds, tensors
+from .tiny_configs import WAYS, Sizes, tiny_config
 
 SAMPLES = 4
 MOST_WEIGHTS = 40_000_000  # more, and a model is not tiny
@@ -59,10 +60,12 @@ def try_type(
 def build(config_class: type[tf.PreTrainedConfig], model_class: type[tf.PreTrainedModel]) -> Built:
     """A function that makes the dense model, the same each time, and one that draws its inputs."""
     first = None
-    for sizes in WAYS:
+    for richest, sizes in itertools.product(
+        (True, False), WAYS
+    ):  # images and text together before text alone
         try:
 
-            def make(sizes: Any = sizes) -> tf.PreTrainedModel:
+            def make(sizes: Sizes = sizes) -> tf.PreTrainedModel:
                 torch.manual_seed(0)
                 return model_class(tiny_config(config_class, sizes)).eval()
 
@@ -70,7 +73,9 @@ def build(config_class: type[tf.PreTrainedConfig], model_class: type[tf.PreTrain
                 weights = _weights(make)
             if weights > MOST_WEIGHTS:
                 raise RuntimeError(f"the shrunk model has {weights} weights")
-            return make, find_inputs(make())
+            model = make()
+            if (kinds := most_kinds(model)) > 1 or richest:
+                return make, find_inputs(model, kinds if richest else 0)
         except Exception as error:
             first = first or error
     raise first
@@ -170,5 +175,5 @@ def _described(error: BaseException, step: str) -> dict[str, str]:
     places = [f"{Path(frame.filename).relative_to(PACKAGE)}:{frame.lineno}" for frame in own[-1:]]
     last = frames[-1]
     places.append(f"{Path(last.filename).parent.name}/{Path(last.filename).name}:{last.lineno}")
-    line = (str(error).strip().splitlines() or [""])[0]
-    return {"step": step, "error": f"{type(error).__name__}: {line}"[:400], "where": " < ".join(places)}
+    line = " ".join(str(error).split())
+    return {"step": step, "error": f"{type(error).__name__}: {line}"[:300], "where": " < ".join(places)}
