@@ -19,17 +19,17 @@ MOST = 80  # combinations tried a model
 Maker = Callable[[torch.Generator], torch.Tensor]
 
 
-def find_inputs(model: tf.PreTrainedModel, kinds: int = 0) -> Callable[[int], dict[str, torch.Tensor]]:
+def find_inputs(model: tf.PreTrainedModel, kinds: int) -> Callable[[int], dict[str, torch.Tensor]]:
     """A function that draws one sample of inputs from a seed.
 
     Args:
-        kinds: how many kinds of input (text, images, sound) there are to be at least.
+        kinds: how many kinds of input (text, images, sound) there are to be.
 
     Raises:
         RuntimeError: no combination of inputs runs; holds the error of the first.
     """
     first = None
-    rich = (makers for makers in _combinations(model) if _kinds(makers) >= kinds)
+    rich = (makers for makers in _combinations(model) if _kinds(makers) == kinds)
     for makers in itertools.islice(rich, MOST):
         try:
             draw = _drawer(model, makers)
