@@ -1,0 +1,147 @@
+"""Takes tiny random models of transformers' types through all steps, and writes a table of the outcomes.
+
+    PYTHONPATH=tests python -m model_coverage.run [--classes causal-lm ...] [--types llama ...] [--limit 12]
+
+Every type runs in a fork of its own, so that a crash or a hang is an outcome. Outcomes are kept in a JSON file; types
+that are in it are not run again.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import transformers as tf
+from transformers.models.auto import modeling_auto as auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .steps import try_type
+from .table import write_table
+
+TIME_LIMIT = 150  # seconds a type
+MEMORY = 10 * 2**30  # bytes of address space a type
+
+_CLASSES = {  # task class: mappings of transformers that list its types; the first that has a type gives its class
+    "causal-lm": ("CAUSAL_LM",),
+    "encoder": ("MASKED_LM", "TEXT_ENCODING"),
+    "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM",),
+    "sequence-classification": ("SEQUENCE_CLASSIFICATION",),
+    "image": ("IMAGE_CLASSIFICATION", "IMAGE"),
+    "speech": ("SPEECH_SEQ_2_SEQ", "CTC", "AUDIO_CLASSIFICATION"),
+    "vision-language": ("IMAGE_TEXT_TO_TEXT",),
+}
+
+
+def types_of(task: str) -> dict[str, str]:
+    """{model type: name of its model class} of a task class; encoders are bare models."""
+    found: dict[str, str] = {}
+    for name in _CLASSES[task]:
+        for model_type, cls in _mapping(name).items():
+            found.setdefault(model_type, cls)
+    if task == "encoder":
+        found = {name: auto.MODEL_MAPPING_NAMES[name] for name in found if name in auto.MODEL_MAPPING_NAMES}
+    last = {name: cls if isinstance(cls, str) else cls[-1] for name, cls in found.items()}
+    return {name: cls for name, cls in last.items() if name in CONFIG_MAPPING}
+
+
+def _mapping(name: str) -> dict:
+    for key in (f"MODEL_FOR_{name}_MAPPING_NAMES", f"MODEL_FOR_{name}_NAMES"):
+        if hasattr(auto, key):
+            return getattr(auto, key)
+    return {}
+
+
+def sampled(tasks: list[str], limit: int | None, seed: int = 0) -> list[tuple[str, str]]:
+    """Pairs (task class, model type), in a random order that is the same for all limits; the classes take turns."""
+    rows = []
+    for task in tasks:
+        names = sorted(types_of(task))
+        random.Random(seed).shuffle(names)
+        rows += [
+            (rank / len(names) if limit is None else rank, task, name)
+            for rank, name in enumerate(names[:limit])
+        ]
+    return [(task, name) for _, task, name in sorted(rows)]
+
+
+def try_in_fork(task: str, model_type: str, time_limit: int = TIME_LIMIT) -> dict:
+    """The outcome of one type: a dict as `try_type` gives it, an accident if the process dies or takes too long."""
+    with TemporaryDirectory() as folder:
+        path, start = Path(folder) / "outcome.json", time.monotonic()
+        child = os.fork()
+        if not child:
+            _work(task, model_type, path, folder)
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() - start > time_limit:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                break
+            time.sleep(0.05)
+        seconds = round(time.monotonic() - start, 1)
+        if path.exists() and (text := path.read_text(encoding="utf-8")):
+            return {**json.loads(text), "seconds": seconds}
+    error = f"no answer after {time_limit} s" if seconds > time_limit else "the process died"
+    return {"outcome": "accident", "step": "any", "error": error, "where": "", "seconds": seconds}
+
+
+def _work(task: str, model_type: str, path: Path, folder: str) -> None:
+    """Runs in the child and ends it."""
+    try:
+        with open(os.devnull, "r+", encoding="utf-8") as null:
+            for number in range(3):
+                os.dup2(null.fileno(), number)
+        os.environ["TMPDIR"] = folder
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        outcome = try_type(CONFIG_MAPPING[model_type], getattr(tf, types_of(task)[model_type]))
+        path.write_text(json.dumps(outcome), encoding="utf-8")
+    finally:
+        os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--classes", nargs="+", choices=list(_CLASSES), default=list(_CLASSES), metavar="CLASS"
+    )
+    parser.add_argument("--types", nargs="+", help="only these model types; they are run again")
+    parser.add_argument("--limit", type=int, help="types a class, drawn at random; all without")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--outcomes", type=Path, default=Path("model-coverage.json"), help="JSON to go on with"
+    )
+    parser.add_argument("--table", type=Path, help="Markdown page to write")
+    arguments = parser.parse_args()
+    known = json.loads(arguments.outcomes.read_text()) if arguments.outcomes.exists() else {}
+    chosen = sampled(arguments.classes, None if arguments.types else arguments.limit)
+    if arguments.types:
+        chosen = [(task, name) for task, name in chosen if name in arguments.types]
+    else:
+        chosen = [(task, name) for task, name in chosen if name not in known.get(task, {})]
+    tf.utils.logging.set_verbosity_error()
+    tf.utils.logging.disable_progress_bar()
+
+    def one(pair: tuple[str, str]) -> None:
+        outcome = try_in_fork(*pair)
+        known.setdefault(pair[0], {})[pair[1]] = outcome
+        arguments.outcomes.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        print(*pair, outcome["outcome"], outcome.get("step", ""), outcome.get("error", ""), flush=True)
+
+    with contextlib.suppress(KeyboardInterrupt), ThreadPoolExecutor(arguments.workers) as pool:
+        list(pool.map(one, chosen))
+    if arguments.table:
+        totals = {task: len(types_of(task)) for task in _CLASSES}
+        write_table(arguments.table, known, totals)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Shrinks the default config of any model type by the names and values of its fields.
+
+No model type is named. A field whose value is a number, or a list of numbers, gets a small one by the first pattern
+that its name matches; nested configs are shrunk alike. Fields that a config derives from others are left to it.
+"""
+
+import copy
+import dataclasses
+import re
+from typing import Any
+
+import transformers as tf
+
+VOCAB = 128
+SPECIAL = 100  # token ids from here on are special ones; inputs use the ids below
+IMAGE = 32  # pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """One way to shrink: if a model cannot be built or run with it, the next one is tried."""
+
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    layers: int = 2
+    image: int = IMAGE
+    scaled: bool = False  # widths are divided by a common factor instead, which keeps their ratios
+
+    @property
+    def head(self) -> int:
+        return self.hidden // self.heads
+
+
+WAYS = (
+    Sizes(),
+    Sizes(kv_heads=4),
+    Sizes(scaled=True),
+    Sizes(layers=4),
+    Sizes(image=64, kv_heads=4),
+    Sizes(hidden=256, heads=2, kv_heads=1),
+    Sizes(scaled=True, image=64, layers=4),
+)
+
+
+def rules(sizes: Sizes) -> list[tuple[str, int | None]]:
+    """Pairs (pattern of a field's name, largest value); None leaves the field alone."""
+    return [
+        (r"(attention|attn|relative|rel|key_value)_(buckets|bins|num_buckets)|sampling_rate|sample_rate", None),
+        (r"vocab(ulary)?_size|codebook_size|num_embeddings|num_embeds|vocab_offset", VOCAB),
+        (r"(max|n)_?(source|target)_positions|max_pos_emb", 32),
+        (r"position_embeddings$|n_positions|n_ctx|context_length|max_length|max_seq_len", 128),
+        (r"sliding_window|local_attention|attention_window|^(attention_)?chunk_size|block_size", 16),
+        (r"image_size|img_size|crop_size|resolution$|^image_embedding_size", sizes.image),
+        (r"^patch_size$|spatial_patch_size", 8),
+        (r"window_size$", 2),
+        (r"num_mel_bins|mel_dim|num_mels", 16),
+        (r"(num|n)_(key_value|kv)_heads|^kv_n_heads|num_query_groups|num_kv|multi_query_group", sizes.kv_heads),
+        (r"(top_?k|per_tok(en)?)$", 2),
+        (r"n_group$|topk_group|^num_expert_group", 1),
+        (r"first_k_dense|num_dense_layers|moe_layer_start", 1),
+        (r"(num|n)_.*shared_experts", 1),
+        (r"experts$", 4),
+        (r"layers?$|^depth$|(num|n)_blocks?$|num_.*layers_|blocks_per|^num_layers|n_layers", sizes.layers),
+        (r"^depths$|stage_numb_of_layers", 1),
+        (r"(?<!d_)heads?$", sizes.heads),
+        (r"rope_head_dim|index_head_dim|^d_kv$|head_(dim|size)$|d_head$|^dim_head$|^rotary_dim$", sizes.head),
+        (r"qk_head_dim", 2 * sizes.head),
+        (r"lora_rank|state_size|d_state|time_step_rank|_rank$", 32),
+        (r"groups$", sizes.hidden),
+        (r"query_pre_attn_scalar", sizes.head),
+        (r"intermediate|ffn|mlp_dim|mlp_hidden|^d_ff$|feed_forward|d_inner|feedforward", 2 * sizes.hidden),
+        (r"hidden|d_model|embd$|embed_dim|emb_dim|embedding_(size|dim)|^dim$|width|proj.*_(dim|size)", sizes.hidden),
+        (r"(conv|output|out|lru|d)_(dim|channels|width|size|hidden_size)|channels_list|channel_list", sizes.hidden),
+        (r"_dim$|^dim", sizes.hidden),
+    ]  # fmt: skip
+
+
+def tiny_config(cls: type[tf.PreTrainedConfig], sizes: Sizes) -> tf.PreTrainedConfig:
+    """A small config of a class. Raises what the class raises if it has no default, or refuses the small values."""
+    return _shrunk(cls(), sizes, {})
+
+
+def _shrunk(config: tf.PreTrainedConfig, sizes: Sizes, ids: dict[int, int]) -> tf.PreTrainedConfig:
+    """Args: ids: {token id: its small one}, of the configs shrunk so far, to which new ones are added."""
+    factor = _factor(config, sizes)
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    values = {}
+    for name, field in fields.items():
+        if name.startswith("_") or name in ("id2label", "label2id", "problem_type", "dtype", "use_cache"):
+            continue
+        old = vars(config).get(name)
+        if isinstance(old, tf.PreTrainedConfig):
+            values[name] = _shrunk(old, sizes, ids)
+        elif isinstance(old, dict) and old:
+            values[name] = _sections(old, sizes)
+        elif old is not None and _is_given(field, old):
+            values[name] = _small(name, old, sizes, factor, ids)
+    if "pad_token_id" in fields and values.get("pad_token_id") is None:
+        values["pad_token_id"] = 0
+    return type(config)(**values)
+
+
+def _is_given(field: dataclasses.Field, value: Any) -> bool:
+    """Whether a value is the field's own default and none that the config derived from other fields."""
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return True
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    return default is not None or not isinstance(value, list | tuple | dict)
+
+
+def _factor(config: tf.PreTrainedConfig, sizes: Sizes) -> int:
+    widths = [
+        max(value) if isinstance(value, list | tuple) else value
+        for name in ("hidden_size", "d_model", "embed_dim", "hidden_dim", "hidden_sizes", "n_embd", "dim")
+        if _numbers(value := getattr(config, name, None))
+    ]
+    factor = 1
+    while widths and max(widths) // (2 * factor) >= sizes.hidden:
+        factor *= 2
+    return factor
+
+
+def _numbers(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value) and all(_numbers(item) and not isinstance(item, list | tuple) for item in value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _small(name: str, value: Any, sizes: Sizes, factor: int, ids: dict[int, int]) -> Any:
+    if isinstance(value, list | tuple):
+        return _small_list(name, value, sizes, factor, ids)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    if re.search(r"token_id|token_index|_tok_id|^(bos|eos|pad)_id", name):
+        return value if value < SPECIAL else ids.setdefault(value, VOCAB - 1 - len(ids))
+    if re.search(r"feature_layer|select_layer", name):
+        return max(min(value, sizes.layers - 1), -sizes.layers)
+    return _capped(name, value, sizes, factor)
+
+
+def _small_list(name: str, value: list | tuple, sizes: Sizes, factor: int, ids: dict[int, int]) -> Any:
+    if value and all(isinstance(item, str) for item in value):
+        many = len(value) > sizes.layers and name.endswith(("types", "type", "pattern"))
+        return list(value)[: sizes.layers] if many else value
+    if re.search(r"ind(ex|ices|exes)|feature_layer|_layers$|attention_blocks|layers_block", name):
+        kept = [item for item in value if isinstance(item, int) and -sizes.layers <= item < sizes.layers]
+        return type(value)(kept or [sizes.layers - 1] * bool(value))
+    if not _numbers(value):
+        return value
+    if name.endswith("heads"):  # widths of stages are powers of two times the first
+        return type(value)(1 << (min(item, sizes.heads).bit_length() - 1) for item in value)
+    small = [_small(name, item, sizes, factor, ids) for item in value]
+    is_width = len(set(small)) < len(set(value)) and not re.search("depth|image_size|layers", name)
+    if is_width and len(value) > 2:  # one width a stage: their ratios are kept
+        top, shrink = max(value), 1
+        while top // (2 * shrink) >= 2 * sizes.hidden:
+            shrink *= 2
+        small = [max(item // shrink, 1) for item in value]
+    return type(value)(small)
+
+
+def _capped(name: str, value: int, sizes: Sizes, factor: int) -> int:
+    for pattern, limit in rules(sizes):
+        if not re.search(pattern, name):
+            continue
+        if limit is None or value <= limit:
+            return value
+        widths = (sizes.hidden, 2 * sizes.hidden, sizes.head, 2 * sizes.head)
+        if sizes.scaled and limit in widths and value % factor == 0:
+            return max(value // factor, 8)
+        return limit
+    return value
+
+
+def _sections(value: dict, sizes: Sizes) -> dict:
+    """A dict with the sections of a rotary embedding scaled to the small heads."""
+    value = copy.deepcopy(value)
+    for inner in (value, *(item for item in value.values() if isinstance(item, dict))):
+        section = inner.get("mrope_section")
+        if section:
+            half, parts = sizes.head // 2, len(section)
+            inner["mrope_section"] = [half - (parts - 1) * (half // parts), *[half // parts] * (parts - 1)]
+    return value
