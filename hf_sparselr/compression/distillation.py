@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -29,6 +30,9 @@ from .padding import MASKS
 from .training_loop import Groups, Training, group_batches, restore, snapshot, train
 from .working_linear import WorkingLinear, trainable
 
+if TYPE_CHECKING:
+    from ..config.sparselr_config import SparseLRConfig
+
 JUDGING_WINDOWS = 8  # on which the loss before and after is measured, where none are kept back
 BETAS = (0.9, 0.95)
 
@@ -39,6 +43,35 @@ def copy_sharing_blocks(model: nn.Module, stacks: Stacks) -> nn.Module:
     blocks = [block for stack in stacks.values() for block in stack.values()]
     tensors = [tensor for block in blocks for _, tensor in named_tensors(block)]
     return copy.deepcopy(model, {**detached_states(model), **{id(tensor): tensor for tensor in tensors}})
+
+
+@torch.no_grad()
+def check_logits(teacher: nn.Module, sample: Sample, config: "SparseLRConfig") -> None:
+    """Checks by a forward pass that a dense model has logits to distill.
+
+    Args:
+        teacher: `on_device`.
+        sample: one of the calibration samples.
+
+    Raises:
+        ValueError: it cannot be run on the sample, or its output has no logits.
+    """
+    field, kind = f"refine={config.refine!r}", type(teacher).__name__
+    device = next(teacher.parameters()).device
+    try:
+        with arithmetic(device, config.distill.precision):
+            output = teacher(**model_inputs(teacher, first_row(sample)))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the model's own
+        raise ValueError(
+            f"{field}: {kind} cannot be run on a calibration sample ({error!r}); leave distillation out"
+        ) from error
+    if not isinstance(getattr(output, "logits", None), torch.Tensor):
+        found = ", ".join(output) if isinstance(output, dict) else type(output).__name__
+        raise ValueError(
+            f"{field}: {kind} has no logits to distill (it returns {found}); leave distillation out"
+        )
 
 
 def distill(

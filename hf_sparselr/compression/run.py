@@ -9,10 +9,11 @@ from transformers.utils import logging as transformers_logging
 from ..config.sparselr_config import SparseLRConfig
 from ..data.model_inputs import Sample, make_batches
 from ..utils.phase_timer import PhaseTimer
+from ..utils.precision import plain_modes
 from ..utils.public_names import loaded_from_hub
 from .activations import work_device
 from .coverage import coverage, log_coverage
-from .distillation import copy_sharing_blocks, distill, on_device, takes_batches
+from .distillation import check_logits, copy_sharing_blocks, distill, on_device, takes_batches
 from .expert_products import watch_experts
 from .experts import fuse_experts, unfuse_experts
 from .linear_layers import weight_shape
@@ -40,13 +41,29 @@ def compress_in_memory(
         plan: the layers to compress, from `plan_layers`.
         samples: of this config; the dense model writes them if they were not loaded.
         precomputed: decompositions to refine instead of solving.
+
+    Raises:
+        ValueError: before the work, for a model that cannot be distilled.
     """
+    with plain_modes(work_device(config.device, model.device)):
+        return _compress(model, plan, config, samples, precomputed)
+
+
+def _compress(
+    model: PreTrainedModel,
+    plan: dict[str, Layer],
+    config: SparseLRConfig,
+    samples: Samples,
+    precomputed: Precomputed | None,
+) -> Report:
     base = precomputed.reference if precomputed else model
     dense_bytes = _bytes(model)
     calibration = samples.calibration(base)
     teacher = None
     if "distill" in config.refine_steps:  # the model is replaced block by block, so its teacher is a copy
         teacher = precomputed.reference if precomputed else copy_sharing_blocks(model, find_stacks(model))
+        with on_device(teacher, work_device(config.device, model.device), config.distill):
+            check_logits(teacher, calibration[0], config)
     transposed, unusable = watch_experts(model, plan, calibration[0])
     plan, reasons = usable_plan(plan, unusable, config)
     unfuse_experts(model, plan, transposed)

@@ -20,6 +20,7 @@ from .kinds import (
     Numbers,
     Options,
     Overrides,
+    Reader,
     Regexes,
     Share,
     Sparsity,
@@ -210,7 +211,7 @@ class Fields:
     tokenizer: Any = field(
         default=None,
         metadata=about(
-            Kind(),
+            Reader(),
             "tokenizer or processor, for text, chats, images and audio; None loads it from where the model comes from",
             stored=False,
             on_command_line=False,

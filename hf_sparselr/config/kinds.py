@@ -209,6 +209,19 @@ class Kernel(Kind):
         return value
 
 
+@dataclass(frozen=True)
+class Reader(Kind):
+    """A tokenizer or processor."""
+
+    def check(self, field: str, value: Any) -> Any:
+        if value is not None and not callable(value):
+            raise TypeError(
+                f"{field}={value!r}: expected a tokenizer or processor, as AutoTokenizer.from_pretrained returns one, "
+                "or None"
+            )
+        return value
+
+
 def _check_regex(field: str, pattern: Any) -> None:
     if not isinstance(pattern, str):
         raise TypeError(f"{field}={pattern!r}: expected a regular expression over module names")

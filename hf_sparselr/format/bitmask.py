@@ -27,7 +27,7 @@ def pack(dense: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def unpack(packed: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:
     """The dense matrix (out, in), in the dtype of the values."""
     mask = unpack_mask(packed, in_features)
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
+    return values.new_zeros(mask.shape).masked_scatter_(mask, values)  # of the values: vmap maps both
 
 
 def count_kept(packed: torch.Tensor, in_features: int, pattern: NM | None = None) -> tuple[int, bool]:

@@ -15,7 +15,7 @@ from . import cpu
 from .bindings import binding_of
 from .override import chosen_kernel
 from .packed_weight import PackedWeight, check_inputs
-from .reference import dense_weight, no_product, reference_linear
+from .reference import count_values, dense_weight, no_product, reference_linear
 from .resident import resident_weight
 from .support_index import index_of
 
@@ -118,6 +118,7 @@ def _product(rows: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Ten
 def unpacked(weight: PackedWeight) -> torch.Tensor:
     """S + B A as a new tensor (out, in)."""
     if not _uses_triton(weight.values):
+        count_values(weight)
         return dense_weight(weight)
     return _gpu().densify(weight)
 

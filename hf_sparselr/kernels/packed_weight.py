@@ -53,12 +53,15 @@ class PackedWeight(NamedTuple):
 
         Raises:
             ValueError: a shape or a device, naming the tensor, its value and the expected one.
-            TypeError: a dtype, likewise.
+            TypeError: a dtype, likewise, or no mask or values at all.
         """
         mask, values, A, B, bias, in_features = self
+        if mask is None or values is None:
+            raise TypeError(f"{'mask' if mask is None else 'values'} is None, expected a tensor")
         if (A is None) != (B is None):
             raise ValueError(f"{'B' if A is None else 'A'} is given alone: the factors A and B come in pairs")
         out, rank = mask.shape[0] if mask.dim() else 0, A.shape[0] if A is not None and A.dim() else 0
+        source = {"B": " by the mask and A", "bias": " by the mask"}
         expected = {
             "mask": (mask, (out, -(-in_features // 8))),
             "values": (values, (values.numel(),)),
@@ -70,10 +73,13 @@ class PackedWeight(NamedTuple):
             if tensor is None:
                 continue
             if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, expected {shape}{source.get(name, '')}"
+                )
             dtype = torch.uint8 if name == "mask" else values.dtype
             if tensor.dtype != dtype:
-                raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
+                of = "" if name == "mask" else " as the values have"
+                raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype}{of}")
             if tensor.device != values.device:
                 raise ValueError(f"{name} is on {tensor.device}, but the values are on {values.device}")
 

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from ..format.bitmask import unpack, unpack_mask
 from . import cpu
-from .packed_weight import PackedWeight
+from .packed_weight import PackedWeight, check_count
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -41,8 +41,20 @@ def _unpack(mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch
     weight = PackedWeight(mask, values, None, None, None, in_features)
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     if torch.is_grad_enabled() or watched or not cpu.takes(weight) or not cpu.supports(values.dtype):
+        if not watched:
+            count_values(weight)
         return unpack(mask, values, in_features)
     return cpu.unpack(weight)
+
+
+def count_values(weight: PackedWeight) -> None:
+    """Checks that there is a value for every kept column. A GPU is not waited for: `gpu` counts for its kernels.
+
+    Raises:
+        ValueError: see `check_count`.
+    """
+    if weight.mask.is_cpu and type(weight.mask) in (torch.Tensor, torch.nn.Parameter):
+        check_count(weight, int(unpack_mask(weight.mask, weight.in_features).sum()))
 
 
 def sparse_linear(

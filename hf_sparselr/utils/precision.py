@@ -26,6 +26,18 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
             yield
 
 
+@contextmanager
+def plain_modes(device: torch.device) -> Iterator[None]:
+    """Inside, no mode of the caller changes arithmetic: inference mode, autocast, a default dtype other than FP32."""
+    dtype = torch.get_default_dtype()
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        try:
+            torch.set_default_dtype(torch.float32)
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
 def coarsest(device: torch.device) -> str:
     """The lowest precision in which the device multiplies faster than in FP32."""
     return "bf16" if device.type == "cuda" or (device.type == "cpu" and _cpu_has_bf16()) else "fp32"

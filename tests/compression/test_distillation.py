@@ -11,7 +11,14 @@ import pytest
 import torch
 from helpers import tiny
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertForMultipleChoice,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+)
 
 from hf_sparselr import compress
 from hf_sparselr.compression import distillation as module
@@ -378,6 +385,23 @@ def test_a_model_without_logits_is_refused_first(refine, headless) -> None:
     with pytest.raises(ValueError, match=message):
         AutoModel.from_pretrained(headless[1], quantization_config=config)
     assert plan_layers(headless[0], tiny.settings(refine="tm"))
+
+
+@pytest.mark.parametrize(
+    ("cls", "found"),
+    [
+        (BertForQuestionAnswering, r"has no logits to distill \(it returns start_logits, end_logits\)"),
+        (BertForPreTraining, r"has no logits to distill \(it returns prediction_logits, "),
+        (BertForMultipleChoice, r"cannot be run on a calibration sample \(RuntimeError"),
+    ],
+)
+def test_a_head_whose_output_cannot_be_distilled_is_refused_before_the_work(cls, found, monkeypatch) -> None:
+    monkeypatch.setattr(offline, "run", lambda *args: pytest.fail("layers were solved"))
+    model = cls(tiny.build("bert").config).eval()
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=rf"^refine='distill': {cls.__name__} {found}"):
+        compress(model, tiny.settings(refine="distill", distill={"self_samples": 0}))
+    assert tiny.same(tiny.snapshot(model), before)
 
 
 @pytest.mark.parametrize("name", ["t5", "bert-mlm"])

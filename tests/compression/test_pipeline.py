@@ -1,5 +1,6 @@
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -194,6 +195,34 @@ def test_what_the_user_set_for_products_does_not_matter():
     expected = tiny.snapshot(compress(tiny.build("llama"), config))
     with matmuls("medium"):  # BF16 on CPUs that have it
         assert tiny.same(tiny.snapshot(compress(tiny.build("llama"), config)), expected)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: default_dtype(torch.bfloat16),
+        lambda: default_dtype(torch.float64),
+    ],
+)
+def test_modes_of_the_caller_do_not_matter(mode):
+    config = tiny.settings(refine="tm+distill", tm={"passes": 1}, distill={"passes": 1, "self_samples": 0})
+    plain, other = tiny.build("llama"), tiny.build("llama")
+    compress(plain, config)
+    with mode():
+        compress(other, config)
+    assert tiny.same(tiny.snapshot(other), tiny.snapshot(plain))
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    assert torch.get_default_dtype() is dtype
+    torch.set_default_dtype(before)
 
 
 def test_blocks_tell_their_phases():

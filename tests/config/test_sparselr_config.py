@@ -328,6 +328,7 @@ NESTED = [
     ({"overrides": {"q": {"skip": 1}}}, TypeError, "overrides['q']['skip']=1: expected True or False"),
     ({"overrides": {"q": {"skip": True, "rank": 1}}}, ValueError, "skip=True contradicts sparsity and rank"),
     ({"calibration": ""}, ValueError, "calibration='' names no source"),
+    ({"tokenizer": "a/b"}, TypeError, "tokenizer='a/b': expected a tokenizer or processor, as AutoTokenizer"),
     ({"calibration": 5}, TypeError, "calibration=<int> is not calibration data"),
     ({"calibration": []}, ValueError, "calibration=<list> is empty"),
 ]

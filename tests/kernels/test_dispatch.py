@@ -256,6 +256,33 @@ def test_vmap_grad_and_jvp_are_as_through_a_linear() -> None:
     torch.testing.assert_close(out, F.linear(tangent, dense.weight), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("kernel", ["auto", "packed", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_values_are_counted_whatever_computes(change, dtype, kernel, train) -> None:
+    layer = layer_of(problem(9, 100, 0.5, dtype=dtype), 100).cpu()
+    layer.kernel = kernel
+    count, x = layer.values.numel(), torch.zeros(3, 100, dtype=dtype)
+    layer.values = nn.Parameter(torch.zeros(count + change, dtype=dtype), requires_grad=train)
+    with pytest.raises(ValueError, match=f"values hold {count + change} entries, but the mask keeps {count}"):
+        layer(x)
+    for name in ("values", "mask"):
+        setattr(layer, name, None)
+        with pytest.raises(TypeError, match=f"{name} is None"):
+            layer(x)
+
+
+def test_vmap_over_stacked_layers() -> None:
+    layers = [layer_of(problem(9, 100, 0.5), 100), layer_of(problem(9, 100, 0.5), 100)]
+    layers[1].values.data.mul_(2)
+    layers[1].A.data.mul_(3)
+    state, _ = torch.func.stack_module_state(layers)
+    x = draw(3, 100, seed=6, dtype=torch.float32)
+    out = torch.func.vmap(lambda tensors: torch.func.functional_call(layers[0], tensors, (x,)))(state)
+    torch.testing.assert_close(out, torch.stack([layer(x) for layer in layers]), rtol=1e-4, atol=1e-4)
+
+
 def layer_S(layer: SparseLRLinear) -> torch.Tensor:  # noqa: N802
     return layer.to_dense().weight.detach() - layer.B @ layer.A
 

@@ -17,6 +17,8 @@ from hf_sparselr.integrations.hub import model_card as card
 from hf_sparselr.integrations.hub.model_card import is_generated
 from hf_sparselr.integrations.hub.saving import model_card, write_extras
 
+pytestmark = pytest.mark.xdist_group("hub")  # they share what their fixtures make
+
 FAST = {"min_iterations": 10, "max_iterations": 20}
 IDS = torch.randint(3, 64, (4, 32), generator=torch.Generator().manual_seed(0))
 BASE_CARD = "---\nlicense: apache-2.0\n---\n\n# Base\n"
@@ -264,8 +266,6 @@ transformers.AutoModelForCausalLM.from_pretrained(folder / "base").push_to_hub("
 SECOND = """
 import hf_sparselr, torch, transformers
 from pathlib import Path
-
-pytestmark = pytest.mark.xdist_group("hub")  # they share what their fixtures make
 
 folder = Path({folder!r})
 ids, expected = torch.load(folder / "ids.pt"), torch.load(folder / "logits.pt")
