@@ -4,6 +4,7 @@ Nothing here imports torch or transformers, so that the command line can check a
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -214,7 +215,7 @@ class Reader(Kind):
     """A tokenizer or processor."""
 
     def check(self, field: str, value: Any) -> Any:
-        if value is not None and not callable(value):
+        if isinstance(value, str | os.PathLike):
             raise TypeError(
                 f"{field}={value!r}: expected a tokenizer or processor, as AutoTokenizer.from_pretrained returns one, "
                 "or None"
