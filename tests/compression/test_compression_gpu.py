@@ -159,6 +159,6 @@ def test_replayed_distillation_takes_the_same_steps(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "hf_sparselr"):
         replayed = losses()
     assert "not replayed" not in caplog.text
-    monkeypatch.setattr("hf_sparselr.compression.distillation.large", lambda parameters: True)
+    monkeypatch.setattr("hf_sparselr.compression.training_loop.is_large", lambda parameters: True)
     assert replayed == pytest.approx(losses(), rel=1e-3)
     assert replayed[-1] < 0.9 * replayed[0]
