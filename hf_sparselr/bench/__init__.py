@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import sys
 from typing import Any
 
 COMMANDS = {
@@ -33,8 +34,13 @@ class _CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         if self._module is not None:
+            from .record import recorded
+
             module, self._module = importlib.import_module(self._module), None
             self.description = module.__doc__
             module.add_arguments(self)
-            self.set_defaults(run=module.run)
+            self.add_argument(
+                "--record", metavar="FILE", help="write what is printed into this Markdown page, too"
+            )
+            self.set_defaults(run=lambda args: recorded(module.run, args, sys.argv[1:]))
         return super().parse_known_args(*args, **kwargs)
