@@ -144,7 +144,8 @@ def working_copy(block: nn.Module, device: torch.device) -> nn.Module:
     """
     configs = {id(value): value for part in block.modules() for value in vars(part).values()}
     configs = {key: value for key, value in configs.items() if isinstance(value, PreTrainedConfig)}
-    block = copy.deepcopy(block, {**configs, **detached_states(block)}).to(device).eval()
+    block = copy.deepcopy(block, {**configs, **detached_states(block)}).to(device)
+    block.eval()  # not chained: some modules override `train` and return nothing
     for _, tensor in _floats(block):
         tensor.data = tensor.data.float()
     return block

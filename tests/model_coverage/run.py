@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .steps import try_type
 from .table import write_table
 
-TIME_LIMIT = 150  # seconds a type
+TIME_LIMIT = 100  # seconds a type
 MEMORY = 10 * 2**30  # bytes of address space a type
 
 _CLASSES = {  # task class: mappings of transformers that list its types; the first that has a type gives its class
@@ -75,12 +75,12 @@ def sampled(tasks: list[str], limit: int | None, seed: int = 0) -> list[tuple[st
 def try_in_fork(task: str, model_type: str, time_limit: int = TIME_LIMIT) -> dict:
     """The outcome of one type: a dict as `try_type` gives it, an accident if the process dies or takes too long."""
     with TemporaryDirectory() as folder:
-        path, start = Path(folder) / "outcome.json", time.monotonic()
+        path, start, late = Path(folder) / "outcome.json", time.monotonic(), False
         child = os.fork()
         if not child:
             _work(task, model_type, path, folder)
         while os.waitpid(child, os.WNOHANG) == (0, 0):
-            if time.monotonic() - start > time_limit:
+            if late := time.monotonic() - start > time_limit:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 break
@@ -88,7 +88,7 @@ def try_in_fork(task: str, model_type: str, time_limit: int = TIME_LIMIT) -> dic
         seconds = round(time.monotonic() - start, 1)
         if path.exists() and (text := path.read_text(encoding="utf-8")):
             return {**json.loads(text), "seconds": seconds}
-    error = f"no answer after {time_limit} s" if seconds > time_limit else "the process died"
+    error = f"no answer after {time_limit} s" if late else "the process died"
     return {"outcome": "accident", "step": "any", "error": error, "where": "", "seconds": seconds}
 
 

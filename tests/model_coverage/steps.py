@@ -165,7 +165,8 @@ def _fails_dense(step: Callable, make: Callable[[], tf.PreTrainedModel], draw: D
 def _is_refusal(error: BaseException) -> bool:
     """Whether the package raised the error itself, in a sentence, rather than ran into it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return isinstance(error, REFUSALS) and Path(frame.filename).is_relative_to(PACKAGE)
+    raised = (frame.line or "").startswith("raise")  # and not by Python, such as for wrong arguments
+    return raised and isinstance(error, REFUSALS) and Path(frame.filename).is_relative_to(PACKAGE)
 
 
 def _described(error: BaseException, step: str) -> dict[str, str]:

@@ -69,7 +69,7 @@ def rules(sizes: Sizes) -> list[tuple[str, int | None]]:
         (r"lora_rank|state_size|d_state|time_step_rank|_rank$", 32),
         (r"groups$", sizes.hidden),
         (r"query_pre_attn_scalar", sizes.head),
-        (r"intermediate|ffn|mlp_dim|mlp_hidden|^d_ff$|feed_forward|d_inner|feedforward", 2 * sizes.hidden),
+        (r"intermediate|ffn|mlp_dim|mlp_hidden|^d_?ff$|feed_forward|d_inner|feedforward", 2 * sizes.hidden),
         (r"hidden|d_model|embd$|embed_dim|emb_dim|embedding_(size|dim)|^dim$|width|proj.*_(dim|size)", sizes.hidden),
         (r"(conv|output|out|lru|d)_(dim|channels|width|size|hidden_size)|channels_list|channel_list", sizes.hidden),
         (r"_dim$|^dim", sizes.hidden),
