@@ -16,9 +16,7 @@ WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--repo", required=True, help="where to push: USER/NAME")
     parser.add_argument("--sparsity", default="2:4")

@@ -21,9 +21,7 @@ import hf_sparselr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument(
         "--data", default="Salesforce/wikitext:wikitext-2-raw-v1", help="id or id:config, column `text`"

@@ -35,15 +35,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import hf_sparselr
 
 CHATS = Path(__file__).with_name("chat.jsonl")
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"  # for tokenizers without one
-)
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"  # for tokenizers without one
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=str(quickstart.MODEL))
     add("--train", help="default: the standard library's source")

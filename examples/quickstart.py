@@ -74,9 +74,7 @@ def bytes_of(*folders: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="keep checkpoint, adapter and plot here")
     output = parser.parse_args().output or Path(tempfile.mkdtemp(prefix="sparselr-"))
     packed, adapter = output / "compressed", output / "adapter"

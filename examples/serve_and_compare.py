@@ -76,11 +76,7 @@ class Server:
 
     def memory(self) -> int | None:
         """Bytes that the server's processes hold on the GPU, or else in main memory; None where Linux does not say."""
-        pids = [
-            entry.name
-            for entry in Path("/proc").glob("[0-9]*")
-            if group_of(int(entry.name)) == self.process.pid
-        ]
+        pids = [entry.name for entry in Path("/proc").glob("[0-9]*") if group_of(int(entry.name)) == self.process.pid]
         return gpu_memory(pids) or sum(map(resident, pids)) or None
 
 
@@ -172,9 +168,7 @@ def compare(servers: list[Server], prompts: list[str], tokens: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="DENSE COMPRESSED")
     parser.add_argument("--engine", choices=sorted(COMMANDS), default="transformers")
     parser.add_argument("--prompt", action="append", help="may be given several times")

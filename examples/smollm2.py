@@ -26,9 +26,7 @@ def sparsity(text: str) -> str | float:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--sparsity", type=sparsity, default="2:4")
     parser.add_argument("--rank", type=int, default=16)
@@ -85,9 +83,7 @@ def main() -> None:
             if parameter.is_floating_point():
                 parameter.data = parameter.data.float()
         model.to(args.device)
-        scores = [
-            hf_sparselr.perplexity(model, data, tokenizer, seq_len=args.seq_len) for data in tests.values()
-        ]
+        scores = [hf_sparselr.perplexity(model, data, tokenizer, seq_len=args.seq_len) for data in tests.values()]
         rows.append((label, *(f"{value:.2f}" for value in scores), f"{size:,}", f"{size / dense_bytes:.3f}"))
         answers[label] = answer(model, tokenizer, args.prompt)
 

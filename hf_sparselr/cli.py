@@ -53,12 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_compress(commands.add_parser("compress", help="compress a model and write the packed checkpoint"))
     _add_eval(commands.add_parser("eval", help="perplexity of a model, compressed or not"))
-    _add_inspect(
-        commands.add_parser("inspect", help="layers, patterns, ranks and bytes of a compressed checkpoint")
-    )
-    bench.add_commands(
-        commands.add_parser("bench", help="measure methods, compression speed, kernels, generation")
-    )
+    _add_inspect(commands.add_parser("inspect", help="layers, patterns, ranks and bytes of a compressed checkpoint"))
+    bench.add_commands(commands.add_parser("bench", help="measure methods, compression speed, kernels, generation"))
     return parser
 
 
@@ -225,9 +221,7 @@ def _check_model(name: str, revision: str | None = None) -> None:
     try:
         hf_hub_download(name, "config.json", revision=revision)
     except OSError as error:
-        raise OSError(
-            f"{name!r} is no folder, and its config.json cannot be read from the Hub: {error}"
-        ) from error
+        raise OSError(f"{name!r} is no folder, and its config.json cannot be read from the Hub: {error}") from error
 
 
 @contextmanager

@@ -41,9 +41,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 
     product, subtract = admm.product, admm.subtract_product
     monkeypatch.setattr(admm, "coarsest", lambda device: "bf16")
-    monkeypatch.setattr(
-        admm, "product", lambda x, y, precision: product(*rounded(precision, x, y), precision)
-    )
+    monkeypatch.setattr(admm, "product", lambda x, y, precision: product(*rounded(precision, x, y), precision))
     monkeypatch.setattr(
         admm,
         "subtract_product",

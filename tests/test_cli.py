@@ -36,14 +36,10 @@ LAYERS = 14
 def home(tmp_path_factory):
     """A tiny dense model with a tokenizer in `dense`, texts in `text.txt`, a compressed one in `packed`."""
     home = tmp_path_factory.mktemp("cli")
-    build("llama", torch.bfloat16, vocab_size=4096, bos_token_id=0, eos_token_id=0).save_pretrained(
-        home / "dense"
-    )
+    build("llama", torch.bfloat16, vocab_size=4096, bos_token_id=0, eos_token_id=0).save_pretrained(home / "dense")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(PYLM / name, home / "dense")
-    (home / "text.txt").write_text(
-        "\n".join(f"def f{i}(x): return x + {i}" for i in range(60)), encoding="utf-8"
-    )
+    (home / "text.txt").write_text("\n".join(f"def f{i}(x): return x + {i}" for i in range(60)), encoding="utf-8")
     assert cli.main(compress_args(home, "packed", "--refine", "none")) == 0
     return home
 

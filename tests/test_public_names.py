@@ -25,9 +25,7 @@ def test_examples_use_public_names_only(path):
     used = {
         node.attr
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "hf_sparselr"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hf_sparselr"
     }
     assert used <= set(hf_sparselr.__all__)
 
@@ -40,13 +38,9 @@ def test_load_texts(tmp_path, monkeypatch):
         load_texts(f"file:{tmp_path}/*.none")
     rows = datasets.Dataset.from_dict({"text": ["one", "two"]})
     asked = []
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or rows
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or rows)
     assert load_texts("org/name:part", "validation") == ["one", "two"]
     assert asked == [(("org/name", "part"), {"split": "validation"})]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: rows.rename_column("text", "body"))
-    with pytest.raises(
-        ValueError, match=r"source='org/name' has columns \['body'\]: expected one named text"
-    ):
+    with pytest.raises(ValueError, match=r"source='org/name' has columns \['body'\]: expected one named text"):
         load_texts("org/name")

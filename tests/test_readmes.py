@@ -38,7 +38,5 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
-    missing = [
-        target for target in targets if "://" not in target and not (path.parent / target).resolve().exists()
-    ]
+    missing = [target for target in targets if "://" not in target and not (path.parent / target).resolve().exists()]
     assert not missing

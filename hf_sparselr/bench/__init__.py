@@ -39,8 +39,6 @@ class _CommandParser(argparse.ArgumentParser):
             module, self._module = importlib.import_module(self._module), None
             self.description = module.__doc__
             module.add_arguments(self)
-            self.add_argument(
-                "--record", metavar="FILE", help="write what is printed into this Markdown page, too"
-            )
+            self.add_argument("--record", metavar="FILE", help="write what is printed into this Markdown page, too")
             self.set_defaults(run=lambda args: recorded(module.run, args, sys.argv[1:]))
         return super().parse_known_args(*args, **kwargs)

@@ -32,12 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--refine", choices=("none", "tm"), default="tm")
     parser.add_argument("--effort", choices=("fast", "default", "high", "published"), default="default")
-    parser.add_argument(
-        "--set", type=json.loads, default={}, metavar="JSON", help="other fields of SparseLRConfig"
-    )
-    parser.add_argument(
-        "--textbook", action="store_true", help="also solve the first block's layers as published"
-    )
+    parser.add_argument("--set", type=json.loads, default={}, metavar="JSON", help="other fields of SparseLRConfig")
+    parser.add_argument("--textbook", action="store_true", help="also solve the first block's layers as published")
     parser.add_argument("--profile", action="store_true", help="share and rate of the matrix products")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE")
@@ -58,18 +54,14 @@ def run(args: argparse.Namespace) -> None:
         result["textbook"] = {"blocks": textbook.blocks, "layers": textbook.layers}
         print("as published (textbook form, FP32):")
         print(_layers(textbook))
-        ours, theirs = (
-            sum(r["seconds"] for r in rep.layers[: len(textbook.layers)]) for rep in (report, textbook)
-        )
+        ours, theirs = (sum(r["seconds"] for r in rep.layers[: len(textbook.layers)]) for rep in (report, textbook))
         print(f"the layer solves are {theirs / ours:.1f} x faster than the textbook form")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
 
 
-def synthetic_model(
-    preset: str, blocks: int, device: str, dtype: torch.dtype = torch.bfloat16
-) -> LlamaForCausalLM:
+def synthetic_model(preset: str, blocks: int, device: str, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
     """A model on the CPU with seeded random weights, which are drawn on `device` because that is faster.
 
     The spectrum of the embeddings decays, so that inputs are correlated like real ones.
@@ -89,9 +81,7 @@ def synthetic_model(
 
 
 def _compress(args: argparse.Namespace, blocks: int, refine: str | None, effort: str) -> Any:
-    tokens = torch.randint(
-        VOCABULARY, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0)
-    )
+    tokens = torch.randint(VOCABULARY, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
     config = SparseLRConfig(
         sparsity=from_text(args.sparsity),
         rank=args.rank,

@@ -50,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if bool(args.model) != bool(args.dense):
-        raise ValueError(
-            "--model and --dense go together: a packed checkpoint and the dense model it was made from"
-        )
+        raise ValueError("--model and --dense go together: a packed checkpoint and the dense model it was made from")
     transformers_logging.disable_progress_bar()
     builds: dict[str, Callable[[], nn.Module]] = {"dense": lambda: _dense(args)}
     if args.model:
@@ -99,9 +97,7 @@ def _dense(args: argparse.Namespace) -> nn.Module:
         return _loaded(args, args.dense)
     torch.manual_seed(0)
     with torch.device(args.device):
-        model = LlamaForCausalLM._from_config(
-            LlamaConfig(**PRESETS[args.preset]), dtype=getattr(torch, args.dtype)
-        )
+        model = LlamaForCausalLM._from_config(LlamaConfig(**PRESETS[args.preset]), dtype=getattr(torch, args.dtype))
     return model.eval()
 
 
@@ -126,9 +122,7 @@ def _packed(args: argparse.Namespace, sparsity: str) -> nn.Module:
 
 
 @torch.no_grad()  # as `generate` does
-def _measure_model(
-    args: argparse.Namespace, name: str, build: Callable[[], nn.Module]
-) -> list[dict[str, Any]]:
+def _measure_model(args: argparse.Namespace, name: str, build: Callable[[], nn.Module]) -> list[dict[str, Any]]:
     """All modes, batches and prompts of one model, which is gone afterwards."""
     model = build().requires_grad_(False)
     weights = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
@@ -151,9 +145,7 @@ def _measure_model(
     return results
 
 
-def _measure(
-    args: argparse.Namespace, model: nn.Module, mode: str, batch: int, prompt: int
-) -> dict[str, float]:
+def _measure(args: argparse.Namespace, model: nn.Module, mode: str, batch: int, prompt: int) -> dict[str, float]:
     """Seconds to the first token, tokens a second after it, and peak bytes."""
     on_cuda = args.device.startswith("cuda")
     if on_cuda:

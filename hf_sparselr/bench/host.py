@@ -42,9 +42,7 @@ def run(args: argparse.Namespace) -> None:
     for weights in ("dense", *args.patterns):
         blocks = nn.ModuleList(_block(args, weights) for _ in range(args.blocks))
         link_shared_inputs(blocks)
-        results += [
-            {"rows": rows, "weights": weights, "us": _microseconds(args, blocks, rows)} for rows in args.rows
-        ]
+        results += [{"rows": rows, "weights": weights, "us": _microseconds(args, blocks, rows)} for rows in args.rows]
         del blocks
     dense = {r["rows"]: r["us"] for r in results if r["weights"] == "dense"}
     lines = [("rows", "weights", "us a layer", "over dense")]

@@ -32,9 +32,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shapes", nargs="+", default=["llama-3-8b"], help=f"OUTxIN, or one of {', '.join(PRESETS)}"
-    )
+    parser.add_argument("--shapes", nargs="+", default=["llama-3-8b"], help=f"OUTxIN, or one of {', '.join(PRESETS)}")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 2048, 8192], help="of the input")
     parser.add_argument("--patterns", nargs="+", default=["2:4", "0.5", "0.7"], help='"none": without S')
     parser.add_argument("--rank", type=int, default=64)
@@ -55,11 +53,7 @@ def run(args: argparse.Namespace) -> None:
     patterns = [EMPTY if text == "none" else parse(from_text(text), "--patterns") for text in args.patterns]
     device = torch.device(args.device)
     rate = copy_rate(device)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}: a copy moves {rate:,.0f} GB/s (read and written)")
     results = []
     for shape, pattern in itertools.product(shapes, patterns):
@@ -71,9 +65,7 @@ def run(args: argparse.Namespace) -> None:
         print(_table(results[-len(args.rows) :]), flush=True)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(
-                {"device": name, "copy_gb_s": rate, "rank": args.rank, "results": results}, file, indent=1
-            )
+            json.dump({"device": name, "copy_gb_s": rate, "rank": args.rank, "results": results}, file, indent=1)
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:
@@ -145,9 +137,7 @@ def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) ->
     return 1e3 * statistics.median(times)
 
 
-def _compare(
-    layer: SparseLRLinear, pattern: str, rows: int, rate: float, args: argparse.Namespace
-) -> dict[str, Any]:
+def _compare(layer: SparseLRLinear, pattern: str, rows: int, rate: float, args: argparse.Namespace) -> dict[str, Any]:
     device, out, ins = layer.values.device, layer.out_features, layer.in_features
     x = torch.randn(rows, ins, device=device, dtype=layer.values.dtype)
     dense = layer.to_dense()

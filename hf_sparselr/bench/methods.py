@@ -56,9 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument(
-        "--set", type=json.loads, default={}, metavar="JSON", help="other fields of SparseLRConfig"
-    )
+    parser.add_argument("--set", type=json.loads, default={}, metavar="JSON", help="other fields of SparseLRConfig")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", metavar="DIR", help="where results.md, .json and .png go")
 
@@ -120,9 +118,7 @@ class _Data:
         return {name: perplexity(model, ids, self.tokenizer, **options) for name, ids in self.sets.items()}
 
 
-def _config(
-    args: argparse.Namespace, data: _Data, method: str, refine: str, seed: int, **fields
-) -> SparseLRConfig:
+def _config(args: argparse.Namespace, data: _Data, method: str, refine: str, seed: int, **fields) -> SparseLRConfig:
     return SparseLRConfig(
         method=method,
         refine=None if refine == "none" else refine,
@@ -149,9 +145,7 @@ def _configs(args: argparse.Namespace, data: _Data) -> Iterator[SparseLRConfig]:
         yield _config(args, data, name, refine, seed, sparsity=pattern, rank=rank)
 
 
-def _equal_size(
-    args: argparse.Namespace, data: _Data, shapes: list[tuple[int, int]]
-) -> Iterator[SparseLRConfig]:
+def _equal_size(args: argparse.Namespace, data: _Data, shapes: list[tuple[int, int]]) -> Iterator[SparseLRConfig]:
     """Configurations of pure pruning whose S has as many parameters as S + B A at each sparsity and rank."""
     if not args.equal_size:
         return
@@ -224,9 +218,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    settings = " ".join(
-        str(row[name]) for name in ("method", "sparsity", "rank", "refine", "seed") if name in row
-    )
+    settings = " ".join(str(row[name]) for name in ("method", "sparsity", "rank", "refine", "seed") if name in row)
     scores = ", ".join(f"{name} {value:.3f}" for name, value in row["perplexity"].items())
     return f"{settings}: {scores}, {row['seconds']:.1f} s, {row['bytes']:,} bytes"
 
@@ -259,9 +251,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     axes.axhline(rows[0]["perplexity"][name], color="gray", linestyle="--", label="dense")
     methods = dict.fromkeys(row["method"] for row in rows[1:])
-    colors = {
-        method: colormaps["tab20"].colors[index] for method, index in zip(methods, _COLORS, strict=False)
-    }
+    colors = {method: colormaps["tab20"].colors[index] for method, index in zip(methods, _COLORS, strict=False)}
     used = {row["refine"] or "none": None for row in rows[1:]}
 
     def draw(xs: list[float], ys: list[float], refine: str, color: Any, label: str | None = None) -> None:

@@ -28,9 +28,7 @@ def recorded(run: Callable[[Any], Any], args: Any, command: list[str]) -> Any:
     words = [word for word in command if word != "--record" and word != args.record]
     page = Path(args.record)
     text = page.read_text(encoding="utf-8") if page.exists() else ""
-    page.write_text(
-        with_section(text, f"hf-sparselr {shlex.join(words)}", printed.getvalue()), encoding="utf-8"
-    )
+    page.write_text(with_section(text, f"hf-sparselr {shlex.join(words)}", printed.getvalue()), encoding="utf-8")
     return result
 
 

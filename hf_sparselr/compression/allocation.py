@@ -77,9 +77,7 @@ def _owl(config: "SparseLRConfig", plan: Plan, groups: Iterable[DenseGroup]) -> 
     ratios = {block: outliers[block] / sizes[block] for block in sizes}
     uniform = plan[next(iter(blocks))].pattern.sparsity
     sparsities = owl_sparsities(ratios, sizes, uniform, options.spread)
-    moved = {
-        name: replace(plan[name], pattern=Unstructured(sparsities[block])) for name, block in blocks.items()
-    }
+    moved = {name: replace(plan[name], pattern=Unstructured(sparsities[block])) for name, block in blocks.items()}
     return {**plan, **moved}, {"outlier_ratio": ratios, "sparsity": sparsities}
 
 
@@ -211,9 +209,7 @@ def refined(points: list[Point], steps: int = 8) -> list[Point]:
     for kept, kept_corners in _between(sorted(kepts), steps):
         for rank, rank_corners in _between(sorted(ranks), steps):
             log = sum(
-                share * part * logs[corner, edge]
-                for corner, share in kept_corners
-                for edge, part in rank_corners
+                share * part * logs[corner, edge] for corner, share in kept_corners for edge, part in rank_corners
             )
             fine.append(Point(shape, kept, rank, math.exp(log)))
     return fine

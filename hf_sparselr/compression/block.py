@@ -104,15 +104,11 @@ def compress_block(
             groups = group_by_input(working, list(layers), hidden, calls, place)
             unused = _unused(name, working, layers, groups, hidden, calls, place)
             targets = _matching_targets(dense, hidden, dense_hidden, calls, config, place)
-        layer_rows = solve_layers(
-            working, dense, layers, groups, hidden, calls, config, place, phases, precomputed
-        )
+        layer_rows = solve_layers(working, dense, layers, groups, hidden, calls, config, place, phases, precomputed)
         if targets is not None:
             with phases("TM"):
                 options = resolve_precision(config.tm, block)
-                tm = _match(
-                    name, working, hidden, targets, calls, config.seed, options, inputs.kept_back, fixed
-                )
+                tm = _match(name, working, hidden, targets, calls, config.seed, options, inputs.kept_back, fixed)
         del targets
     with phases("propagation"):
         dtypes = {key: tensor.dtype for key, tensor in _floats(block)}
@@ -214,9 +210,7 @@ def _match(
     kept_back: int,
     fixed: frozenset[str],
 ) -> dict:
-    bar = transformers_logging.tqdm(
-        total=options.passes, desc="  transformer matching", leave=False, unit="pass"
-    )
+    bar = transformers_logging.tqdm(total=options.passes, desc="  transformer matching", leave=False, unit="pass")
 
     def on_pass(loss: float) -> None:
         bar.update()

@@ -210,9 +210,7 @@ def check_arguments(model: nn.Module, samples: list[Sample]) -> None:
 
 
 @contextmanager
-def instance_forwards(
-    blocks: Sequence[nn.Module], make: Callable[[int, Callable], Callable]
-) -> Iterator[None]:
+def instance_forwards(blocks: Sequence[nn.Module], make: Callable[[int, Callable], Callable]) -> Iterator[None]:
     """Temporarily replaces each block's forward with make(index, original forward)."""
     before = [vars(block).get("forward") for block in blocks]  # accelerate sets such attributes too
     for index, block in enumerate(blocks):

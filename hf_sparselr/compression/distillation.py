@@ -69,9 +69,7 @@ def check_logits(teacher: nn.Module, sample: Sample, config: "SparseLRConfig") -
         ) from error
     if not isinstance(getattr(output, "logits", None), torch.Tensor):
         found = ", ".join(output) if isinstance(output, dict) else type(output).__name__
-        raise ValueError(
-            f"{field}: {kind} has no logits to distill (it returns {found}); leave distillation out"
-        )
+        raise ValueError(f"{field}: {kind} has no logits to distill (it returns {found}); leave distillation out")
 
 
 def distill(
@@ -126,9 +124,7 @@ def distill(
 
 
 def _train(model, teacher, groups: Groups, batches, options: DistillOptions, seed: int, on_pass) -> Training:
-    counts = {
-        id(batch): count for batch, count in zip(batches, predictions(teacher, batches, options), strict=True)
-    }
+    counts = {id(batch): count for batch, count in zip(batches, predictions(teacher, batches, options), strict=True)}
     device = next(model.parameters()).device
     padded = any(_is_padded(batch) for batch in batches)
 
@@ -202,9 +198,7 @@ def predictions(teacher: nn.Module, batches: list[Sample], options: DistillOptio
             with arithmetic(device, options.precision):
                 logits = _logits(teacher, sample)
             real = _real_positions(sample, logits)
-            per_row[kind] = (
-                logits.shape[:-1].numel() / rows(sample) if real is None else int(real.sum()) / rows(sample)
-            )
+            per_row[kind] = logits.shape[:-1].numel() / rows(sample) if real is None else int(real.sum()) / rows(sample)
         counts.append(round(per_row[kind] * rows(batch)))
     return counts
 
@@ -299,9 +293,7 @@ def _without_sparse(model: nn.Module, layers: dict[str, SparseLRLinear]) -> Grou
     values = {id(layer.values) for layer in layers.values()}
     return {
         "factors": [factor for layer in layers.values() for factor in layer.factors],
-        "vectors": [
-            p for p in model.parameters() if p.ndim == 1 and p.is_floating_point() and id(p) not in values
-        ],
+        "vectors": [p for p in model.parameters() if p.ndim == 1 and p.is_floating_point() and id(p) not in values],
     }
 
 

@@ -119,21 +119,15 @@ def _decompose(
     )
 
 
-def _decompose_alone(
-    layer: Layer, weight: torch.Tensor, gram: ScaledGram, config: SparseLRConfig
-) -> Decomposition:
+def _decompose_alone(layer: Layer, weight: torch.Tensor, gram: ScaledGram, config: SparseLRConfig) -> Decomposition:
     method, options = METHODS[config.method], config.method_options
     if layer.hierarchy is None:
         return method.solve(weight, gram, layer.pattern, layer.rank, options, config.seed)
     permutation = config.hierarchy.permutation
-    return method.solve_hierarchical(
-        weight, gram, layer.pattern, layer.hierarchy, permutation, options, config.seed
-    )
+    return method.solve_hierarchical(weight, gram, layer.pattern, layer.hierarchy, permutation, options, config.seed)
 
 
-def _row(
-    layer: Layer, weight: torch.Tensor, result: Decomposition, gram: torch.Tensor, seconds: float
-) -> dict:
+def _row(layer: Layer, weight: torch.Tensor, result: Decomposition, gram: torch.Tensor, seconds: float) -> dict:
     """A layer's row of the report."""
     error = squared_error(weight - result.dense(), gram) / max(squared_error(weight, gram), 1e-30)
     return {

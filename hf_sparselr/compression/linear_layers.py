@@ -41,9 +41,7 @@ def _behaves_linearly(module: nn.Module) -> bool:
             found = type(module).forward(small, inputs)
     except Exception:  # a forward that fails with another shape is no plain product
         return False
-    return (
-        isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
-    )
+    return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def is_transposed(layer: nn.Module) -> bool:

@@ -64,9 +64,7 @@ def _block_inputs(
             for name, block in segment.items():
                 yield name, block, hidden, recording.calls[name]
                 place = Workplace.of(block, config)
-                hidden = place.forward(
-                    working_copy(block, place.device), place.keep(hidden), recording.calls[name]
-                )
+                hidden = place.forward(working_copy(block, place.device), place.keep(hidden), recording.calls[name])
             return
     for name, block in segment.items():
         hidden, calls, _ = capture_calls(model, name, batches, survey.most_calls[name] == 1)

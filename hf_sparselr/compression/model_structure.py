@@ -43,9 +43,7 @@ def find_stacks(model: nn.Module) -> Stacks:
             return
         seen.add(id(module))
         holds_marked = any(id(part) in marked for part in module.modules() if part is not module)
-        if id(module) in marked or (
-            not holds_marked and _is_list(module) and all(map(_holds_layers, module))
-        ):
+        if id(module) in marked or (not holds_marked and _is_list(module) and all(map(_holds_layers, module))):
             members = {f"{name}.{key}": member for key, member in module.named_children()}
             stacks[name] = {key: member for key, member in members.items() if id(member) not in seen}
             seen.update(map(id, members.values()))
@@ -62,9 +60,7 @@ def find_stacks(model: nn.Module) -> Stacks:
         prefix = next((f"{name}." for name, part in model.named_modules() if part is base), "")
     parts = {f"{prefix}{key}": part for key, part in base.named_children() if _holds_layers(part)}
     if not parts:
-        raise ValueError(
-            f"{type(model).__name__} has no transformer blocks: no part of it holds linear layers"
-        )
+        raise ValueError(f"{type(model).__name__} has no transformer blocks: no part of it holds linear layers")
     return {prefix.removesuffix("."): parts}
 
 

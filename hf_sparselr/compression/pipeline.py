@@ -68,16 +68,12 @@ def run(
         stacks = find_stacks(model)
         versions = {name: model.get_submodule(name).weight._version for name in plan}
         survey = survey_blocks(model, stacks, batches)
-        edited = {
-            name for name, version in versions.items() if model.get_submodule(name).weight._version != version
-        }
+        edited = {name for name, version in versions.items() if model.get_submodule(name).weight._version != version}
         plan, report.dense = reachable_plan(plan, stacks, survey.order, edited, config)
         segments = _working_order(stacks, survey, plan)
         groups = dense_groups(model, plan, config, batches, segments, survey)
         plan, report.allocation = allocate(config, plan, groups)
-        bar = transformers_logging.tqdm(
-            total=sum(map(len, segments)), desc="Compressing blocks", unit="block"
-        )
+        bar = transformers_logging.tqdm(total=sum(map(len, segments)), desc="Compressing blocks", unit="block")
         work = _compressed_blocks(model, plan, config, segments, survey, batches, kept_back, precomputed)
         for name, result in work:
             report.layers += result.layer_rows
@@ -140,9 +136,7 @@ def _compressed_blocks(
         for name in segment:
             yield (
                 name,
-                _single(
-                    model, plan, config, name, survey, batches, kept_back, precomputed, reference, shared
-                ),
+                _single(model, plan, config, name, survey, batches, kept_back, precomputed, reference, shared),
             )
 
 
@@ -175,9 +169,7 @@ def _chain(
         yield name, result
 
 
-def _first_inputs(
-    model: nn.Module, blocks: dict[str, nn.Module], batches: list[Sample]
-) -> list[torch.Tensor]:
+def _first_inputs(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Sample]) -> list[torch.Tensor]:
     with eval_mode(model):
         own = {name: model.get_submodule(name) for name in blocks}
         return capture_block_inputs(model, own, batches).inputs
@@ -253,8 +245,6 @@ def _check_weights(model: nn.Module, plan: dict[str, Layer]) -> None:
     for name in plan:
         weight = model.get_submodule(name).weight
         if weight.is_meta:
-            raise ValueError(
-                f"{name}.weight is not in memory (offloaded or meta): load the model without offloading"
-            )
+            raise ValueError(f"{name}.weight is not in memory (offloaded or meta): load the model without offloading")
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name}.weight holds NaN or Inf")

@@ -106,15 +106,11 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
             'use overrides or ignore, or on_incompatible="skip" to leave such layers dense'
         )
     if tied:
-        logger.warning(
-            f"{len(tied)} layers stay dense, because several blocks share them: {_shorten(tied, 8)}"
-        )
+        logger.warning(f"{len(tied)} layers stay dense, because several blocks share them: {_shorten(tied, 8)}")
     if misfits:
         logger.warning(f"{len(misfits)} layers stay dense: {'; '.join(misfits[:8])}")
     if not plan:
-        raise ValueError(
-            f"targets, ignore and overrides leave no layer to compress; layers are {_shorten(layers)}"
-        )
+        raise ValueError(f"targets, ignore and overrides leave no layer to compress; layers are {_shorten(layers)}")
     return plan
 
 
@@ -184,9 +180,7 @@ def reachable_plan(
     Raises:
         ValueError: stacks that no sample reaches, all in one message, unless `on_incompatible="skip"`.
     """
-    block_of = {
-        name: block for blocks in stacks.values() for block in blocks for name in _inside(block, plan)
-    }
+    block_of = {name: block for blocks in stacks.values() for block in blocks for name in _inside(block, plan)}
     missed = {name: block for name, block in block_of.items() if block not in called}
     whole = [stack for stack, blocks in stacks.items() if missed and set(missed.values()) & set(blocks)]
     whole = [stack for stack in whole if not set(stacks[stack]) & set(called)]
@@ -205,9 +199,7 @@ def reachable_plan(
         logger.warning(f"{len(edited)} layers stay dense: {_EDITED}: {_shorten(sorted(edited), 8)}")
     kept = {name: layer for name, layer in plan.items() if name not in missed and name not in edited}
     if not kept:
-        raise ValueError(
-            "no calibration sample reaches a layer to compress: pass samples that the model's blocks see"
-        )
+        raise ValueError("no calibration sample reaches a layer to compress: pass samples that the model's blocks see")
     reached = dict.fromkeys(edited, _EDITED)
     return kept, {**reached, **dict.fromkeys(missed, "no calibration sample reaches its block")}
 

@@ -71,9 +71,7 @@ class _BlockCall:
     output: Any
 
 
-def _calls(
-    model: nn.Module, blocks: dict[str, nn.Module], inputs: dict[str, Any], compute: bool
-) -> list[_BlockCall]:
+def _calls(model: nn.Module, blocks: dict[str, nn.Module], inputs: dict[str, Any], compute: bool) -> list[_BlockCall]:
     """The calls of all blocks in one forward pass, in order."""
     calls: list[_BlockCall] = []
     names, members = list(blocks), list(blocks.values())
@@ -98,9 +96,7 @@ def _calls(
 
         return stop
 
-    heads = (
-        [] if head is None or any(part is head for block in members for part in block.modules()) else [head]
-    )
+    heads = [] if head is None or any(part is head for block in members for part in block.modules()) else [head]
     with instance_forwards(members, recorder), instance_forwards(heads, end), suppress(_Done):
         model(**inputs)
     return calls

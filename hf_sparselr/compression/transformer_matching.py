@@ -70,9 +70,7 @@ def match_block(
     before = after = judge()
     best_pass, passes = 0, 0
     if before > 0:
-        training = _train(
-            block, groups, trained, options, seed, before, on_pass, judge if kept_back else None
-        )
+        training = _train(block, groups, trained, options, seed, before, on_pass, judge if kept_back else None)
         best_pass, passes = training.best_pass, len(training.losses)
         after = judge()
     if not after < before:  # NaN included

@@ -20,9 +20,7 @@ class WorkingLinear(nn.Module):
         transposed: whether the layer it stands for stored its weight as (in, out).
     """
 
-    def __init__(
-        self, decomposition: Decomposition, bias: torch.Tensor | None, transposed: bool = False
-    ) -> None:
+    def __init__(self, decomposition: Decomposition, bias: torch.Tensor | None, transposed: bool = False) -> None:
         super().__init__()
         self.S = nn.Parameter(decomposition.S)
         self.A = None if decomposition.A is None else nn.Parameter(decomposition.A)

@@ -149,9 +149,7 @@ class Fields:
     )
     ignore: list[str] | None = field(
         default=None,
-        metadata=about(
-            Regexes(), "regular expressions, as in targets, of layers to leave dense; beats targets"
-        ),
+        metadata=about(Regexes(), "regular expressions, as in targets, of layers to leave dense; beats targets"),
     )
     overrides: dict[str, dict] | None = field(
         default=None,
@@ -197,9 +195,7 @@ class Fields:
     )
     distill: Any = field(
         default=None,
-        metadata=about(
-            Options(), "options of distillation: a dict, or DistillOptions of hf_sparselr.config.options"
-        ),
+        metadata=about(Options(), "options of distillation: a dict, or DistillOptions of hf_sparselr.config.options"),
     )
     damping: tuple[float, float] = field(
         default=(0.005, 0.005),

@@ -39,9 +39,7 @@ class HierarchyOptions:
         check_choice("hierarchy.permutation", self.permutation, PERMUTATIONS)
         if self.ranks is None:
             object.__setattr__(self, "depth", DEFAULT_DEPTH if self.depth is None else self.depth)
-            object.__setattr__(
-                self, "reduction", DEFAULT_REDUCTION if self.reduction is None else self.reduction
-            )
+            object.__setattr__(self, "reduction", DEFAULT_REDUCTION if self.reduction is None else self.reduction)
             check_integer("hierarchy.depth", self.depth, 0)
             check_number("hierarchy.reduction", self.reduction, 1)
             return
@@ -93,9 +91,7 @@ def resolve_low_rank(low_rank: str | None, method: str) -> str:
     check_choice("low_rank", resolved, LOW_RANKS)
     able = [name for name, details in METHODS.items() if details.hierarchical]
     if resolved == "hss" and method not in able:
-        raise ValueError(
-            f"low_rank='hss': method={method!r} makes flat factors only, expected {', '.join(able)}"
-        )
+        raise ValueError(f"low_rank='hss': method={method!r} makes flat factors only, expected {', '.join(able)}")
     if resolved == "flat" and method == "shss":
         raise ValueError("low_rank='flat': method='shss' makes a hierarchy, expected 'hss'")
     return resolved
@@ -123,13 +119,9 @@ def check_hierarchy(config: Any, method_options: Any) -> None:
             "a flat low-rank part; expected form='one-product'"
         )
     fields = {"rank": config.rank}
-    fields |= {
-        f"overrides[{p!r}]['rank']": own["rank"] for p, own in config.overrides.items() if "rank" in own
-    }
+    fields |= {f"overrides[{p!r}]['rank']": own["rank"] for p, own in config.overrides.items() if "rank" in own}
     for field, rank in fields.items():
         if rank < 1:
             raise ValueError(f"{field}={rank!r}: low_rank='hss' needs a first rank of at least 1")
         if options.ranks and rank != options.ranks[0]:
-            raise ValueError(
-                f"{field}={rank!r} contradicts hierarchy.ranks={list(options.ranks)!r}: leave one out"
-            )
+            raise ValueError(f"{field}={rank!r} contradicts hierarchy.ranks={list(options.ranks)!r}: leave one out")

@@ -146,9 +146,7 @@ class Regexes(Kind):
             return None
         patterns = [value] if isinstance(value, str) else value
         if not isinstance(patterns, (list, tuple)) or not patterns:
-            raise TypeError(
-                f"{field}={value!r}: expected a list of regular expressions over module names, or None"
-            )
+            raise TypeError(f"{field}={value!r}: expected a list of regular expressions over module names, or None")
         for pattern in patterns:
             _check_regex(field, pattern)
         return list(patterns)

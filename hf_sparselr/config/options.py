@@ -172,6 +172,4 @@ class DistillOptions:
         check_choice("distill.precision", self.precision, PRECISIONS)
 
 
-ALLOCATION_OPTIONS: dict[str, type] = dict(
-    zip(ALLOCATIONS, (UniformOptions, OwlOptions, GlobalOptions), strict=True)
-)
+ALLOCATION_OPTIONS: dict[str, type] = dict(zip(ALLOCATIONS, (UniformOptions, OwlOptions, GlobalOptions), strict=True))

@@ -69,8 +69,7 @@ def _sentence(text: str, stored: bool) -> str:
 def _options(cls: type) -> list[str]:
     texts = attributes(cls)
     rows = [
-        (f"`{option.name}`", _code(option.default), texts.get(option.name, ""))
-        for option in dataclasses.fields(cls)
+        (f"`{option.name}`", _code(option.default), texts.get(option.name, "")) for option in dataclasses.fields(cls)
     ]
     return _table(("option", "default", "meaning"), rows)
 
@@ -78,8 +77,7 @@ def _options(cls: type) -> list[str]:
 def _presets() -> list[str]:
     groups = {"3basil": 'method_options of "3basil"', "tm": "tm", "distill": "distill"}
     rows = [
-        (f'"{effort}"', *(_settings(preset.get(group, {})) for group in groups))
-        for effort, preset in PRESETS.items()
+        (f'"{effort}"', *(_settings(preset.get(group, {})) for group in groups)) for effort, preset in PRESETS.items()
     ]
     return _table(("effort", *groups.values()), rows)
 

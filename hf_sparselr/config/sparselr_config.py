@@ -117,9 +117,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         self.distill = build_options("distill", self.distill, DistillOptions, preset["distill"])
         if not isinstance(self._method_options, _StoredOptions):
             cls = METHODS[self.method].options
-            self._method_options = build_options(
-                "method_options", self._method_options, cls, preset.get(self.method)
-            )
+            self._method_options = build_options("method_options", self._method_options, cls, preset.get(self.method))
 
     def _resolve_budget(self) -> None:
         """Checks `compression` and `rank_ratio`; they stand for sparsity and rank, which become None."""
@@ -135,9 +133,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
             self.rank_ratio = min(max(DEFAULT_RANK_RATIO, least), most)
         if not least <= self.rank_ratio <= most or (self.rank_ratio == 1 and method.sparse):
             allowed = "a number in [0, 1)" if least < most else f"{most:g}"
-            raise ValueError(
-                f"rank_ratio={self.rank_ratio!r}: expected {allowed} with method={self.method!r}"
-            )
+            raise ValueError(f"rank_ratio={self.rank_ratio!r}: expected {allowed} with method={self.method!r}")
         for name in ("sparsity", "rank"):  # a stored config passes every field, these as None
             value = getattr(self, name)
             if self.was_given(name) and value is not None:
@@ -152,9 +148,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         self.low_rank = resolve_low_rank(self.low_rank, self.method)
         if self.low_rank == "flat":
             if self.hierarchy is not None:
-                raise ValueError(
-                    f"hierarchy={self.hierarchy!r} without low_rank='hss': it says how to split that"
-                )
+                raise ValueError(f"hierarchy={self.hierarchy!r} without low_rank='hss': it says how to split that")
             return
         self.hierarchy = build_options("hierarchy", self.hierarchy, HierarchyOptions)
         if self.hierarchy.ranks and not self.was_given("rank"):
@@ -178,9 +172,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         if method.sparse:
             parse(self.sparsity)
         elif self.sparsity is not None:
-            raise ValueError(
-                f"sparsity={self.sparsity!r}: method={self.method!r} has no sparse part, expected None"
-            )
+            raise ValueError(f"sparsity={self.sparsity!r}: method={self.method!r} has no sparse part, expected None")
         if self.rank and not method.low_rank:
             raise ValueError(
                 f"rank={self.rank!r}: method={self.method!r} only prunes, expected 0; for a low-rank part after it use "
@@ -191,9 +183,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         """Checks that the method makes the parts that an override sets."""
         method = METHODS[self.method]
         if "sparsity" in override and not method.sparse:
-            raise ValueError(
-                f"{field}={override!r}: method={self.method!r} has no sparse part to set sparsity for"
-            )
+            raise ValueError(f"{field}={override!r}: method={self.method!r} has no sparse part to set sparsity for")
         if "rank" not in override:
             return
         check_integer(f"{field}['rank']", override["rank"], 0 if method.sparse else 1)
@@ -255,11 +245,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values: groups of options as dicts, data as "custom", nothing of one run alone."""
-        stored = {
-            name: getattr(self, name)
-            for name, field in FIELDS.items()
-            if field.stored and name not in _GROUPS
-        }
+        stored = {name: getattr(self, name) for name, field in FIELDS.items() if field.stored and name not in _GROUPS}
         stored["calibration"] = public_source(self.calibration)
         groups = {name: getattr(self, name) for name in _GROUPS if name != "method_options"}
         groups["method_options"] = self._method_options

@@ -97,9 +97,7 @@ def load_samples(
     kind, calibration = _peek(calibration)
     if kind in PROCESSED:
         if reader is None:
-            raise ValueError(
-                f"{_show(calibration)} holds {kind}, and tokenizer=None: pass the model's processor"
-            )
+            raise ValueError(f"{_show(calibration)} holds {kind}, and tokenizer=None: pass the model's processor")
         calibration, kind = processed(calibration, kind, reader), "model inputs"
     if kind == "model inputs":
         return _load_model_inputs(calibration, num_samples, vocab_size)
@@ -259,9 +257,7 @@ def _need_tokenizer(draw: Draw) -> None:
         raise ValueError(f"{draw.source} is text, and tokenizer=None: pass the model's, or token ids")
 
 
-def _from_text(
-    kind: str | None, items: Iterable[Any], draw: Draw, limit: float = math.inf
-) -> list[torch.Tensor]:
+def _from_text(kind: str | None, items: Iterable[Any], draw: Draw, limit: float = math.inf) -> list[torch.Tensor]:
     _need_tokenizer(draw)
     return windows_of_texts(items, draw, limit) if kind == "texts" else windows_of_chats(items, draw, limit)
 

@@ -56,9 +56,7 @@ def compress(
         origin = Origin.of_name(_name(model), load_kwargs)
         cls, skeleton = dense_skeleton(origin, load_kwargs.get("dtype", "auto"))
     plan = plan_layers(skeleton, config)
-    processors = (
-        check_output(output_dir, skeleton, plan, origin, config.tokenizer) if output_dir is not None else []
-    )
+    processors = check_output(output_dir, skeleton, plan, origin, config.tokenizer) if output_dir is not None else []
     samples = Samples.load(skeleton, config, origin)
     dense = given if given is not None else cls.from_pretrained(origin.name, **load_kwargs)
     # Nobody else has a model that was loaded here.

@@ -21,17 +21,13 @@ def dense_skeleton(origin: Origin, dtype: str | torch.dtype = "auto") -> tuple[A
     config = AutoConfig.from_pretrained(origin.name, **origin.arguments)
     if getattr(config, "quantization_config", None) is not None:
         method = config.quantization_config.get("quant_method")
-        raise ValueError(
-            f"model={origin.name!r} is already quantised ({method}): compress the original dense model"
-        )
+        raise ValueError(f"model={origin.name!r} is already quantised ({method}): compress the original dense model")
     cls = _model_class(config)
     with torch.device("meta"):
         if hasattr(cls, "base_model_prefix"):
             model = cls(config)
         else:
-            trusted = {
-                key: origin.arguments[key] for key in ("trust_remote_code",) if key in origin.arguments
-            }
+            trusted = {key: origin.arguments[key] for key in ("trust_remote_code",) if key in origin.arguments}
             model = cls.from_config(config, **trusted)
     return cls, model.to(_resolved(dtype, config))
 

@@ -59,9 +59,7 @@ def _check(model: PreTrainedModel) -> dict[str, SparseLRLinear]:
             "save the model, or compress it with low_rank='flat'"
         )
     if not any(layer.rank for layer in layers.values()):
-        raise ValueError(
-            "the model holds no compressed layer with low-rank factors: dequantize() and save it"
-        )
+        raise ValueError("the model holds no compressed layer with low-rank factors: dequantize() and save it")
     reject_adapters(model, "export")
     if offloaded := [name for name, layer in layers.items() if layer.values.is_meta]:
         raise ValueError(f"{offloaded[0]} is not in memory: load the model without offloading")

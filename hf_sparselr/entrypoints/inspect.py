@@ -137,9 +137,7 @@ def _verify(files: list[str], stored: Mapping[str, Mapping[str, Entry]], layers:
             raise FormatError(f"{file}: has no checksums to verify: hf_sparselr did not save it")
         if damaged:
             more = f" ({len(damaged) - 1} more are)" if len(damaged) > 1 else ""
-            raise FormatError(
-                f"{file}: tensor {damaged[0]} is damaged: its bytes are not those that were saved{more}"
-            )
+            raise FormatError(f"{file}: tensor {damaged[0]} is damaged: its bytes are not those that were saved{more}")
     asked = {name: config.layer_pattern(name) for name in stored}
     patterns = {name: pattern for name, pattern in asked.items() if isinstance(pattern, NM)}
     check_masks(stored, {layer["name"]: layer["shape"][1] for layer in layers}, patterns)
@@ -172,9 +170,7 @@ def _config(directory: Path, model_config: dict) -> SparseLRConfig:
     method = stored.get("quant_method")
     if method != QUANT_METHOD:
         found = f"quant_method={method!r}" if method else f"no {SETTINGS}"
-        raise ValueError(
-            f"{file}: {found}, expected quant_method={QUANT_METHOD!r}: not a compressed checkpoint"
-        )
+        raise ValueError(f"{file}: {found}, expected quant_method={QUANT_METHOD!r}: not a compressed checkpoint")
     return SparseLRConfig.from_dict(stored)
 
 

@@ -66,9 +66,7 @@ def perplexity(
         windows, scored = _windows_of_ids(data, stride, context)
     else:
         if tokenizer is None:
-            raise ValueError(
-                "tokenizer=None: data are text; pass the model's tokenizer, or token ids as data"
-            )
+            raise ValueError("tokenizer=None: data are text; pass the model's tokenizer, or token ids as data")
         length = text_length(tokenizer, min(seq_len, context or seq_len))
         stride = _check_stride(stride, length)
         windows, scored = _windows_of_text(_text(data), tokenizer, length, stride)
@@ -90,9 +88,7 @@ def _check_stride(stride: int | None, length: int) -> int:
         return length
     check_integer("stride", stride, 1)
     if stride > length:
-        raise ValueError(
-            f"stride={stride!r}: expected an integer in 1..{length}, the tokens of text in a window"
-        )
+        raise ValueError(f"stride={stride!r}: expected an integer in 1..{length}, the tokens of text in a window")
     return stride
 
 
@@ -112,16 +108,12 @@ def _is_ids(data: Any) -> bool:
     return isinstance(data, torch.Tensor)
 
 
-def _windows_of_ids(
-    data: Any, stride: int | None, context: int | None
-) -> tuple[list[torch.Tensor], list[int]]:
+def _windows_of_ids(data: Any, stride: int | None, context: int | None) -> tuple[list[torch.Tensor], list[int]]:
     """The rows, and how many tokens of each are scored."""
     if stride is not None:
         raise ValueError(f"stride={stride!r}: data are token ids, whose rows are the windows; expected None")
     items = [data] if isinstance(data, torch.Tensor) else data
-    windows = [
-        row.long() for i, item in enumerate(items) for row in sources.token_rows(item, f"data item {i}")
-    ]
+    windows = [row.long() for i, item in enumerate(items) for row in sources.token_rows(item, f"data item {i}")]
     longest = max(map(len, windows))
     if context and longest > context:
         raise ValueError(f"data has a window of {longest} tokens: expected at most the model's {context}")
@@ -156,13 +148,9 @@ def _text_column(dataset: Any, where: str) -> list[str]:
     return [row["text"] for row in dataset.select_columns("text") if row["text"] is not None]
 
 
-def _windows_of_text(
-    text: str, tokenizer: Any, length: int, stride: int
-) -> tuple[list[torch.Tensor], list[int]]:
+def _windows_of_text(text: str, tokenizer: Any, length: int, stride: int) -> tuple[list[torch.Tensor], list[int]]:
     """Windows of up to `length` tokens of text, `stride` apart, and how many tokens at the end of each are scored."""
-    ids = torch.tensor(
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
-    )
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     start_tokens = torch.tensor(start_ids(tokenizer), dtype=torch.int64)
     if len(start_tokens) + len(ids) < 2:
         raise ValueError(f"data={reprlib.repr(text)} has {len(ids)} tokens: expected at least 2")
@@ -180,9 +168,7 @@ def _windows_of_text(
     return windows, scored
 
 
-def _batches(
-    windows: list[torch.Tensor], scored: list[int], size: int
-) -> Iterator[tuple[torch.Tensor, list[int]]]:
+def _batches(windows: list[torch.Tensor], scored: list[int], size: int) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """Windows of equal length together, with their parts of `scored`."""
     start = 0
     for batch in (sample["input_ids"] for sample in make_batches(token_samples(windows), size)):

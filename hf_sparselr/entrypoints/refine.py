@@ -72,9 +72,7 @@ def refine(
     pruned, factors = _base_and_factors(model, adapter, planned, load_kwargs)
     plan = _found(pruned, factors, config, plan_layers(pruned, planned))
     _check_reference(dense, pruned, plan)
-    processors = (
-        check_output(output_dir, pruned, plan, origin, config.tokenizer) if output_dir is not None else []
-    )
+    processors = check_output(output_dir, pruned, plan, origin, config.tokenizer) if output_dir is not None else []
     found = _found_config(config, pruned, plan)
     report = compress_in_memory(pruned, plan, found, samples, Precomputed(dense, factors))
     attach(pruned, found.stored(), report)
@@ -87,9 +85,7 @@ def _check_arguments(model: Any, config: SparseLRConfig, reference: Any, adapter
     if not isinstance(config, SparseLRConfig):
         raise TypeError(f"config={config!r}: expected a hf_sparselr.SparseLRConfig")
     if reference is None:
-        raise ValueError(
-            "reference=None: refinement matches the dense model that was pruned; pass it, or its name"
-        )
+        raise ValueError("reference=None: refinement matches the dense model that was pruned; pass it, or its name")
     if config.refine is None:
         raise ValueError("refine=None leaves nothing to do: expected 'tm', 'distill' or 'tm+distill'")
     if config.compression is not None or config.allocation != "uniform":
@@ -211,9 +207,7 @@ def _found(
     return {name: _found_layer(model, factors, config, layer) for name, layer in plan.items()}
 
 
-def _found_layer(
-    model: PreTrainedModel, factors: dict[str, Factors], config: SparseLRConfig, layer: Layer
-) -> Layer:
+def _found_layer(model: PreTrainedModel, factors: dict[str, Factors], config: SparseLRConfig, layer: Layer) -> Layer:
     name, own = layer.name, config.override_of(layer.name)
     rank = len(factors[name][0]) if name in factors else 0
     asked = own.get("rank", config.rank)

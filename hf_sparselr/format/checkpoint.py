@@ -66,16 +66,12 @@ def group_layers(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
         packed = leaf == "mask" and f"{layer}.values" in entries
         if (packed or (leaf == SENTINEL and entry.shape == (0,))) and layer not in layers:
             layers[layer] = {
-                part: entries[f"{layer}.{part}"]
-                for part in (*PAYLOAD, SENTINEL)
-                if f"{layer}.{part}" in entries
+                part: entries[f"{layer}.{part}"] for part in (*PAYLOAD, SENTINEL) if f"{layer}.{part}" in entries
             }
     return layers
 
 
-def check_layer(
-    layer: str, parts: Mapping[str, Entry], out_features: int, in_features: int, bias: bool
-) -> None:
+def check_layer(layer: str, parts: Mapping[str, Entry], out_features: int, in_features: int, bias: bool) -> None:
     """Checks the header of a packed layer against the shape of the linear layer it stands for.
 
     Raises:
@@ -141,9 +137,7 @@ def layer_rank(parts: Mapping[str, Entry]) -> int:
     return parts["A"].shape[0] if "A" in parts and parts["A"].shape else 0
 
 
-def _check_mask(
-    layer: str, parts: Mapping[str, Entry], mask: torch.Tensor, columns: int, pattern: NM | None
-) -> None:
+def _check_mask(layer: str, parts: Mapping[str, Entry], mask: torch.Tensor, columns: int, pattern: NM | None) -> None:
     if columns % 8 and (mask[:, -1] >> columns % 8).any():
         raise _error(layer, parts, "mask", f"has bits set beyond the layer's {columns} inputs")
     kept, obeys = count_kept(mask, columns, pattern)
@@ -151,9 +145,7 @@ def _check_mask(
         problem = f"holds {parts['values'].shape[0]} values, but the mask keeps {kept}"
         raise _error(layer, parts, "values", problem)
     if not obeys:
-        problem = (
-            f"keeps more than {pattern.n} of {pattern.m} consecutive inputs, against the config's {pattern}"
-        )
+        problem = f"keeps more than {pattern.n} of {pattern.m} consecutive inputs, against the config's {pattern}"
         raise _error(layer, parts, "mask", problem)
 
 

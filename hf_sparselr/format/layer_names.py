@@ -21,11 +21,7 @@ def compact_names(names: Iterable[str]) -> list[str]:
         digits = [part for part in parts if _is_number(part)]
         template = tuple(None if _is_number(part) else part for part in parts)
         numbers[template].add(tuple(map(int, digits)))
-    return [
-        _pattern(template, sets)
-        for template, tuples in numbers.items()
-        for sets in _products(frozenset(tuples))
-    ]
+    return [_pattern(template, sets) for template, tuples in numbers.items() for sets in _products(frozenset(tuples))]
 
 
 def expand_names(patterns: Iterable[str]) -> list[str]:
@@ -92,8 +88,6 @@ def _choices(part: str) -> list[str]:
         low, _, high = run.partition("-")
         first, last = int(low), int(high or low)
         if not first <= last < first + MOST_NAMES:
-            raise ValueError(
-                f"layer name component {part!r}: expected ranges LOW-HIGH of at most {MOST_NAMES:,}"
-            )
+            raise ValueError(f"layer name component {part!r}: expected ranges LOW-HIGH of at most {MOST_NAMES:,}")
         choices.extend(map(str, range(first, last + 1)))
     return choices

@@ -128,9 +128,7 @@ def parse(sparsity: str | float | None, field: str = "sparsity") -> Pattern:
     Raises:
         TypeError, ValueError: naming the field, the value and what is allowed.
     """
-    allowed = (
-        f'"n:m" with 0 < n < m <= {MAX_M} (n of every m inputs are kept), or a fraction of zeros in [0, 1)'
-    )
+    allowed = f'"n:m" with 0 < n < m <= {MAX_M} (n of every m inputs are kept), or a fraction of zeros in [0, 1)'
     if isinstance(sparsity, bool) or not isinstance(sparsity, (str, int, float)):
         raise TypeError(f"{field}={sparsity!r}: expected {allowed}")
     if isinstance(sparsity, str):

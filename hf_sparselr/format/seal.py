@@ -100,9 +100,7 @@ def seal(directory: str | os.PathLike, files: Iterable[str | os.PathLike], ranks
     return save
 
 
-def check_seal(
-    entries: Mapping[str, Entry], seals: Mapping[str, Seal | None], save_id: str | None
-) -> dict[str, int]:
+def check_seal(entries: Mapping[str, Entry], seals: Mapping[str, Seal | None], save_id: str | None) -> dict[str, int]:
     """Checks from headers that the files of a checkpoint were written by one save, the one of its config.json.
 
     Files without a seal, beside a config without a save id, are accepted: another program may have written them.
@@ -138,15 +136,10 @@ def check_seal(
             if name not in entries or entries[name].file != file:
                 raise FormatError(f"{file}: tensor {name} is missing")
     ranks = next(iter(present.values())).ranks
-    tensors = {
-        name: (entry.dtype, entry.shape, present[entry.file].checksums[name])
-        for name, entry in entries.items()
-    }
+    tensors = {name: (entry.dtype, entry.shape, present[entry.file].checksums[name]) for name, entry in entries.items()}
     if _save_id(tensors, ranks) != expected or any(seal.ranks != ranks for seal in present.values()):
         where = Path(next(iter(present))).parent
-        raise FormatError(
-            f"{where}: names, dtypes or shapes of tensors were changed after the checkpoint was saved"
-        )
+        raise FormatError(f"{where}: names, dtypes or shapes of tensors were changed after the checkpoint was saved")
     return ranks
 
 

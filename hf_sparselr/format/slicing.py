@@ -5,9 +5,7 @@ import torch
 from .bitmask import pack_mask, unpack_mask
 
 
-def take_rows(
-    mask: torch.Tensor, values: torch.Tensor, rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def take_rows(mask: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """S[rows], packed.
 
     Args:
@@ -24,9 +22,7 @@ def take_rows(
     return mask[rows], torch.cat(pieces) if pieces else values[:0].clone()
 
 
-def take_columns(
-    mask: torch.Tensor, values: torch.Tensor, start: int, stop: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def take_columns(mask: torch.Tensor, values: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
     """S[:, start:stop], packed; as (mask, values), copies."""
     kept = unpack_mask(mask, 8 * mask.shape[1])
     within = torch.zeros(kept.shape[1], dtype=torch.bool, device=mask.device)

@@ -39,9 +39,7 @@ class Staging:
         self.directory = Path(directory)
         self.variant = variant
         self.committed = self._moving = False
-        self.folder = (
-            self.directory / f"{_PREFIX}{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{_PARTIAL}"
-        )
+        self.folder = self.directory / f"{_PREFIX}{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{_PARTIAL}"
 
     def __enter__(self) -> "Staging":
         self._made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]

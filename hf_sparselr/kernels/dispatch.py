@@ -41,9 +41,7 @@ def packed_linear(inputs: torch.Tensor, weight: PackedWeight, kernel: str = "aut
     return packed_linears(inputs, (weight,), kernel)[0]
 
 
-def packed_linears(
-    inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str = "auto"
-) -> list[torch.Tensor]:
+def packed_linears(inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str = "auto") -> list[torch.Tensor]:
     """`packed_linear` for weights with the same input: few rows on a GPU take one launch.
 
     Returns:

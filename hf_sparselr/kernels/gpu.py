@@ -141,11 +141,7 @@ def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -
     config = known(rows, weight, capturing)
     if config is None and native:
         config = measured(rows, weight.out_features, index.pairs, inputs.device)
-    if (
-        config is not None
-        and (sparse or config.kernel != "sparse_cores")
-        and (native or config.kernel != "mma")
-    ):
+    if config is not None and (sparse or config.kernel != "sparse_cores") and (native or config.kernel != "mma"):
         return config
     if capturing:  # nothing can be measured now
         return options[0]

@@ -18,9 +18,7 @@ FEW_ROWS = 16
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def hierarchical_product(
-    inputs: torch.Tensor, hierarchy: Hierarchy, base: torch.Tensor | None = None
-) -> torch.Tensor:
+def hierarchical_product(inputs: torch.Tensor, hierarchy: Hierarchy, base: torch.Tensor | None = None) -> torch.Tensor:
     """x L^T, plus `base`; differentiable in x, A, B, the leaves and the base. Follows autocast, as F.linear does.
 
     Args:

@@ -64,9 +64,7 @@ class DriverLaunch:
         self._values = (ctypes.c_uint64 * len(arguments))()
         step, base = ctypes.sizeof(ctypes.c_uint64), ctypes.addressof(self._values)
         self._places = (ctypes.c_void_p * len(arguments))(*(base + step * i for i in range(len(arguments))))
-        varying = {
-            argument.number: i for i, argument in enumerate(arguments) if isinstance(argument, Varying)
-        }
+        varying = {argument.number: i for i, argument in enumerate(arguments) if isinstance(argument, Varying)}
         self._varying = [varying[number] for number in range(len(varying))]  # the place of each
         for place, argument in enumerate(arguments):
             if not isinstance(argument, Varying):
@@ -108,9 +106,7 @@ def empty(inputs: torch.Tensor, outs: list[int]) -> list[torch.Tensor]:
 
 
 COUNTERS = 64  # bytes at the start of scratch memory that are zero between launches
-_SCRATCH: dict[
-    tuple[int, int], tuple[int, int, torch.Tensor]
-] = {}  # of a device and stream: address, bytes, memory
+_SCRATCH: dict[tuple[int, int], tuple[int, int, torch.Tensor]] = {}  # of a device and stream: address, bytes, memory
 
 
 def scratch(device: int, size: int) -> int | None:
@@ -148,9 +144,7 @@ class TritonLaunch:
         constants: its compile-time arguments and Triton's options.
     """
 
-    def __init__(
-        self, kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]
-    ) -> None:
+    def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]) -> None:
         self._kernel, self._grid, self._constants = kernel, grid, constants
         self._bound = _bind(kernel, grid, arguments, constants) if drives() else None
         self._arguments = None if self._bound else arguments

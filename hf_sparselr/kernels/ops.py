@@ -145,9 +145,7 @@ def _(grad, mask, values, A, B, in_features, kernel):
 
 
 @torch.library.custom_op("hf_sparselr::value_gradient", mutates_args=())
-def value_gradient(
-    grad: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor, nonzeros: int
-) -> torch.Tensor:
+def value_gradient(grad: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor, nonzeros: int) -> torch.Tensor:
     """grad^T x on the support: (rows, out), (rows, in) to (nonzeros,)."""
     from .triton.unpack import collect
 

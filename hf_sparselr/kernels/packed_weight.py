@@ -73,9 +73,7 @@ class PackedWeight(NamedTuple):
             if tensor is None:
                 continue
             if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}, expected {shape}{source.get(name, '')}"
-                )
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}{source.get(name, '')}")
             dtype = torch.uint8 if name == "mask" else values.dtype
             if tensor.dtype != dtype:
                 of = "" if name == "mask" else " as the values have"

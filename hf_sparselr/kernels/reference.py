@@ -57,9 +57,7 @@ def count_values(weight: PackedWeight) -> None:
         check_count(weight, int(unpack_mask(weight.mask, weight.in_features).sum()))
 
 
-def sparse_linear(
-    inputs: torch.Tensor, mask: torch.Tensor, values: torch.Tensor, in_features: int
-) -> torch.Tensor:
+def sparse_linear(inputs: torch.Tensor, mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:
     """x S^T from the packed S, differentiable in x and the values. Follows autocast, as F.linear does.
 
     Args:

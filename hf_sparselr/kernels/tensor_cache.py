@@ -47,9 +47,7 @@ class TensorCache(Generic[T]):
         for watch in () if entry is None else entry[1]:
             watch.detach()
 
-    def keep(
-        self, key: Any, sources: list[torch.Tensor], build: Callable[[], T], fits: Callable[[T], bool]
-    ) -> T:
+    def keep(self, key: Any, sources: list[torch.Tensor], build: Callable[[], T], fits: Callable[[T], bool]) -> T:
         """The entry of this key if it still fits; else builds it, once for all threads."""
         value = self.get(key)
         if value is not None and fits(value):
@@ -82,9 +80,7 @@ def apart(run: Callable[[], T], device: torch.device, stream: torch.cuda.Stream 
     if device.type != "cuda":
         return run()
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a packed layer is new to this CUDA graph capture: run the model once before capturing"
-        )
+        raise RuntimeError("a packed layer is new to this CUDA graph capture: run the model once before capturing")
     torch.cuda.current_stream(device).synchronize()
     number = torch.cuda.current_device() if device.index is None else device.index
 

@@ -29,9 +29,7 @@ class LazyDenseWeight(torch.Tensor):
         return view
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, kwargs = func.__name__, kwargs or {}
         attribute = func.__self__.__name__ if name == "__get__" else None
         if attribute == "data":
@@ -51,9 +49,7 @@ class LazyDenseWeight(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        raise NotImplementedError(
-            f"{func} reached the weight of a compressed layer, which holds no values itself"
-        )
+        raise NotImplementedError(f"{func} reached the weight of a compressed layer, which holds no values itself")
 
 
 def _edits(name: str) -> bool:

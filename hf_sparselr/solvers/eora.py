@@ -32,9 +32,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_choice("method_options.pruner", self.pruner, tuple(PRUNERS))
-        options = build_options(
-            "method_options.pruner_options", self.pruner_options, PRUNERS[self.pruner].options
-        )
+        options = build_options("method_options.pruner_options", self.pruner_options, PRUNERS[self.pruner].options)
         object.__setattr__(self, "pruner_options", options)
 
 

@@ -35,10 +35,7 @@ def truncate(matrix: torch.Tensor, shape: HierarchyShape, orders: Orders | None)
         root = values[:, :rank].sqrt()
         return U[:, :, :rank] * root[:, None, :], root[:, :, None] * V[:, :rank]
 
-    pairs = [
-        factorise(_blocks(positions, level, beside=True), rank)
-        for level, rank in enumerate(shape.ranks, start=1)
-    ]
+    pairs = [factorise(_blocks(positions, level, beside=True), rank) for level, rank in enumerate(shape.ranks, start=1)]
     return _stacked(shape, pairs, _blocks(positions, shape.depth, beside=False), orders)
 
 
@@ -52,9 +49,7 @@ class HierarchicalFit:
         seed: of the first bases.
     """
 
-    def __init__(
-        self, shape: HierarchyShape, gram: torch.Tensor, orders: Orders | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, shape: HierarchyShape, gram: torch.Tensor, orders: Orders | None = None, seed: int = 0) -> None:
         self.shape, self.orders = shape, orders
         if orders is not None:
             gram = gram[orders[1]][:, orders[1]]
@@ -183,9 +178,7 @@ def _permuted(matrix: torch.Tensor, orders: Orders | None) -> torch.Tensor:
     return matrix if orders is None else matrix[orders[0]][:, orders[1]]
 
 
-def _block_index(
-    matrix: torch.Tensor, level: int, beside: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _block_index(matrix: torch.Tensor, level: int, beside: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A view (2^l, rows, 2^l, columns), and the indices of a level's blocks in its first and third dimension."""
     index = torch.arange(2**level, device=matrix.device)
     view = matrix.unflatten(1, (2**level, -1)).unflatten(0, (2**level, -1))

@@ -85,7 +85,5 @@ def detached_states(module: nn.Module) -> dict[int, torch.Tensor]:
     """
     values = (value for part in module.modules() for value in vars(part).values())
     return {
-        id(value): value.detach().clone()
-        for value in values
-        if isinstance(value, torch.Tensor) and not value.is_leaf
+        id(value): value.detach().clone() for value in values if isinstance(value, torch.Tensor) and not value.is_leaf
     }

@@ -62,9 +62,7 @@ def product(left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Te
         return left @ right
 
 
-def subtract_product(
-    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, precision: str
-) -> torch.Tensor:
+def subtract_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Tensor:
     """Subtracts left @ right from `total` in place; see `product`."""
     if precision == "bf16" and total.is_cuda:
         factors = left.bfloat16(), right.bfloat16()

@@ -20,9 +20,7 @@ def check_integer(field: str, value: Any, least: int, most: int | None = None) -
         raise ValueError(f"{field}={_short(value)}: expected an integer <= {MOST}")
 
 
-def check_number(
-    field: str, value: Any, least: float, most: float | None = None, *, exclusive: bool = False
-) -> None:
+def check_number(field: str, value: Any, least: float, most: float | None = None, *, exclusive: bool = False) -> None:
     """A number from `least` to `most`, else to `MOST`; with `exclusive`, these two are not allowed."""
     opening, closing = "()" if exclusive else "[]"
     allowed = f"a number in {opening}{least:g}, {most:g}{closing}" if most is not None else ""
@@ -37,9 +35,7 @@ def check_number(
         raise ValueError(f"{field}={_short(value)}: expected a number <= {MOST}")
 
 
-def check_numbers(
-    field: str, value: Any, length: int, least: float, most: float | None = None
-) -> tuple[float, ...]:
+def check_numbers(field: str, value: Any, length: int, least: float, most: float | None = None) -> tuple[float, ...]:
     """A tuple of `length` numbers, each as `check_number` wants it."""
     if not isinstance(value, (tuple, list)) or len(value) != length:
         raise TypeError(f"{field}={value!r}: expected {length} numbers >= {least:g}")

@@ -33,9 +33,7 @@ class Interruption:
         self.folder, self.number, self.action, self.count = str(folder), number, action, 0
         write = safetensors.torch.serialize_file
 
-        def serialize_file(
-            data, filename, *args, **kwargs
-        ):  # Rust, of which Python's audit events see nothing
+        def serialize_file(data, filename, *args, **kwargs):  # Rust, of which Python's audit events see nothing
             self.note("open", filename, "w")
             write(data, filename, *args, **kwargs)
             self.note("written", filename)
@@ -110,9 +108,7 @@ def attack(tmp_path: Path, changes: list[tuple[str, str]], action: Callable, ste
             counts[result] += 1
             assert result != "mixture" and (reached or result == "new"), (before, after, number, result)
             if action is no_space and result == "old":
-                assert not list(folder.glob("*.partial")), (
-                    "a save that failed before it moved a file leaves nothing"
-                )
+                assert not list(folder.glob("*.partial")), "a save that failed before it moved a file leaves nothing"
             new.save_pretrained(folder, max_shard_size=after)
             assert found(folder, states) == "new"
             assert not list(folder.glob(".*")), "the next save removes what the killed one left"
@@ -152,9 +148,7 @@ def test_a_kill_while_files_are_moved_is_refused_and_says_where_the_rest_is(tmp_
         patched.setattr(os, "replace", stop_at_config)
         with pytest.raises(KeyboardInterrupt):
             new.save_pretrained(folder)
-    with pytest.raises(
-        ValueError, match=r"different saves\. A save was interrupted here; the rest .*\.complete"
-    ):
+    with pytest.raises(ValueError, match=r"different saves\. A save was interrupted here; the rest .*\.complete"):
         AutoModelForCausalLM.from_pretrained(folder)
     (rest,) = folder.glob(".sparselr-save-*.complete")
     for path in rest.iterdir():  # what the message says

@@ -41,9 +41,7 @@ def outcome(folder: Path, whole: list[dict], must_load: bool) -> str:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder)
     except REASONS as error:
-        return (
-            f"crash: no reason given by {type(error).__name__}" if must_load or not str(error) else "refused"
-        )
+        return f"crash: no reason given by {type(error).__name__}" if must_load or not str(error) else "refused"
     except Exception as error:
         return f"crash: {error!r}"
     if any(tiny.same(tiny.snapshot(model), tensors) for tensors in whole):

@@ -62,10 +62,7 @@ def test_methods_runs_every_combination_once(model, tmp_path) -> None:
     folder, tokens = model
     options = ["--methods", "svd", "magnitude", "eora", "--rank", "4", "0", "--sparsity", "2:4", "0.5"]
     changes = ["--refine", "none", "--equal-size", "--set", '{"ignore": ["down_proj"]}']
-    assert (
-        main(["bench", "methods", folder, "--tokens", tokens, *options, *changes, "--output", str(tmp_path)])
-        == 0
-    )
+    assert main(["bench", "methods", folder, "--tokens", tokens, *options, *changes, "--output", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())[1:]
     found = [(row["method"], row["sparsity"], row["rank"]) for row in rows]
     assert found[:4] == [("svd", None, 4), ("magnitude", "2:4", 0), ("eora", "2:4", 4), ("eora", "2:4", 0)]
@@ -279,9 +276,7 @@ def test_forms(tmp_path, capsys) -> None:
     rows = json.loads(output.read_text())
     assert {row["method"] for row in rows} >= {"3basil, flat", "svd, flat", "shss", "3basil", "svd"}
     assert all(row["bytes"] <= rows[0]["bytes"] for row in rows)
-    assert all(
-        row["against flat"] == pytest.approx(row["error"] / rows[0]["error"], rel=0.01) for row in rows
-    )
+    assert all(row["against flat"] == pytest.approx(row["error"] / rows[0]["error"], rel=0.01) for row in rows)
     assert "against flat" in capsys.readouterr().out
 
 

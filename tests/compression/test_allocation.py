@@ -37,9 +37,7 @@ NARROW = GlobalOptions(**QUICK)
 def kept_parameters(model) -> int:
     """Nonzeros and factor entries of a packed model."""
     layers = packed_layers(model).values()
-    return sum(
-        layer.values.numel() + layer.rank * (layer.in_features + layer.out_features) for layer in layers
-    )
+    return sum(layer.values.numel() + layer.rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 # -- budgets
@@ -73,17 +71,13 @@ def test_a_compressed_model_keeps_its_budget():
 
 def test_a_budget_that_leaves_nothing_of_a_layer_is_found_early():
     changes = {"method": "svd", "method_options": None, "sparsity": None, "rank": None, "compression": 0.97}
-    with pytest.raises(
-        ValueError, match=r"k_proj: a budget this small gives its weight 16 x 32 neither S nor"
-    ):
+    with pytest.raises(ValueError, match=r"k_proj: a budget this small gives its weight 16 x 32 neither S nor"):
         plan_layers(tiny.build("llama"), tiny.settings(**changes, ignore=["q_proj"]))
     plan = plan_layers(tiny.build("llama"), tiny.settings(**{**changes, "compression": 0.9}))
     assert all(layer.rank > 0 for layer in plan.values())
 
 
-@pytest.mark.parametrize(
-    ("kept", "size"), [(0, 7), (1, 7), (6, 7), (7, 7), (3, 10**9 + 7), (10**9, 10**9 + 7)]
-)
+@pytest.mark.parametrize(("kept", "size"), [(0, 7), (1, 7), (6, 7), (7, 7), (3, 10**9 + 7), (10**9, 10**9 + 7)])
 def test_a_pattern_that_keeps_a_number(kept, size):
     assert Unstructured.keeping(kept, size).kept((1, size)) == kept
 
@@ -166,8 +160,7 @@ def test_the_hull_is_convex_and_below_all_points(points):
     assert set(hull) <= set(points)
     assert hull[0].parameters == min(point.parameters for point in points)
     slopes = [
-        (right.error - left.error) / (right.parameters - left.parameters)
-        for left, right in itertools.pairwise(hull)
+        (right.error - left.error) / (right.parameters - left.parameters) for left, right in itertools.pairwise(hull)
     ]
     assert slopes == sorted(slopes) and all(slope < 0 for slope in slopes)
     for point in points:
@@ -271,18 +264,12 @@ def test_global_keeps_the_budget_and_beats_uniform(changes):
     totals = report.allocation["parameters"]
     assert kept_parameters(model) <= kept_parameters(uniform)
     sides = max(sum(row["shape"]) for row in report.layers)
-    assert (
-        totals["uniform"] - 2 * sides < totals["allocated"] <= totals["uniform"]
-    )  # one step is rounded down
+    assert totals["uniform"] - 2 * sides < totals["allocated"] <= totals["uniform"]  # one step is rounded down
     assert report.allocation["error"]["allocated"] < report.allocation["error"]["uniform"]
     for row in report.layers:
         own = model.config.quantization_config.override_of(row["name"])
         was = before[row["name"]]
-        assert (
-            row["rank"] == was["rank"]
-            if "rank" in own
-            else was["rank"] // 2 <= row["rank"] <= was["rank"] * 2
-        )
+        assert row["rank"] == was["rank"] if "rank" in own else was["rank"] // 2 <= row["rank"] <= was["rank"] * 2
         if "sparsity" in own or changes["sparsity"] == "2:4":
             assert row["pattern"] == was["pattern"] and row["sparsity"] == was["sparsity"]
         assert abs(row["sparsity"] - was["sparsity"]) < NARROW.spread + 1e-3

@@ -147,9 +147,7 @@ def test_padding_counts_nowhere(refine):
         "distill": {"passes": 1, "self_samples": 0, "precision": "fp32", "batch_size": 4},
     }
     models = [
-        compress(
-            predicting(tiny.build("bert-mlm")), tiny.settings(calibration=data, refine=refine, **options)
-        )
+        compress(predicting(tiny.build("bert-mlm")), tiny.settings(calibration=data, refine=refine, **options))
         for data in (real, padded)
     ]
     for left, right in zip(*(model.sparselr_report.layers for model in models), strict=True):
@@ -233,9 +231,7 @@ def test_a_block_that_is_called_twice_is_solved_on_both_inputs():
     hook.remove()
     compress(model, tiny.settings(batch_size=4))
     row = next(row for row in model.sparselr_report.layers if row["name"] == name)
-    x = torch.cat(
-        [part.flatten(0, 1) for part in inputs]
-    )  # the first layer: its inputs are those of the dense model
+    x = torch.cat([part.flatten(0, 1) for part in inputs])  # the first layer: its inputs are those of the dense model
     assert len(inputs) == 2
     change = model.get_submodule(name).weight - dense
     error = float((x @ change.T).square().sum() / (x @ dense.T).square().sum())
@@ -246,10 +242,7 @@ def test_a_layer_that_is_called_twice_is_solved_once():
     config = tf.DebertaV2Config(
         **TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=True, position_buckets=8
     )
-    names = [
-        row["name"]
-        for row in compress(build(tf.DebertaV2Model, config), tiny.settings()).sparselr_report.layers
-    ]
+    names = [row["name"] for row in compress(build(tf.DebertaV2Model, config), tiny.settings()).sparselr_report.layers]
     assert len(names) == len(set(names)) == 12
 
 

@@ -89,8 +89,7 @@ def test_the_solver_is_deterministic():
     inputs = torch.randn(512, 64, device="cuda")
     method = METHODS["3basil"]
     first, second = (
-        method.solve(weight, ScaledGram(inputs.T @ inputs), parse(0.5), 8, method.options(), seed=3)
-        for _ in "ab"
+        method.solve(weight, ScaledGram(inputs.T @ inputs), parse(0.5), 8, method.options(), seed=3) for _ in "ab"
     )
     assert torch.equal(first.S, second.S)
     assert torch.equal(first.B, second.B)
@@ -113,17 +112,13 @@ def test_hidden_states_on_the_host_change_nothing(precision):
         hf_sparselr.compress(tiny(), settings(device="cuda", activations=where, tm={"precision": precision}))
         for where in ("device", "host")
     ]
-    for (name, here), there in zip(
-        models[0].state_dict().items(), models[1].state_dict().values(), strict=True
-    ):
+    for (name, here), there in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
         assert torch.equal(here, there), name
 
 
 def test_compress_on_load_on_the_gpu_and_reload(tmp_path):
     tiny(torch.bfloat16).save_pretrained(tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "dense", quantization_config=settings(), device_map="cuda"
-    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=settings(), device_map="cuda")
     model.save_pretrained(tmp_path / "packed")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map="auto")
     ids = torch.randint(0, 128, (2, 16), device="cuda")

@@ -106,9 +106,7 @@ def test_lowers_the_divergence_and_keeps_what_is_fixed(name, dtype, rank, precis
     before, own, masks, where = tiny.snapshot(model), tiny.snapshot(teacher), supports(model), places(model)
     stats = run(model, teacher, train=train, precision=precision)
     assert stats["loss_after"] < stats["loss_before"]
-    assert stats["loss_after"] == pytest.approx(
-        divergence(model, teacher), rel=0.25 if precision == "bf16" else 1e-3
-    )
+    assert stats["loss_after"] == pytest.approx(divergence(model, teacher), rel=0.25 if precision == "bf16" else 1e-3)
     assert stats["passes"] == len(stats["losses"]) == 3
     after = tiny.snapshot(model)
     assert places(model) == where and tiny.same(tiny.snapshot(teacher), own)
@@ -439,6 +437,4 @@ def test_a_model_on_several_devices_is_refused_first() -> None:
 def test_options_name_field_value_and_allowed(field: str, value, kind: type, allowed: str) -> None:
     with pytest.raises(kind) as caught:
         DistillOptions(**{field: value})
-    assert str(caught.value).startswith(f"distill.{field}={value!r}: expected") and allowed in str(
-        caught.value
-    )
+    assert str(caught.value).startswith(f"distill.{field}={value!r}: expected") and allowed in str(caught.value)

@@ -71,9 +71,7 @@ def test_every_family_end_to_end(name, dtype, sparsity):
 
 
 @pytest.mark.parametrize("refine", [{}, TM])
-@pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "opt", "qwen2", "gemma2", "gemma3", "phi3", "neox", "bert", "t5"]
-)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2", "gemma2", "gemma3", "phi3", "neox", "bert", "t5"])
 def test_nothing_is_lost_without_sparsity(name, refine):
     model = tiny.build(name)
     dense = tiny.logits(model)
@@ -134,9 +132,7 @@ def block_outputs(model, replaced=()):
         outputs.append(replaced[index] if index < len(replaced) else first)
         return (outputs[-1], *out[1:]) if isinstance(out, tuple) else outputs[-1]
 
-    handles = [
-        block.register_forward_hook(hook) for block in next(iter(find_stacks(model).values())).values()
-    ]
+    handles = [block.register_forward_hook(hook) for block in next(iter(find_stacks(model).values())).values()]
     tiny.logits(model)
     for handle in handles:
         handle.remove()
@@ -375,9 +371,7 @@ def test_compress_by_name_writes_a_complete_checkpoint(checkpoint, tmp_path):
     report = Report.load(tmp_path)
     assert len(report.layers) == 14 and report.sizes["packed"] < report.sizes["dense"]
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert (
-        stored.items() >= {"quant_method": "sparselr", "format_version": 1, "calibration": "custom"}.items()
-    )
+    assert stored.items() >= {"quant_method": "sparselr", "format_version": 1, "calibration": "custom"}.items()
 
 
 def test_load_arguments_reach_from_pretrained(checkpoint):

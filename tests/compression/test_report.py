@@ -43,9 +43,7 @@ def test_a_report_comes_back(tmp_path):
     assert Report.load(tmp_path / "nothing") is None
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "null", "\x00", "[" * 100_000, "NaN", '{"layers": ' + "9" * 9999]
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "\x00", "[" * 100_000, "NaN", '{"layers": ' + "9" * 9999])
 def test_what_is_no_report_is_none_with_a_warning(tmp_path, caplog, text):
     (tmp_path / FILE_NAME).write_text(text)
     assert Report.load(tmp_path) is None

@@ -166,9 +166,7 @@ def test_windows_kept_back_decide(spoil: bool) -> None:
     """The last batch, here a copy of the first, is not trained on. Its targets decide whether training was of use."""
     block = compressed_block()
     before = state(block)
-    _, inputs, targets, calls = (
-        [*part, part[0]] if isinstance(part, list) else part for part in dense_block(1)
-    )
+    _, inputs, targets, calls = ([*part, part[0]] if isinstance(part, list) else part for part in dense_block(1))
     batches = list(zip(inputs, targets, calls, strict=True))
     if spoil:  # only the start gives these outputs
         with torch.no_grad():

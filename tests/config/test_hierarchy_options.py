@@ -41,9 +41,7 @@ def test_the_published_method_is_hierarchical_and_others_are_flat() -> None:
     assert config(low_rank=None).low_rank == "flat" and config(low_rank=None).hierarchy is None
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"hierarchy": {"ranks": [8, 2]}}, {"method": "shss", "low_rank": None}]
-)
+@pytest.mark.parametrize("fields", [{}, {"hierarchy": {"ranks": [8, 2]}}, {"method": "shss", "low_rank": None}])
 def test_json_round_trip(fields: dict) -> None:
     stored = config(**fields).to_dict()
     assert SparseLRConfig.from_dict(stored).to_dict() == stored

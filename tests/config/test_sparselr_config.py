@@ -58,9 +58,7 @@ def texts():
 # JSON
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, FULL, {"method_options": Options(rho=0.3), "tm": TMOptions(passes=2)}]
-)
+@pytest.mark.parametrize("fields", [{}, FULL, {"method_options": Options(rho=0.3), "tm": TMOptions(passes=2)}])
 def test_json_round_trip(fields: dict) -> None:
     config = SparseLRConfig(**fields)
     for back in (
@@ -91,9 +89,7 @@ def test_every_field_is_stored(field: str) -> None:
 def test_stores_resolved_options_and_identity() -> None:
     stored = SparseLRConfig(**FULL).to_dict()
     assert stored["quant_method"] == "sparselr" and stored["format_version"] == FORMAT_VERSION
-    assert (
-        stored["method_options"]["rho"] == 0.2 and stored["method_options"]["cg_steps"] == Options().cg_steps
-    )
+    assert stored["method_options"]["rho"] == 0.2 and stored["method_options"]["cg_steps"] == Options().cg_steps
     assert stored["tm"]["passes"] == 3 and stored["tm"]["batch_size"] == TMOptions().batch_size
     assert json.loads(json.dumps(stored)) == stored
 
@@ -154,9 +150,7 @@ def test_effort_is_stored_with_the_options_it_stands_for(effort: str) -> None:
 
 
 def test_refine_steps_in_order() -> None:
-    steps = {
-        refine: SparseLRConfig(refine=refine).refine_steps for refine in ("tm", "distill", "tm+distill", None)
-    }
+    steps = {refine: SparseLRConfig(refine=refine).refine_steps for refine in ("tm", "distill", "tm+distill", None)}
     assert list(steps.values()) == [("tm",), ("distill",), ("tm", "distill"), ()]
 
 

@@ -109,24 +109,18 @@ def test_check_source_accepts(source):
 
 @pytest.mark.parametrize("source", [None, 3, b"text", {"input_ids": IDS}, Path("a.txt"), len])
 def test_check_source_rejects_other_types(source):
-    with pytest.raises(
-        TypeError, match=f"calibration=<{type(source).__name__}.* is not calibration data: pass"
-    ):
+    with pytest.raises(TypeError, match=f"calibration=<{type(source).__name__}.* is not calibration data: pass"):
         cal.check_source(source)
 
 
-@pytest.mark.parametrize(
-    "source", ["", " ", "file:", "file: ", "a/b/c", "/a/b", "./a", "id:", "x = 1\n" * 50]
-)
+@pytest.mark.parametrize("source", ["", " ", "file:", "file: ", "a/b/c", "/a/b", "./a", "id:", "x = 1\n" * 50])
 def test_check_source_rejects_malformed_strings(source):
     with pytest.raises(ValueError, match=r"calibration='.* names no source: pass") as error:
         cal.check_source(source)
     assert len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize(
-    "source", [[], (), torch.empty(0, 4).long(), datasets.Dataset.from_dict({"text": []})]
-)
+@pytest.mark.parametrize("source", [[], (), torch.empty(0, 4).long(), datasets.Dataset.from_dict({"text": []})])
 def test_check_source_rejects_empty(source):
     with pytest.raises(ValueError, match="calibration=<"):
         cal.check_source(source)
@@ -168,9 +162,7 @@ def test_check_source_leaves_an_iterator_unread():
 
 def test_missing_column_lists_the_columns():
     data = datasets.Dataset.from_dict({"content": TEXTS, "n": list(range(60))})
-    with pytest.raises(
-        ValueError, match=r"columns \['content', 'n'\]: rename one to messages or input_ids or"
-    ):
+    with pytest.raises(ValueError, match=r"columns \['content', 'n'\]: rename one to messages or input_ids or"):
         cal.check_source(data)
     streamed = datasets.IterableDataset.from_generator(lambda: iter([{"content": "a"}]))
     assert streamed.column_names is None
@@ -233,9 +225,7 @@ def test_chats_go_through_the_template(tokenizer, chat_tokenizer):
         load(CHATS, tokenizer)
 
 
-@pytest.mark.parametrize(
-    "source", [TEXTS, CHATS, "org/name", sources.C4], ids=["texts", "chats", "hub", "c4"]
-)
+@pytest.mark.parametrize("source", [TEXTS, CHATS, "org/name", sources.C4], ids=["texts", "chats", "hub", "c4"])
 def test_text_needs_a_tokenizer(source):
     with pytest.raises(ValueError, match=r"calibration=.* is text, and tokenizer=None: pass"):
         load(source)
@@ -344,9 +334,7 @@ def test_special_tokens_at_the_start(tokenizer):
 
 def test_c4_without_a_long_document(tokenizer):
     draw = windows.Draw("calibration='allenai/c4'", tokenizer, 2, 64, 0)
-    with pytest.raises(
-        ValueError, match="calibration='allenai/c4' gave 0 of 2 documents of over seq_len=64 tokens"
-    ):
+    with pytest.raises(ValueError, match="calibration='allenai/c4' gave 0 of 2 documents of over seq_len=64 tokens"):
         windows.windows_of_documents(TEXTS[:2], draw)
 
 
@@ -495,9 +483,7 @@ def test_without_bos_samples_start_from_random_ids(model):
 def test_models_that_cannot_write():
     tiny = {"vocab_size": 16, "num_hidden_layers": 1}
     no_head = LlamaModel(LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, **tiny))
-    seq2seq = T5ForConditionalGeneration(
-        T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, vocab_size=16)
-    )
+    seq2seq = T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, vocab_size=16))
     for model in (no_head, seq2seq, torch.nn.Linear(2, 2)):
         message = f'calibration="self": {type(model).__name__} is no decoder .*: pass "file:GLOB"'
         with pytest.raises(ValueError, match=message):

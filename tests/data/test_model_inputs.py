@@ -46,9 +46,7 @@ ROWS = [{"pixel_values": PIXELS[row : row + 1]} for row in range(4)]
         lambda: [{"pixel_values": PIXELS[:3]}, {"pixel_values": PIXELS[3:]}],
         lambda: iter(ROWS),
         lambda: ({"pixel_values": row} for row in (PIXELS[:2], PIXELS[2:])),
-        lambda: torch.utils.data.DataLoader(
-            [{"pixel_values": row} for row in PIXELS], batch_size=3, collate_fn=None
-        ),
+        lambda: torch.utils.data.DataLoader([{"pixel_values": row} for row in PIXELS], batch_size=3, collate_fn=None),
         lambda: [{"pixel_values": PIXELS.numpy()}],
     ],
     ids="samples batch batches iterator generator loader numpy".split(),
@@ -125,9 +123,7 @@ def test_images_go_through_the_processor():
 def test_audio_goes_through_the_feature_extractor():
     extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
     sounds = [np.sin(np.arange(4000) / pitch).astype(np.float32) for pitch in (5, 9)]
-    expected = [
-        extractor(sound, sampling_rate=16000, return_tensors="pt")["input_features"] for sound in sounds
-    ]
+    expected = [extractor(sound, sampling_rate=16000, return_tensors="pt")["input_features"] for sound in sounds]
     for reader in (extractor, SimpleNamespace(feature_extractor=extractor)):
         samples = load(sounds, reader)
         assert all(torch.equal(s["input_features"], e) for s, e in zip(samples, expected, strict=True))
@@ -141,9 +137,7 @@ def llava_processor() -> LlavaProcessor:
         "{% for m in messages %}{% for part in m.content %}"
         "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
     )
-    return LlavaProcessor(
-        images, tokens, patch_size=4, vision_feature_select_strategy="full", chat_template=template
-    )
+    return LlavaProcessor(images, tokens, patch_size=4, vision_feature_select_strategy="full", chat_template=template)
 
 
 def test_chats_with_images_go_through_the_template_of_the_processor():
@@ -185,9 +179,7 @@ def test_images_compress_a_vision_model(tmp_path):
     images = [np.full((16, 16, 3), shade, dtype=np.uint8) for shade in (10, 90, 170, 250)]
     model = compress(str(tmp_path / "dense"), tiny.settings(calibration=images), tmp_path / "packed")
     again = ViTForImageClassification.from_pretrained(tmp_path / "packed")
-    pixels = ViTImageProcessor.from_pretrained(tmp_path / "packed")(images, return_tensors="pt")[
-        "pixel_values"
-    ]
+    pixels = ViTImageProcessor.from_pretrained(tmp_path / "packed")(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         assert torch.equal(model(pixels).logits, again(pixels).logits)
 

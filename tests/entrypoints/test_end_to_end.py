@@ -47,16 +47,12 @@ def test_compress_save_reload_and_fine_tune(tmp_path):
         assert parse("2:4").allows(unpack_mask(layer.mask, layer.in_features))
 
     model.save_pretrained(tmp_path / "packed")
-    stored, original = (
-        sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (tmp_path / "packed", MODEL)
-    )
+    stored, original = (sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (tmp_path / "packed", MODEL))
     assert stored < 0.75 * 2 * original  # which is in BF16
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert perplexity(model, held_out) == compressed
 
-    before = {
-        name: (layer.mask.clone(), layer.values.clone()) for name, layer in packed_layers(model).items()
-    }
+    before = {name: (layer.mask.clone(), layer.values.clone()) for name, layer in packed_layers(model).items()}
     peft_model = get_peft_model(model, hf_sparselr.lora_config(model))
     assert perplexity(peft_model, held_out) == pytest.approx(compressed, rel=1e-3)
     train = torch.tensor(tokenizer("\n\n".join(texts("optparse", "ftplib")))["input_ids"])
@@ -83,6 +79,4 @@ def test_compress_save_reload_and_fine_tune(tmp_path):
 
     peft_model.save_pretrained(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    assert perplexity(PeftModel.from_pretrained(base, tmp_path / "adapter"), held_out) == pytest.approx(
-        tuned, rel=1e-6
-    )
+    assert perplexity(PeftModel.from_pretrained(base, tmp_path / "adapter"), held_out) == pytest.approx(tuned, rel=1e-6)

@@ -96,9 +96,7 @@ def test_the_adapter_keeps_to_what_serving_software_takes(pair):
 
 def test_a_fine_tuned_model_is_exported_after_merging(tmp_path):
     model = compress(tiny.build("llama"), tiny.settings())
-    adapted = get_peft_model(
-        model, LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
-    ).eval()
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)).eval()
     expected = tiny.logits(adapted)
     with pytest.raises(TypeError, match=r"PeftModel.*merge_and_unload"):
         hf_sparselr.export_portable(adapted, tmp_path)

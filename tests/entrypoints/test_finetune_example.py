@@ -20,9 +20,7 @@ def test_own_factors_start_lower_and_end_no_higher(tmp_path: Path, monkeypatch, 
     (tmp_path / "text.txt").write_text(text * 2, encoding="utf-8")
     ids = torch.tensor(tiny.tokenizer()(text)["input_ids"][:512]).view(-1, 64)
     model = AutoModelForCausalLM.from_pretrained(tiny.PYLM, dtype=torch.float32)
-    hf_sparselr.compress(model, tiny.settings(calibration=ids, num_samples=8, seq_len=64)).save_pretrained(
-        tmp_path
-    )
+    hf_sparselr.compress(model, tiny.settings(calibration=ids, num_samples=8, seq_len=64)).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     options = {
         "model": tmp_path,

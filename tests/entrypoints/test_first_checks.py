@@ -80,9 +80,7 @@ def test_what_is_no_path_of_a_folder(dense, no_weights, tmp_path, monkeypatch, v
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write to")
 @VERBS
 def test_a_folder_that_cannot_be_written(dense, no_weights, verb):
-    with pytest.raises(
-        PermissionError, match="output_dir='/proc/packed': expected a folder that can be written"
-    ):
+    with pytest.raises(PermissionError, match="output_dir='/proc/packed': expected a folder that can be written"):
         verb(str(dense), settings(), "/proc/packed")
 
 
@@ -96,9 +94,7 @@ def test_a_folder_of_another_user(dense, no_weights, tmp_path):
 def test_too_little_disk(dense, no_weights, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2000, 1000, 1000))
-    with pytest.raises(
-        OSError, match=r"output_dir='.*': expected [\d,]+ bytes free for the checkpoint, found 1,000"
-    ):
+    with pytest.raises(OSError, match=r"output_dir='.*': expected [\d,]+ bytes free for the checkpoint, found 1,000"):
         compress(str(dense), settings(), tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
 
@@ -163,9 +159,7 @@ def test_the_reason_why_a_tokenizer_cannot_be_loaded(dense, no_weights, tmp_path
     shutil.copytree(dense, folder)
     (folder / "tokenizer.json").write_text("{")
     config = settings(calibration=TEXTS)
-    with pytest.raises(
-        OSError, match=rf"tokenizer=None: none can be loaded from '{folder}' \(\w+: .+\); pass"
-    ):
+    with pytest.raises(OSError, match=rf"tokenizer=None: none can be loaded from '{folder}' \(\w+: .+\); pass"):
         compress(str(folder), config)
     with pytest.raises(OSError, match=rf"tokenizer=None: none can be loaded from '{folder}'"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
@@ -183,9 +177,7 @@ def test_a_checkpoint_without_tokenizer_says_so_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         compress(str(tmp_path / "dense"), settings(), tmp_path / "packed")
     told = [record.message for record in caplog.records if "tokenizer" in record.message]
-    assert (
-        len(told) == 1 and "the checkpoint will hold no tokenizer or processor: none can be loaded" in told[0]
-    )
+    assert len(told) == 1 and "the checkpoint will hold no tokenizer or processor: none can be loaded" in told[0]
 
 
 def test_the_tokenizer_of_the_config_is_saved(dense, tmp_path):
@@ -220,9 +212,7 @@ def test_code_beside_the_checkpoint(dense, tmp_path):
         "class Own(LlamaModel):\n    pass\n\n\nclass OwnForCausalLM(LlamaForCausalLM):\n    pass\n"
     )
     model = compress(str(folder), settings(calibration=TEXTS), tmp_path / "packed", trust_remote_code=True)
-    assert type(model).__name__ == "OwnForCausalLM" and type(model).__module__.startswith(
-        "transformers_modules"
-    )
+    assert type(model).__name__ == "OwnForCausalLM" and type(model).__module__.startswith("transformers_modules")
 
 
 def test_a_revision_of_the_hub(dense, tmp_path):

@@ -57,9 +57,7 @@ def masks(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.6)])
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16), ("t5", torch.float32)]
-)
+@pytest.mark.parametrize(("name", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16), ("t5", torch.float32)])
 def test_a_pruned_model_keeps_its_support_and_gets_better(name, dtype, pattern):
     model, reference = pruned(name, pattern, dtype), tiny.build(name, dtype)
     before, dense, expected = tiny.snapshot(model), tiny.snapshot(reference), supports(model)
@@ -73,9 +71,7 @@ def test_a_pruned_model_keeps_its_support_and_gets_better(name, dtype, pattern):
     layers = packed_layers(result)
     assert all((layer.rank, layer.values.dtype) == (0, dtype) for layer in layers.values())
     changed = [
-        not torch.equal(
-            unpack(layer.mask, layer.values, layer.in_features), weight_of(model.get_submodule(key))
-        )
+        not torch.equal(unpack(layer.mask, layer.values, layer.in_features), weight_of(model.get_submodule(key)))
         for key, layer in layers.items()
     ]
     assert all(changed)
@@ -156,9 +152,7 @@ def test_a_pair_is_refined():
     result = refine(pair, config(sparsity="2:4"), reference=reference)
     ranks = {name: layer.rank for name, layer in packed_layers(result).items()}
     assert all(rank == (4 if name.endswith(("q_proj", "down_proj")) else 0) for name, rank in ranks.items())
-    layer, lora = (
-        each.get_submodule("model.layers.0.self_attn.q_proj") for each in (result, pair.get_base_model())
-    )
+    layer, lora = (each.get_submodule("model.layers.0.self_attn.q_proj") for each in (result, pair.get_base_model()))
     start = lora.lora_B["default"].weight @ lora.lora_A["default"].weight * lora.scaling["default"]
     assert not torch.equal(layer.B @ layer.A, start)
     assert torch.allclose(layer.B @ layer.A, start, atol=0.05)
@@ -219,14 +213,10 @@ def test_settings_are_recorded_as_found(tmp_path):
     size = sum(mask.numel() for mask in masks(loaded).values())
     assert stored["sparsity"] == pytest.approx(1 - kept / size) == pytest.approx(0.7, abs=1e-3)
     report = Report.load(tmp_path)
-    assert {row["pattern"] for row in report.layers if "down_proj" in row["name"]} == {
-        "0.699951"
-    }  # 1433 of 2048
+    assert {row["pattern"] for row in report.layers if "down_proj" in row["name"]} == {"0.699951"}  # 1433 of 2048
     assert {row["rank"] for row in report.layers} == {0, 4}
     assert "a decomposition made elsewhere" in (tmp_path / "README.md").read_text()
-    with pytest.raises(
-        ValueError, match="method='precomputed' marks decompositions that were made elsewhere"
-    ):
+    with pytest.raises(ValueError, match="method='precomputed' marks decompositions that were made elsewhere"):
         compress(tiny.build("llama"), tiny.settings(method=PRECOMPUTED, method_options=None))
 
 

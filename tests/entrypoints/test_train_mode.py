@@ -130,9 +130,7 @@ def test_errors(packed: Path) -> None:
     with pytest.raises(ValueError, match="holds no compressed layer"):
         hf_sparselr.train_mode(tiny.build("llama"))
     bare = nn.Sequential(SparseLRLinear(4, 4, 8, rank=0))
-    with pytest.raises(
-        ValueError, match="mode='factors' selects no parameter: the compressed layers have rank 0"
-    ):
+    with pytest.raises(ValueError, match="mode='factors' selects no parameter: the compressed layers have rank 0"):
         hf_sparselr.train_mode(bare)
     assert trainable(hf_sparselr.train_mode(bare, "full")) == {"0.values"}
 
@@ -151,9 +149,7 @@ def test_zero3_is_refused(packed: Path) -> None:
     hf_sparselr.train_mode(model)
 
 
-@pytest.mark.parametrize(
-    ("installed", "works"), [("2.11.0+cu128", False), ("2.12.0", True), ("2.13.1+cpu", True)]
-)
+@pytest.mark.parametrize(("installed", "works"), [("2.11.0+cu128", False), ("2.12.0", True), ("2.13.1+cpu", True)])
 def test_fsdp2_needs_a_torch_that_shards_integers(
     packed: Path, accelerator: Accelerator, monkeypatch, installed: str, works: bool
 ) -> None:
@@ -168,9 +164,7 @@ def test_fsdp2_needs_a_torch_that_shards_integers(
     with pytest.raises(ValueError, match=r"torch 2\.11\.0\+cu128: FSDP2 .* needs torch >= 2\.12; use DDP"):
         hf_sparselr.train_mode(model)
     plugin.fsdp_version = 1
-    with pytest.raises(
-        ValueError, match=r"FSDP1 is not supported .* FSDP2 \(fsdp_version=2, torch >= 2\.12\)"
-    ):
+    with pytest.raises(ValueError, match=r"FSDP1 is not supported .* FSDP2 \(fsdp_version=2, torch >= 2\.12\)"):
         hf_sparselr.train_mode(model)
 
 

@@ -105,9 +105,7 @@ def test_peak_memory_of_factors_is_below_dense_lora(dtype: torch.dtype, adapter:
     model = wide(dtype)
     layers = packed_layers(model).values()
     sizes = [layer.in_features * layer.out_features for layer in layers]
-    saved = sum(sizes) * dtype.itemsize - bytes_of(
-        *(t for layer in layers for t in (layer.mask, layer.values))
-    )
+    saved = sum(sizes) * dtype.itemsize - bytes_of(*(t for layer in layers for t in (layer.mask, layer.values)))
     if adapter:  # the base keeps its factors beside the adapter's
         saved -= bytes_of(*(factor for layer in layers for factor in (layer.A, layer.B)))
     model = hf_sparselr.as_peft_model(model) if adapter else hf_sparselr.train_mode(model)

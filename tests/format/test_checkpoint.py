@@ -73,9 +73,7 @@ def test_round_trip_of_hard_cases(dtype: torch.dtype, columns: int, support: str
     assert torch.equal(bits(unpack(packed, values, columns)), bits(dense))
 
 
-@pytest.mark.parametrize(
-    ("n", "m"), [(1, 2), (2, 4), (1, 4), (4, 8), (1, 8), (3, 5), (2, 6), (8, 16), (3, 32)]
-)
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (4, 8), (1, 8), (3, 5), (2, 6), (8, 16), (3, 32)])
 def test_a_packed_mask_is_counted_and_compared_with_its_pattern(n: int, m: int) -> None:
     generator, pattern = torch.Generator().manual_seed(0), NM(n, m)
     obeying = pattern.mask(torch.rand(7, 3 * m, generator=generator))

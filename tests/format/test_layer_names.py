@@ -4,9 +4,7 @@ from hypothesis import strategies as st
 
 from hf_sparselr.format.layer_names import compact_names, expand_names
 
-PARTS = st.one_of(
-    st.integers(0, 12).map(str), st.sampled_from(["q_proj", "layers", "007", "{0}", "{1-2", "-1"])
-)
+PARTS = st.one_of(st.integers(0, 12).map(str), st.sampled_from(["q_proj", "layers", "007", "{0}", "{1-2", "-1"]))
 NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
 
 

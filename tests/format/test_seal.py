@@ -46,8 +46,7 @@ def test_sealing_changes_no_tensor(tmp_path, with_room):
     loaded = load_file(path)
     assert loaded.keys() == TENSORS.keys()
     assert all(
-        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
-        for name, tensor in TENSORS.items()
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
     )
     with safe_open(path, framework="pt") as reader:
         assert reader.metadata()["format"] == "pt"
@@ -149,7 +148,5 @@ def test_unsealed_files_need_an_unsealed_config(tmp_path):
 def test_metadata_that_is_no_seal_is_refused(tmp_path, text):
     path = str(tmp_path / "model.safetensors")
     save_file(TENSORS, path, metadata={METADATA: text})
-    with pytest.raises(
-        FormatError, match=rf"^{re.escape(path)}: its metadata entry 'sparselr' cannot be read"
-    ):
+    with pytest.raises(FormatError, match=rf"^{re.escape(path)}: its metadata entry 'sparselr' cannot be read"):
         read_seal(path)

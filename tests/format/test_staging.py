@@ -120,9 +120,7 @@ def test_a_move_that_fails_keeps_the_rest_only_if_something_was_moved(tmp_path, 
 
 
 def test_leftovers_of_processes_that_are_gone_are_removed_and_others_stay(tmp_path):
-    gone = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
-    )
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     node = staging.platform.node()
     dead = tmp_path / f".sparselr-save-{node}-{gone.stdout.strip()}-00000000.partial"
     running = tmp_path / f".sparselr-save-{node}-{os.getppid()}-00000000.partial"

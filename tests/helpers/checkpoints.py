@@ -153,11 +153,7 @@ def narrow_the_factors(checkpoint: Checkpoint) -> None:
 def swap_tensors(checkpoint: Checkpoint) -> None:
     def change(tensors: dict) -> None:
         first = checkpoint.random.choice(sorted(tensors))
-        alike = [
-            name
-            for name, t in tensors.items()
-            if name != first and t.shape == tensors[first].shape and t.numel()
-        ]
+        alike = [name for name, t in tensors.items() if name != first and t.shape == tensors[first].shape and t.numel()]
         if alike:
             second = checkpoint.random.choice(sorted(alike))
             tensors[first], tensors[second] = tensors[second], tensors[first]
@@ -208,9 +204,7 @@ def leave_a_stale_file(checkpoint: Checkpoint) -> None:
 
 
 def lose_a_file(checkpoint: Checkpoint) -> None:
-    checkpoint.random.choice(
-        [*checkpoint.folder.glob("*.safetensors"), *checkpoint.folder.glob(INDEX)]
-    ).unlink()
+    checkpoint.random.choice([*checkpoint.folder.glob("*.safetensors"), *checkpoint.folder.glob(INDEX)]).unlink()
 
 
 def edit_the_index(checkpoint: Checkpoint) -> None:
@@ -222,9 +216,7 @@ def edit_the_index(checkpoint: Checkpoint) -> None:
         lost = checkpoint.random.choice(files)
         ways = [
             lambda: index["weight_map"].pop(checkpoint.random.choice(names)),
-            lambda: index["weight_map"].update(
-                {checkpoint.random.choice(names): checkpoint.random.choice(files)}
-            ),
+            lambda: index["weight_map"].update({checkpoint.random.choice(names): checkpoint.random.choice(files)}),
             lambda: index["weight_map"].update({checkpoint.random.choice(names): "nowhere.safetensors"}),
             lambda: [index["weight_map"].pop(n) for n in names if index["weight_map"][n] == lost],
         ]
@@ -257,9 +249,7 @@ def break_the_report(checkpoint: Checkpoint) -> None:
     content = json.loads(text)
     ways = [
         lambda: text[: checkpoint.random.randrange(len(text))],
-        lambda: checkpoint.random.choice(
-            ("", "[]", "null", "NaN", "[" * 5000, "\x00", '{"layers": 3}', "1e999")
-        ),
+        lambda: checkpoint.random.choice(("", "[]", "null", "NaN", "[" * 5000, "\x00", '{"layers": 3}', "1e999")),
         lambda: json.dumps({**content, "note_of_later": 1}),
         lambda: json.dumps(
             {
@@ -270,9 +260,7 @@ def break_the_report(checkpoint: Checkpoint) -> None:
         lambda: json.dumps(
             {**content, "layers": [{}, {"name": "|`<b>\n#"}, {"shape": 3, "rank": [], "sparsity": "x"}]}
         ),
-        lambda: json.dumps(
-            {**content, "base_model": "../../etc/passwd", "sizes": {"dense": 0, "packed": -1}}
-        ),
+        lambda: json.dumps({**content, "base_model": "../../etc/passwd", "sizes": {"dense": 0, "packed": -1}}),
     ]
     path.write_text(checkpoint.random.choice(ways)())
 

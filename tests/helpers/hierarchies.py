@@ -17,9 +17,7 @@ SHAPES = [
 def random_hierarchy(
     shape: HierarchyShape, permuted: bool, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> Hierarchy:
-    factors = (
-        randn(*shape.sizes[part], seed=seed + i).to(dtype) for i, part in enumerate(("A", "B", "leaves"))
-    )
+    factors = (randn(*shape.sizes[part], seed=seed + i).to(dtype) for i, part in enumerate(("A", "B", "leaves")))
     generator = torch.Generator().manual_seed(seed)
     orders = (
         torch.randperm(size, generator=generator).int() if permuted else None
@@ -46,9 +44,7 @@ def _entry(hierarchy: Hierarchy, i: int, j: int, row_leaf: int, column_leaf: int
         return hierarchy.leaves[i, j - column_leaf * hierarchy.shape.leaf[1]]
     depth = hierarchy.shape.depth
     level = next(
-        level
-        for level in range(1, depth + 1)
-        if row_leaf >> (depth - level) == (column_leaf >> (depth - level)) ^ 1
+        level for level in range(1, depth + 1) if row_leaf >> (depth - level) == (column_leaf >> (depth - level)) ^ 1
     )
     first = sum(hierarchy.shape.ranks[: level - 1])
     span = range(first, first + hierarchy.shape.ranks[level - 1])

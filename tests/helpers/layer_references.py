@@ -16,9 +16,7 @@ def objective(weight: torch.Tensor, result, gram: ScaledGram) -> float:
 def least_error(E: torch.Tensor, gram: ScaledGram, rank: int) -> float:
     """min over L of that rank of tr((E - L) G (E - L)^T): the tail of the spectrum of E G^(1/2), float64."""
     values, vectors = torch.linalg.eigh(gram.matrix.double())
-    return float(
-        torch.linalg.svdvals(E.double() @ (vectors * values.clamp(min=0).sqrt()))[rank:].square().sum()
-    )
+    return float(torch.linalg.svdvals(E.double() @ (vectors * values.clamp(min=0).sqrt()))[rank:].square().sum())
 
 
 def fit_error(E: torch.Tensor, gram: ScaledGram, basis: torch.Tensor) -> float:

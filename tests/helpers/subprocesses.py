@@ -68,9 +68,7 @@ def check(code, *paths, cwd, torch_imported=False):
     return result
 
 
-def fork(
-    code: str, env: dict[str, str], cwd: Path | str, timeout: int = TIMEOUT
-) -> subprocess.CompletedProcess:
+def fork(code: str, env: dict[str, str], cwd: Path | str, timeout: int = TIMEOUT) -> subprocess.CompletedProcess:
     """Runs code as `python -c` does, in a fork of a process that has imported torch before `env` was set."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
@@ -80,9 +78,7 @@ def fork(
         server = _server()
         server.stdin.write(json.dumps({**job, **{path.name: str(path) for path in outputs}}) + "\n")
         server.stdin.flush()
-        return subprocess.CompletedProcess(
-            code, int(server.stdout.readline()), *(path.read_text() for path in outputs)
-        )
+        return subprocess.CompletedProcess(code, int(server.stdout.readline()), *(path.read_text() for path in outputs))
 
 
 @functools.cache

@@ -54,9 +54,7 @@ _MODELS: dict[str, Callable[[], tuple[type, tf.PreTrainedConfig]]] = {
     "bert-mlm": lambda: (tf.BertForMaskedLM, tf.BertConfig(**_DECODER)),
     "t5": lambda: (
         tf.T5ForConditionalGeneration,
-        tf.T5Config(
-            vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
-        ),
+        tf.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0),
     ),
     "mamba": lambda: (
         tf.MambaForCausalLM,

@@ -72,9 +72,7 @@ def test_a_check_sees_the_arguments_by_name_with_defaults(host):
         host.scale(-1)
 
 
-@pytest.mark.parametrize(
-    "pass_on", [lambda f, *a: f(*a), lambda f, *a: f(**dict(zip(("x", "by"), a, strict=True)))]
-)
+@pytest.mark.parametrize("pass_on", [lambda f, *a: f(*a), lambda f, *a: f(**dict(zip(("x", "by"), a, strict=True)))])
 def test_what_runs_around_a_function_may_change_its_arguments(host, pass_on):
     host.ours.change = lambda call, x, extra: call(x=x + 1, note=extra)
     apply(patch("toolbox.inner:scale", "change", around=True))

@@ -57,9 +57,9 @@ def test_unpacking(out: int, n: int, kind: str | float, dtype: torch.dtype, wide
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_are_rounded_as_torch_rounds(dtype: torch.dtype, rows: int) -> None:
     mask, values = pack(torch.ones(200, 1, dtype=dtype), torch.ones(200, 1, dtype=torch.bool))
-    bias = torch.cat(
-        [draw(196, seed=7, dtype=dtype).cpu(), torch.tensor([0, torch.inf, -torch.inf, torch.nan])]
-    ).to(dtype)
+    bias = torch.cat([draw(196, seed=7, dtype=dtype).cpu(), torch.tensor([0, torch.inf, -torch.inf, torch.nan])]).to(
+        dtype
+    )
     x = torch.full((rows, 1), 2.0**-9 + 2.0**-12, dtype=dtype)
     out = cpu.multiply(x, PackedWeight(mask, values, None, None, bias, 1))
     expected = (x.float() + bias.float()).to(dtype)
@@ -97,9 +97,7 @@ def test_bits_beyond_the_last_column_meet_zeros(rows: int, wide: bool) -> None:
     mask = weight.mask.clone()
     mask[:, -1] |= 0xE0  # three more, of columns that are not there
     values = torch.full((weight.values.numel() + 9,), 7.0)
-    out = cpu.multiply(
-        draw(rows, 13, seed=6, dtype=torch.float32).cpu(), weight._replace(mask=mask, values=values)
-    )
+    out = cpu.multiply(draw(rows, 13, seed=6, dtype=torch.float32).cpu(), weight._replace(mask=mask, values=values))
     x = draw(rows, 13, seed=6, dtype=torch.float32).cpu().double()
     assert_near(out, 7 * x @ case.support.cpu().double().T, torch.float32)
 

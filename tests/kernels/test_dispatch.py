@@ -23,9 +23,7 @@ from hf_sparselr.nn.linear import SparseLRLinear
 
 
 @pytest.mark.parametrize("kernel", ["auto", "packed", "dense"])
-@pytest.mark.parametrize(
-    "shape", [(100,), (1, 100), (2, 1, 100), (17, 100), (3, 25, 100), (0, 100), (2, 0, 100)]
-)
+@pytest.mark.parametrize("shape", [(100,), (1, 100), (2, 1, 100), (17, 100), (3, 25, 100), (0, 100), (2, 0, 100)])
 def test_the_layer(kernel: str, shape: tuple) -> None:
     case = problem(9, 100, 0.5)
     x = draw(*shape, seed=6, dtype=torch.float32)
@@ -53,9 +51,7 @@ def test_the_operators_are_well_defined() -> None:
     x = draw(2, 12, seed=6, dtype=torch.float32)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.linear, (x, *weight, "packed"), test_utils=tests)
-    torch.library.opcheck(
-        ops.linears, (x, *([part] * 2 for part in weight[:5]), 12, "packed"), test_utils=tests
-    )
+    torch.library.opcheck(ops.linears, (x, *([part] * 2 for part in weight[:5]), 12, "packed"), test_utils=tests)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -66,9 +62,7 @@ def test_an_unknown_kernel_is_refused(train: bool, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=r"kernel='fast': expected one of 'auto', 'packed', 'dense'"):
         packed_linear(x, weight, "fast")
     monkeypatch.setattr(override, "OVERRIDE", "slow")
-    with pytest.raises(
-        ValueError, match=r"HF_SPARSELR_KERNEL='slow': expected one of 'auto', 'packed', 'dense'"
-    ):
+    with pytest.raises(ValueError, match=r"HF_SPARSELR_KERNEL='slow': expected one of 'auto', 'packed', 'dense'"):
         packed_linear(x, weight)
 
 
@@ -125,9 +119,7 @@ def test_a_tensor_that_is_elsewhere_is_named(name: str) -> None:
 
 def test_inputs_that_do_not_fit_are_refused() -> None:
     weight = problem(4, 8, 0.5).weight
-    with pytest.raises(
-        TypeError, match=r"inputs of dtype torch\.float16 for a packed layer of dtype torch\.float32"
-    ):
+    with pytest.raises(TypeError, match=r"inputs of dtype torch\.float16 for a packed layer of dtype torch\.float32"):
         packed_linear(draw(1, 8, seed=6, dtype=torch.float16), weight)
     for shape in ((2, 9), (1, 4), (16,)):  # as many entries as two rows, or half a row
         with pytest.raises(ValueError, match=r"inputs have shape .*, expected \(\.\.\., 8\)"):
@@ -356,9 +348,7 @@ def test_the_kernel_is_chosen_on_loading(tmp_path) -> None:
         "num_samples": 2,
         "seq_len": 8,
     }
-    made = compress(
-        LlamaForCausalLM(config).eval(), SparseLRConfig(**settings, kernel="packed", device="cpu")
-    )
+    made = compress(LlamaForCausalLM(config).eval(), SparseLRConfig(**settings, kernel="packed", device="cpu"))
     made.save_pretrained(tmp_path)
     assert '"kernel"' not in (tmp_path / "config.json").read_text()
     dense = {"quantization_config": SparseLRConfig(kernel="dense")}

@@ -18,9 +18,7 @@ def layer(outs, ins, rank, bias, density=0.4):
     return SparseLRLinear.from_decomposition(found, torch.randn(outs) if bias else None)
 
 
-@pytest.mark.parametrize(
-    ("outs", "ins", "rank", "bias"), [(5, 16, 0, False), (7, 13, 3, True), (1, 70, 1, True)]
-)
+@pytest.mark.parametrize(("outs", "ins", "rank", "bias"), [(5, 16, 0, False), (7, 13, 3, True), (1, 70, 1, True)])
 @pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
 def test_it_is_the_product(outs, ins, rank, bias, density):
     packed = layer(outs, ins, rank, bias, density)
@@ -37,9 +35,7 @@ def test_onnx_runtime_computes_it(tmp_path):
     x = torch.randn(3, 400)
     path = tmp_path / "model.onnx"
     shapes = ({0: torch.export.Dim("rows")},)
-    torch.onnx.export(
-        model, (x,), path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
-    )
+    torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False)
     session = runtime.InferenceSession(path)
     name = session.get_inputs()[0].name
     for rows in (3, 1, 8):

@@ -93,9 +93,7 @@ def test_gradients(shape, permuted: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close(dtype: torch.dtype) -> None:
     hierarchy = random_hierarchy(SHAPES[0], True)
-    half = dataclasses.replace(
-        hierarchy, **{part: getattr(hierarchy, part).to(dtype) for part in ("A", "B", "leaves")}
-    )
+    half = dataclasses.replace(hierarchy, **{part: getattr(hierarchy, part).to(dtype) for part in ("A", "B", "leaves")})
     x = randn(4, 64, seed=9)
     exact, y = x @ by_entries(hierarchy).T, hierarchical_product(x.to(dtype), half)
     assert y.dtype == dtype

@@ -37,9 +37,7 @@ def both_gradients(case: Problem, n: int, rows: int) -> list[list[torch.Tensor]]
 @pytest.mark.parametrize("rows", [2, 100])
 def test_gradients_on_the_gpu(dtype: torch.dtype, kind: str | float, rows: int) -> None:
     for expected, actual in zip(*both_gradients(problem(48, 128, kind, dtype=dtype), 128, rows), strict=True):
-        assert (actual.double() - expected).norm() <= (
-            1e-4 if dtype == torch.float32 else 0.03
-        ) * expected.norm()
+        assert (actual.double() - expected).norm() <= (1e-4 if dtype == torch.float32 else 0.03) * expected.norm()
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -181,9 +179,7 @@ def test_threads_share_a_layer_on_the_gpu() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["2:4", 0.5])
 @pytest.mark.parametrize("rows", [1, 8])
-def test_layers_that_share_a_launch_come_out_as_alone(
-    rows: int, kind: str | float, dtype: torch.dtype
-) -> None:
+def test_layers_that_share_a_launch_come_out_as_alone(rows: int, kind: str | float, dtype: torch.dtype) -> None:
     layers = [layer_of(problem(out, 320, kind, dtype=dtype), 320) for out in (500, 96, 7)]
     weights = [layer.packed_weight for layer in layers]
     x = draw(rows, 320, seed=6, dtype=dtype)
@@ -272,9 +268,7 @@ def test_mma(out: int, n: int, kind: str | float, rank: int, bias: bool, dtype: 
 def test_every_configuration_of_mma(kind: str | float) -> None:
     from hf_sparselr.kernels import gpu
 
-    cases = [
-        problem(out, 1088, kind, rank, dtype=torch.bfloat16) for out, rank in ((500, 64), (96, 8), (7, 16))
-    ]
+    cases = [problem(out, 1088, kind, rank, dtype=torch.bfloat16) for out, rank in ((500, 64), (96, 8), (7, 16))]
     weights = [case.weight for case in cases]
     for rows in (3, 16, 32):
         for config in mma_configs(kind, rows):
@@ -317,9 +311,7 @@ def test_mma_reads_no_value_that_is_not_there(kind: str | float) -> None:
 
 
 @pytest.mark.gpu(capability=(9, 0))  # the only one it was tried on
-@pytest.mark.parametrize(
-    ("out", "n", "rank"), [(64, 64, 0), (192, 1088, 64), (4096, 4096, 0), (576, 1536, 32)]
-)
+@pytest.mark.parametrize(("out", "n", "rank"), [(64, 64, 0), (192, 1088, 64), (4096, 4096, 0), (576, 1536, 32)])
 def test_what_the_sparse_tensor_cores_read_is_what_torch_makes(out: int, n: int, rank: int) -> None:
     from hf_sparselr.kernels.cuda.sparse_cores import bind_arrange, prepare
 

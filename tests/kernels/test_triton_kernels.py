@@ -128,12 +128,8 @@ def test_medium_batch(out: int, n: int, kind: str | float, split: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [0.5, "2:4"])
-@pytest.mark.parametrize(
-    ("rows", "rank", "bias"), [(1, 0, False), (9, 33, True), (40, 64, False), (130, 70, True)]
-)
-def test_medium_batch_of_many_rows_ranks_and_bias(
-    kind: str | float, rows: int, rank: int, bias: bool
-) -> None:
+@pytest.mark.parametrize(("rows", "rank", "bias"), [(1, 0, False), (9, 33, True), (40, 64, False), (130, 70, True)])
+def test_medium_batch_of_many_rows_ranks_and_bias(kind: str | float, rows: int, rank: int, bias: bool) -> None:
     case = problem(70, 320, kind, rank, bias, torch.float16)
     x = draw(rows, 320, seed=6, dtype=torch.float16)
     for split in (1, 3):
@@ -191,9 +187,7 @@ def test_the_layout_of_the_sparse_tensor_cores(out: int, n: int, rank: int, join
         case = problem(out, n, "2:4", rank, dtype=dtype)
         actual = bind_arrange(case.weight, joined)()
         assert actual.shape == (out, (n + 2 * rank * joined) * 9 // 16)
-        assert torch.equal(
-            actual.flatten().view(torch.int16), as_cusparselt_has_it(case, joined).view(torch.int16)
-        )
+        assert torch.equal(actual.flatten().view(torch.int16), as_cusparselt_has_it(case, joined).view(torch.int16))
 
 
 # Unpacking, and back
@@ -259,9 +253,7 @@ def test_what_is_known_is_taken(rows: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("pairs", [True, False])
-def test_measured_cards_have_a_kernel_for_every_few_rows(
-    pairs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measured_cards_have_a_kernel_for_every_few_rows(pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     device = torch.device("cuda", 99)
     for rows in range(1, 257):

@@ -170,9 +170,7 @@ def _combinations(model: tf.PreTrainedModel) -> Iterator[dict[str, Maker]]:
     rich = ["attention_mask", "bbox", "token_type_ids"]
     for kinds in (image + sound, image, sound, []):
         for words in dict.fromkeys((tuple(text), tuple(text[:1]), tuple(text[1:]), ())):
-            extras = [
-                image_extras * bool(set(image) & set(kinds)) + sound_extras * bool(set(sound) & set(kinds))
-            ]
+            extras = [image_extras * bool(set(image) & set(kinds)) + sound_extras * bool(set(sound) & set(kinds))]
             extras += [[]] if extras[0] else []
             for extra in extras:
                 chosen = dict.fromkeys([*words, *kinds, *extra, *required])
@@ -241,9 +239,7 @@ def _placeholders(model: tf.PreTrainedModel, makers: dict[str, Maker]) -> dict[i
             continue
         taken = inspect.signature(method).parameters
         with torch.no_grad():
-            features = method(
-                **{name: value for name, value in inputs.items() if name in taken and name not in _TEXT}
-            )
+            features = method(**{name: value for name, value in inputs.items() if name in taken and name not in _TEXT})
         features = getattr(features, "pooler_output", features)
         width = _value(model.config.get_text_config(), ("hidden_size", "d_model", "n_embd"), 64)
         found = [item for item in tensors(features) if item.shape[-1] == width] or tensors(features)

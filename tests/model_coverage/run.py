@@ -65,10 +65,7 @@ def sampled(tasks: list[str], limit: int | None, seed: int = 0) -> list[tuple[st
     for task in tasks:
         names = sorted(types_of(task))
         random.Random(seed).shuffle(names)
-        rows += [
-            (rank / len(names) if limit is None else rank, task, name)
-            for rank, name in enumerate(names[:limit])
-        ]
+        rows += [(rank / len(names) if limit is None else rank, task, name) for rank, name in enumerate(names[:limit])]
     return [(task, name) for _, task, name in sorted(rows)]
 
 
@@ -107,18 +104,12 @@ def _work(task: str, model_type: str, path: Path, folder: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--classes", nargs="+", choices=list(_CLASSES), default=list(_CLASSES), metavar="CLASS"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", nargs="+", choices=list(_CLASSES), default=list(_CLASSES), metavar="CLASS")
     parser.add_argument("--types", nargs="+", help="only these model types; they are run again")
     parser.add_argument("--limit", type=int, help="types a class, drawn at random; all without")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument(
-        "--outcomes", type=Path, default=Path("model-coverage.json"), help="JSON to go on with"
-    )
+    parser.add_argument("--outcomes", type=Path, default=Path("model-coverage.json"), help="JSON to go on with")
     parser.add_argument("--table", type=Path, help="Markdown page to write")
     arguments = parser.parse_args()
     known = json.loads(arguments.outcomes.read_text()) if arguments.outcomes.exists() else {}

@@ -25,9 +25,7 @@ Draw = Callable[[int], dict[str, torch.Tensor]]
 Built = tuple[Callable[[], tf.PreTrainedModel], Draw]
 
 
-def try_type(
-    config_class: type[tf.PreTrainedConfig], model_class: type[tf.PreTrainedModel]
-) -> dict[str, Any]:
+def try_type(config_class: type[tf.PreTrainedConfig], model_class: type[tf.PreTrainedModel]) -> dict[str, Any]:
     """Takes a tiny random model of a type through all steps.
 
     Returns:

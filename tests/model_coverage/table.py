@@ -71,9 +71,7 @@ def by_kind(outcomes: dict[str, dict[str, dict]]) -> str:
 def general(error: str) -> str:
     """The first line of an error without the names and numbers of one model."""
     error = re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`", "'...'", error)
-    error = re.sub(
-        r"\b[A-Z]\w*(?:Model|Config|For\w+|Attention|Block|Layer|Encoder|Decoder)\b", "<Class>", error
-    )
+    error = re.sub(r"\b[A-Z]\w*(?:Model|Config|For\w+|Attention|Block|Layer|Encoder|Decoder)\b", "<Class>", error)
     error = re.sub(r"\b\w+(?:\.\w+)+\b", "<name>", error)
     return re.sub(r"\d+", "N", error)[:160]
 

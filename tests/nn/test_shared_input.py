@@ -148,10 +148,7 @@ def test_copies_and_files_keep_what_was_seen() -> None:
     torch.save(module, file)
     file.seek(0)
     for other in (copy.deepcopy(module), torch.load(file, weights_only=False)):
-        assert (
-            other.part0.shared_input.groups[0] == [0, 1]
-            and other.part0.shared_input.layers[1]() is other.part1
-        )
+        assert other.part0.shared_input.groups[0] == [0, 1] and other.part0.shared_input.layers[1]() is other.part1
         call(other, [(0, x), (1, x)])
 
 

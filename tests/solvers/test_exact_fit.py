@@ -41,9 +41,7 @@ def test_exact_fit_at_a_singular_gram(shape: tuple[int, int], tokens: int) -> No
     for rank in (1, 3, 8):
         basis = exact_basis(E, gram, rank)
         torch.testing.assert_close(basis.T @ basis, torch.eye(rank), rtol=0, atol=1e-5)
-        assert fit_error(E, gram, basis) == pytest.approx(
-            least_error(E, gram, rank), rel=1e-4, abs=1e-5 * whole
-        )
+        assert fit_error(E, gram, basis) == pytest.approx(least_error(E, gram, rank), rel=1e-4, abs=1e-5 * whole)
     assert fit_error(E, gram, basis) < 1e-5 * whole  # no more directions than tokens
 
 
@@ -71,9 +69,7 @@ def test_svd_is_optimal_and_beats_the_plain_svd(shape: tuple[int, int], rank: in
     assert not result.S.any() and not result.mask.any()
     assert result.A.shape == (rank, shape[1]) and result.B.shape == (shape[0], rank)
     assert objective(weight, result, gram) == pytest.approx(result.stats["objective"], rel=1e-4)
-    assert result.stats["objective"] == pytest.approx(
-        least_error(in_scale(weight, gram), gram, rank), rel=1e-4
-    )
+    assert result.stats["objective"] == pytest.approx(least_error(in_scale(weight, gram), gram, rank), rel=1e-4)
     plain = in_scale(weight.double() - truncated(weight.double(), rank), gram)
     assert result.stats["objective"] < 0.95 * squared_error(plain, gram.matrix.double())
 

@@ -54,9 +54,7 @@ def test_obeys_the_pattern_and_reports_its_objective(name: str, pattern, rank: i
     else:
         assert result.A is None and result.B is None
     whole = squared_error(in_scale(weight, gram), gram.matrix.double())
-    assert result.stats["objective"] == pytest.approx(
-        objective(weight, result, gram), rel=1e-3, abs=1e-9 * whole
-    )
+    assert result.stats["objective"] == pytest.approx(objective(weight, result, gram), rel=1e-3, abs=1e-9 * whole)
     assert type(result.stats["iterations"]) is int and type(result.stats["converged"]) is bool
     assert json.loads(json.dumps(result.stats)) == result.stats
 
@@ -271,9 +269,7 @@ def test_oats_subspace_steps_end_where_exact_svds_do(pattern, compare: str) -> N
     for seed in range(6):
         weight, gram = problem(32, 48, seed)
         subspace, exact = (
-            oats.solve(weight, gram, pattern, 4, oats.Options(compare=compare, svd=name)).stats[
-                "scaled_error"
-            ]
+            oats.solve(weight, gram, pattern, 4, oats.Options(compare=compare, svd=name)).stats["scaled_error"]
             for name in ("subspace", "exact")
         )
         ratios.append(subspace / exact)
@@ -295,9 +291,7 @@ def test_oats_sees_the_size_of_inputs_only() -> None:
     weight, gram = problem(12, 16)
     H = gram.matrix * gram.scale[:, None] * gram.scale
     uncorrelated = ScaledGram(torch.diag(H.diagonal()))
-    first, second = (
-        oats.solve(weight, g, TWO_OF_FOUR, 2, oats.Options()) for g in (ScaledGram(H), uncorrelated)
-    )
+    first, second = (oats.solve(weight, g, TWO_OF_FOUR, 2, oats.Options()) for g in (ScaledGram(H), uncorrelated))
     torch.testing.assert_close(first.dense(), second.dense())
     assert first.stats["objective"] != pytest.approx(second.stats["objective"], rel=0.01)
 
@@ -332,9 +326,7 @@ def test_sslc_low_rank_part_is_near_optimal_given_s(pattern) -> None:
 
 def test_sslc_first_prune_step_is_wanda_and_the_sketch_depends_on_the_seed() -> None:
     weight, gram = problem(12, 16)
-    first, other = (
-        sslc.solve(weight, gram, TWO_OF_FOUR, 3, sslc.Options(iterations=1), seed=seed) for seed in (0, 1)
-    )
+    first, other = (sslc.solve(weight, gram, TWO_OF_FOUR, 3, sslc.Options(iterations=1), seed=seed) for seed in (0, 1))
     wanda = TWO_OF_FOUR.mask(scaled(weight, gram).abs())
     torch.testing.assert_close(first.S, weight * wanda)
     assert torch.equal(first.S, other.S) and not torch.equal(first.A, other.A)
@@ -386,9 +378,7 @@ def test_options_name_field_value_and_allowed(kind, field: str, value, error: ty
 
 @pytest.mark.parametrize("kind", [eora.Options, hassle_free.SparseGPTOptions])
 def test_options_of_the_pruner_are_checked(kind) -> None:
-    with pytest.raises(
-        TypeError, match=r"method_options\.pruner_options has no field 'blok'; did you mean 'block'"
-    ):
+    with pytest.raises(TypeError, match=r"method_options\.pruner_options has no field 'blok'; did you mean 'block'"):
         kind(pruner_options={"blok": 64})
     with pytest.raises(ValueError, match=r"method_options\.block=0"):
         kind(pruner_options={"block": 0})

@@ -67,9 +67,7 @@ def test_all_report_the_same_stats(name: str) -> None:
 def settings(name: str, sparsity, **changes):
     method = METHODS[name]
     fields = {"rank": 4 if method.low_rank else 0, "sparsity": sparsity if method.sparse else None}
-    return tiny.settings(
-        method=name, method_options=QUICK.get(name, {}), tm=TM, distill=DISTILL, **fields, **changes
-    )
+    return tiny.settings(method=name, method_options=QUICK.get(name, {}), tm=TM, distill=DISTILL, **fields, **changes)
 
 
 @pytest.mark.parametrize("sparsity", ["2:4", 0.6])

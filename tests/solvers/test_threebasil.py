@@ -365,7 +365,5 @@ def test_options_name_field_value_and_allowed(field: str, value, kind: type, all
 )
 def test_options_name_the_bad_member(field: str, value: tuple) -> None:
     bad = next(item for item in value if isinstance(item, str) or item < (field == "growth"))
-    with pytest.raises(
-        (TypeError, ValueError), match=rf"method_options\.{field}={bad!r}: expected a finite number"
-    ):
+    with pytest.raises((TypeError, ValueError), match=rf"method_options\.{field}={bad!r}: expected a finite number"):
         Options(**{field: value})

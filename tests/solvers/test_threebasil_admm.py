@@ -211,9 +211,7 @@ def test_the_order_of_a_group_does_not_matter() -> None:
 @pytest.mark.parametrize("pattern", [TWO_OF_FOUR, HALF, Unstructured(0.7)])
 def test_one_product_ends_no_higher_than_the_textbook_form(pattern, rank: int) -> None:
     gram, weight = gram_of(n=128), weight_of(96, 128)
-    ours, published = (
-        solve(weight, gram, pattern, rank, Options(form=form)) for form in ("one-product", "textbook")
-    )
+    ours, published = (solve(weight, gram, pattern, rank, Options(form=form)) for form in ("one-product", "textbook"))
     assert ours.stats["objective"] < 1.025 * published.stats["objective"]
     assert not torch.equal(ours.S, published.S)
 
@@ -409,9 +407,7 @@ def test_rounded_products_do_not_show(kind: str, damping: tuple[float, float], r
     assert rounded <= 1.01 * full
 
 
-def test_a_precision_whose_rounding_shows_leaves_no_trace(
-    rounding: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_precision_whose_rounding_shows_leaves_no_trace(rounding: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_sparselr.solvers.threebasil.admm.ROUNDING", -1.0)
     run, full = (
         Admm([scaled(weight_of(16), gram_of())], gram_of(), [HALF], [2], 0.1, 0, precision)

@@ -26,9 +26,7 @@ def test_every_call_computes_on_its_own_arguments() -> None:
         results.append((graphed(pair, factor)["sum"], (pair[0] + pair[1]) * factor))
     for found, expected in results:  # after all calls: a later one must not overwrite an earlier result
         assert torch.equal(found, expected)
-    assert len(calls) == (
-        6 if DEVICE.type == "cpu" else 4
-    )  # two shapes and two factors, one of them captured
+    assert len(calls) == (6 if DEVICE.type == "cpu" else 4)  # two shapes and two factors, one of them captured
 
 
 def train(graphed: bool) -> torch.Tensor:

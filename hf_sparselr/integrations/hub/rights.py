@@ -20,9 +20,7 @@ def check_push_rights(repo_id: str) -> None:
     user = HfApi().whoami()
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
-        raise PermissionError(
-            f"push={repo_id!r}: expected a token that may write, but the one in use may only read"
-        )
+        raise PermissionError(f"push={repo_id!r}: expected a token that may write, but the one in use may only read")
     namespace = repo_id.partition("/")[0] if "/" in repo_id else user["name"]
     if role == "fineGrained" or namespace == user["name"]:
         return  # such a token need not show the user's organisations

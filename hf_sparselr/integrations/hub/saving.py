@@ -41,9 +41,7 @@ def write_extras(model: Any, directory: str | os.PathLike) -> None:
     _write(model, Path(directory), Path(directory) / README)
 
 
-def _write(
-    model: Any, directory: Path, readme: Path, repo_id: str | None = None, keep_card: bool = True
-) -> None:
+def _write(model: Any, directory: Path, readme: Path, repo_id: str | None = None, keep_card: bool = True) -> None:
     """Writes report and card into a directory.
 
     Args:

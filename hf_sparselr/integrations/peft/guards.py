@@ -59,9 +59,7 @@ def check_injection(
         config._custom_modules = {SparseLRLinear: SparseLRLoraLayer, **(config._custom_modules or {})}
 
 
-def _targeted(
-    tuner: BaseTuner, config: Any, model: nn.Module, state_dict: dict[str, Tensor] | None
-) -> set[str]:
+def _targeted(tuner: BaseTuner, config: Any, model: nn.Module, state_dict: dict[str, Tensor] | None) -> set[str]:
     """Names of the modules that would get the adapter, an adapter's own ones left out."""
     modules = dict(model.named_modules())
     adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
@@ -114,9 +112,7 @@ def _check_parameters(config: PeftConfig, layers: dict[str, SparseLRLinear]) -> 
                 )
 
 
-def check_weighting(
-    self: BaseTuner, adapters: list[str], weights: list[float], combination_type: str
-) -> None:
+def check_weighting(self: BaseTuner, adapters: list[str], weights: list[float], combination_type: str) -> None:
     """Before `LoraModel.add_weighted_adapter`: adapters that replace factors mix only with their like."""
     kinds = {is_replacing(self.peft_config.get(name)) for name in adapters}
     if len(kinds) > 1:
@@ -153,9 +149,7 @@ def _check_same_kind(adapter_name: str, replacing: bool, config: PeftConfig) -> 
         )
 
 
-def check_hotswap(
-    model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: LoraConfig
-) -> None:
+def check_hotswap(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: LoraConfig) -> None:
     """Before `hotswap_adapter_from_state_dict`: both adapters must be of one kind and hold the same factors."""
     for name, layer in _lora_layers(model).items():
         name = name.removeprefix("_orig_mod.")

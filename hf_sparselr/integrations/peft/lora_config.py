@@ -107,9 +107,7 @@ def _ranks(model: nn.Module) -> dict[str, int]:
     if len(refused) == len(ranks):
         raise ValueError(f"PEFT refuses LoRA on all layers with low-rank factors: {_WITHOUT_ADAPTERS}")
     if refused:
-        logger.warning(
-            "PEFT refuses LoRA on %s: these factors stay as they are; %s", refused, _WITHOUT_ADAPTERS
-        )
+        logger.warning("PEFT refuses LoRA on %s: these factors stay as they are; %s", refused, _WITHOUT_ADAPTERS)
     return {name: rank for name, rank in ranks.items() if name not in refused}
 
 

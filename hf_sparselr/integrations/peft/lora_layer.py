@@ -73,9 +73,7 @@ class SparseLRLoraLayer(LoraLinear):
         self._original: _Factors | None = None  # a tuple, so that the factors are not registered twice
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
-    def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
-    ) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Adds an adapter. ValueError if a replacing adapter's rank does not fit the layer."""
         self.replacing.pop(adapter_name, None)
         if not is_replacing(config):
@@ -198,9 +196,7 @@ class SparseLRLoraLayer(LoraLinear):
             if not self.lora_bias[name]:
                 continue
             if bias is None:
-                raise ValueError(
-                    f"adapter {name} has lora_bias=True: it cannot be merged into a layer without bias"
-                )
+                raise ValueError(f"adapter {name} has lora_bias=True: it cannot be merged into a layer without bias")
             bias = (bias + B.bias * self.scaling[name]).to(bias)
         return torch.cat(A_parts), torch.cat(B_parts, dim=1), bias
 

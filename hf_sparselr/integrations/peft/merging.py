@@ -115,9 +115,7 @@ def _factors(layer: SparseLRLinear) -> tuple[torch.Tensor, torch.Tensor]:
 def _rows(calibration: Any) -> list[torch.Tensor]:
     items = [calibration] if isinstance(calibration, torch.Tensor | Mapping) else calibration
     if isinstance(items, str) or not isinstance(items, Iterable):
-        raise TypeError(
-            f"calibration={calibration!r}: expected token ids, a tensor (samples, tokens) or several"
-        )
+        raise TypeError(f"calibration={calibration!r}: expected token ids, a tensor (samples, tokens) or several")
     rows = [row for i, item in enumerate(items) for row in token_rows(item, f"calibration item {i}")]
     if not rows:
         raise ValueError("calibration is empty: pass at least one row of token ids")

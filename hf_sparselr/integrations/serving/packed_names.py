@@ -94,8 +94,6 @@ class PackedNames:
         for name in self.stored:
             parts = layers.get(name, {})
             missing = [part for part in ("mask", "values", SENTINEL) if part not in parts]
-            missing += [
-                part for part, other in (("A", "B"), ("B", "A")) if other in parts and part not in parts
-            ]
+            missing += [part for part, other in (("A", "B"), ("B", "A")) if other in parts and part not in parts]
             if missing:
                 raise FormatError(f"{directory}: tensor {name}.{missing[0]} is missing")

@@ -88,9 +88,7 @@ class PackedShards(nn.Module):
         if part == "B":
             return self._keep(shard, B=tensor[self._rows(len(tensor), shard)])
         if tensor.shape[1] != self.all_inputs:
-            raise FormatError(
-                f"{self._where(shard)}: A has {tensor.shape[1]} columns, expected {self.all_inputs}"
-            )
+            raise FormatError(f"{self._where(shard)}: A has {tensor.shape[1]} columns, expected {self.all_inputs}")
         return self._keep(shard, A=tensor[:, self._columns()])
 
     def _load_support(self, shard: Hashable, mask: torch.Tensor, values: torch.Tensor) -> None:
@@ -109,9 +107,7 @@ class PackedShards(nn.Module):
         self._keep(shard, mask=mask, values=values)
 
     def _load_dense(self, weight: torch.Tensor, shard: Hashable) -> None:
-        logger.warning(
-            "%s is dense, but merged with packed layers: it runs with a full mask", self._where(shard)
-        )
+        logger.warning("%s is dense, but merged with packed layers: it runs with a full mask", self._where(shard))
         self._load_support(shard, pack_mask(torch.ones_like(weight, dtype=torch.bool)), weight.reshape(-1))
 
     def _keep(self, shard: Hashable, **parts: torch.Tensor) -> None:
@@ -140,9 +136,7 @@ class PackedShards(nn.Module):
         self._loader(numbers, torch.arange(self.all_inputs))
         start = int(numbers[0])
         if not torch.equal(numbers.data, torch.arange(start, start + self.in_features)):
-            raise ValueError(
-                f"{self.name}: its {self.all_inputs} inputs cannot be split evenly over the ranks"
-            )
+            raise ValueError(f"{self.name}: its {self.all_inputs} inputs cannot be split evenly over the ranks")
         return slice(start, start + self.in_features)
 
     def _where(self, shard: Hashable) -> str:
@@ -162,9 +156,7 @@ class PackedShards(nn.Module):
         """
         for shard, parts in self._kept.items():
             missing = [part for part in ("mask", "values") if part not in parts]
-            missing += [
-                part for part, other in (("A", "B"), ("B", "A")) if other in parts and part not in parts
-            ]
+            missing += [part for part, other in (("A", "B"), ("B", "A")) if other in parts and part not in parts]
             if missing:
                 raise FormatError(f"{self._where(shard)}: the checkpoint lacks its {' and '.join(missing)}")
         order = sorted(self._kept, key=lambda shard: self._places[shard].start)

@@ -60,9 +60,7 @@ def check_checkpoint(
         dense = layers.get(named[layer])
         if dense is None:
             where = next(iter(parts.values())).file
-            raise FormatError(
-                f"{where}: tensor {layer}.mask is unexpected: the model has no such linear layer"
-            )
+            raise FormatError(f"{where}: tensor {layer}.mask is unexpected: the model has no such linear layer")
         check_layer(layer, parts, *weight_shape(dense), bias=dense.bias is not None)
     _check_names(model, entries, stored, names)
     shapes = {layer: weight_shape(layers[name]) for layer, name in named.items()}
@@ -75,9 +73,7 @@ def check_checkpoint(
     return {named[layer]: parts for layer, parts in stored.items()}
 
 
-def check_saved(
-    model: "PreTrainedModel", config: SparseLRConfig, entries: Mapping[str, Entry]
-) -> dict[str, str]:
+def check_saved(model: "PreTrainedModel", config: SparseLRConfig, entries: Mapping[str, Entry]) -> dict[str, str]:
     """Checks that files which were just written hold every packed layer of a model, as loading will want it.
 
     Returns:
@@ -92,9 +88,7 @@ def check_saved(
     found = {names.layer(layer): layer for layer in stored}
     for name, layer in layers.items():
         if name not in found:
-            raise FormatError(
-                f"tensor {name}.mask did not reach the files under a name that leads back to it"
-            )
+            raise FormatError(f"tensor {name}.mask did not reach the files under a name that leads back to it")
         parts = stored[found[name]]
         check_layer(found[name], parts, layer.out_features, layer.in_features, bias=layer.bias is not None)
         if layer_rank(parts) != layer.rank or parts["values"].shape != layer.values.shape:
@@ -160,9 +154,7 @@ def _asked(
     None where that leaves more than one answer.
     """
     prefix = f"{model.base_model_prefix}."
-    names = (
-        {stored, name} if is_written_by(model) else {stored, name, name.removeprefix(prefix), prefix + name}
-    )
+    names = {stored, name} if is_written_by(model) else {stored, name, name.removeprefix(prefix), prefix + name}
     found = {config.layer_settings(each, shape) for each in names}
     if len(found) > 1 or None in found:
         return None
@@ -173,9 +165,7 @@ def _asked(
 def _check_masks(
     stored: Mapping[str, Parts], asked: Mapping[str, Layer | None], shapes: Mapping[str, tuple[int, int]]
 ) -> None:
-    patterns = {
-        layer: found.pattern for layer, found in asked.items() if found and isinstance(found.pattern, NM)
-    }
+    patterns = {layer: found.pattern for layer, found in asked.items() if found and isinstance(found.pattern, NM)}
     check_masks(stored, {layer: shape[1] for layer, shape in shapes.items()}, patterns)
 
 
@@ -196,9 +186,7 @@ def _check_hierarchies(
             names = [f"{PREFIX}.ranks", "values"]
             file = next(parts[name].file for name in names if name in parts)
             told = [shape and list(shape.ranks) for shape in (found, expected)]
-            raise FormatError(
-                f"{file}: tensor {layer}.{PREFIX}.ranks says {told[0]}, but the config says {told[1]}"
-            )
+            raise FormatError(f"{file}: tensor {layer}.{PREFIX}.ranks says {told[0]}, but the config says {told[1]}")
 
 
 def _check_ranks(
@@ -208,11 +196,7 @@ def _check_ranks(
     changed: Mapping[str, int],
 ) -> None:
     for layer, parts in stored.items():
-        expected = changed.get(
-            layer, asked[layer].flat_rank if asked[layer] and _fixes_ranks(config) else None
-        )
+        expected = changed.get(layer, asked[layer].flat_rank if asked[layer] and _fixes_ranks(config) else None)
         if expected is not None and layer_rank(parts) != expected:
             file = parts["A" if "A" in parts else "values"].file
-            raise FormatError(
-                f"{file}: tensor {layer}.A has rank {layer_rank(parts)}, but the config says {expected}"
-            )
+            raise FormatError(f"{file}: tensor {layer}.A has rank {layer_rank(parts)}, but the config says {expected}")

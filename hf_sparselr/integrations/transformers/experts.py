@@ -35,6 +35,4 @@ def unfuse_packed_experts(model: "PreTrainedModel", entries: Mapping[str, Entry]
                 transposed.add(parameter)
     unfuse_experts(model, packed, transposed)
     for parameter in {name.rpartition(".")[0] for name in packed} & parameters.keys():
-        parameters[parameter][
-            0
-        ]._is_hf_initialized = True  # transformers would draw weights for its 3-D parameters
+        parameters[parameter][0]._is_hf_initialized = True  # transformers would draw weights for its 3-D parameters

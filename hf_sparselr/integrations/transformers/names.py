@@ -35,9 +35,7 @@ class StoredNames:
             one for several that are fused.
     """
 
-    def __init__(
-        self, model: "PreTrainedModel", tensors: Iterable[str], stored: Iterable[str], layers: Iterable[str]
-    ):
+    def __init__(self, model: "PreTrainedModel", tensors: Iterable[str], stored: Iterable[str], layers: Iterable[str]):
         """
         Args:
             model: the model, or its skeleton.
@@ -104,9 +102,7 @@ def would_fuse(model: "PreTrainedModel", layers: Iterable[str]) -> bool:
     return any(step.rename_source_key(f"{layer}.{SENTINEL}")[1] for step in converters for layer in layers)
 
 
-def check_dense(
-    model: "PreTrainedModel", packed: set[str], entries: Mapping[str, Entry], names: StoredNames
-) -> None:
+def check_dense(model: "PreTrainedModel", packed: set[str], entries: Mapping[str, Entry], names: StoredNames) -> None:
     """Checks that the files hold every dense tensor of the model, no other tensors, and of the right kind of dtype.
 
     Args:
@@ -139,9 +135,7 @@ def check_dense(
         raise missing_tensor(model, min(info.missing_keys), entries)
     for name in sorted(info.unexpected_keys):
         stored = unexpected[name]
-        raise FormatError(
-            f"{entries[stored].file}: tensor {stored} is unexpected: the model has no such tensor"
-        )
+        raise FormatError(f"{entries[stored].file}: tensor {stored} is unexpected: the model has no such tensor")
 
 
 def _names_of_one_tensor(model: "PreTrainedModel") -> list[set[str]]:
@@ -181,11 +175,7 @@ def _check_dtype(stored: str, entry: Entry, dtypes: list[torch.dtype]) -> None:
 def missing_tensor(model: "PreTrainedModel", name: str, entries: Mapping[str, Entry]) -> FormatError:
     """The error for a dense tensor that is not there; a linear layer may be packed instead."""
     layer = name.rpartition(".")[0]
-    found = (
-        f"{layer}.mask is missing, and so is {name}"
-        if layer in linear_layers(model)
-        else f"{name} is missing"
-    )
+    found = f"{layer}.mask is missing, and so is {name}" if layer in linear_layers(model) else f"{name} is missing"
     return FormatError(f"{_place(entries)}: tensor {found}")
 
 

@@ -79,9 +79,7 @@ class SparseLRQuantizer(HfQuantizer):
 
                 check_device(self.quantization_config.device)
                 self._plan = plan_layers(model, self.quantization_config)
-                self._samples = Samples.load(
-                    model, self.quantization_config, Origin.of_model(model, checkpoint_files)
-                )
+                self._samples = Samples.load(model, self.quantization_config, Origin.of_model(model, checkpoint_files))
         return model
 
     def _build_packed(self, model: nn.Module, files: list[str] | None) -> None:
@@ -122,11 +120,7 @@ class SparseLRQuantizer(HfQuantizer):
             return model
         for name, parameter in model.named_parameters():
             # 5.17 gives tensors whose key was renamed the file's dtype.
-            if (
-                parameter.is_floating_point()
-                and not parameter.is_meta
-                and parameter.dtype != self._dtypes[name]
-            ):
+            if parameter.is_floating_point() and not parameter.is_meta and parameter.dtype != self._dtypes[name]:
                 parameter.data = parameter.data.to(self._dtypes[name])
         for module in packed_layers(model).values():
             module.requires_grad_(False)

@@ -6,9 +6,7 @@ from typing import Any
 from ...config.sparselr_config import QUANT_METHOD, SparseLRConfig
 
 
-def merge_configs(
-    call: Callable[[], Any], quantization_config: Any, quantization_config_from_args: Any
-) -> Any:
+def merge_configs(call: Callable[[], Any], quantization_config: Any, quantization_config_from_args: Any) -> Any:
     """Around `AutoHfQuantizer.merge_quantization_configs`: the stored config, run by the kernel that was passed.
 
     transformers would warn that all but a few fields are ignored. Here a field that contradicts the checkpoint is an

@@ -14,6 +14,4 @@ def register() -> None:
     try:
         from . import quantization  # noqa: F401 (importing it registers)
     except Exception as error:
-        logger.warning(
-            "hf_sparselr could not register itself with vLLM, which cannot serve its checkpoints: %r", error
-        )
+        logger.warning("hf_sparselr could not register itself with vLLM, which cannot serve its checkpoints: %r", error)

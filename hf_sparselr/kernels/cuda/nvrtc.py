@@ -66,9 +66,7 @@ def _module(source: str, defines: tuple[str, ...], device: int) -> ctypes.c_void
 def _compile(library: ctypes.CDLL, text: str, name: str, options: tuple[str, ...]) -> bytes:
     program = ctypes.c_void_p()
     given = [option.encode() for option in options]
-    _check(
-        library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None), name
-    )
+    _check(library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None), name)
     try:
         status = library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
         size = ctypes.c_size_t()

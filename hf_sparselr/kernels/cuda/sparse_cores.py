@@ -37,9 +37,7 @@ _CHUNK = 512  # columns of a program
 
 
 @triton.jit
-def _arrange(
-    words, values, B, out, ins, width, rank, places, chunks, CHUNK: tl.constexpr, PAIRS: tl.constexpr
-):
+def _arrange(words, values, B, out, ins, width, rank, places, chunks, CHUNK: tl.constexpr, PAIRS: tl.constexpr):
     top, chunk = tl.program_id(0) * 64, tl.program_id(1)
     if chunk < chunks:
         _take_over(words, values, out, ins, width, places, top, chunk, CHUNK)
@@ -156,9 +154,7 @@ def _bind_arrange_anywhere(weight: PackedWeight, joined: bool) -> Callable[[], t
         return bind_arrange(weight, joined)
 
     def arrange() -> torch.Tensor:
-        moved = weight._replace(
-            values=weight.values.clone(), B=weight.B if weight.B is None else weight.B.clone()
-        )
+        moved = weight._replace(values=weight.values.clone(), B=weight.B if weight.B is None else weight.B.clone())
         return bind_arrange(moved, joined)()
 
     return arrange

@@ -73,9 +73,7 @@ def multiply_vector(
                 bits, pairs = read_pairs(words, values, at, k + lane * 8 < ins, EVEN)
                 total = _multiply_pairs(sums[i], bits, pairs, samples, values.dtype.element_ty)
             else:
-                bits, place = locate(
-                    words, offsets, begin[i], row, block, shift, below, blocks, PER_BLOCK, EVEN
-                )
+                bits, place = locate(words, offsets, begin[i], row, block, shift, below, blocks, PER_BLOCK, EVEN)
                 total = _multiply_kept(sums[i], values, bits, place, samples)
             updated = updated + (total,)
         sums = updated

@@ -38,9 +38,7 @@ def _see(
         if PERMUTED:
             source = tl.load(order + column, mask=real, other=0)
         inputs = tl.load(x + sample * ins + source, mask=real, other=0).to(tl.float32)
-        entries = tl.load(
-            A + r[:, None] * ins + column[None, :], mask=(r[:, None] < rank) & real[None, :], other=0
-        )
+        entries = tl.load(A + r[:, None] * ins + column[None, :], mask=(r[:, None] < rank) & real[None, :], other=0)
         total += entries.to(tl.float32) * inputs[None, :]
     tl.store(seen + (sample * leaves + leaf) * rank + r, tl.sum(total, 1), mask=r < rank)
 
@@ -83,9 +81,7 @@ def _answer(
         for j in range(HALF):
             wanted = (r < rank) & (j < (1 << shift))
             answer += tl.load(seen + (sample * leaves + first + j) * rank + r, mask=wanted, other=0)
-        entries = tl.load(
-            B + row[:, None] * rank + r[None, :], mask=real_row[:, None] & (r[None, :] < rank), other=0
-        )
+        entries = tl.load(B + row[:, None] * rank + r[None, :], mask=real_row[:, None] & (r[None, :] < rank), other=0)
         total += entries.to(tl.float32) * answer[None, :]
     for k in range(0, width, COLUMNS):
         place = k + tl.arange(0, COLUMNS)

@@ -101,9 +101,7 @@ def _multiply(
         for q in range(0, tl.where(split == 0, rank, 0), RANK):
             factor = q + tl.arange(0, RANK)[None, :]
             tile = tl.load(B + at + factor, mask=factor < rank, other=0)
-            total = _add(
-                tile, tl.load(u + taken * rank + factor, mask=factor < rank, other=0), total, SWAPPED
-            )
+            total = _add(tile, tl.load(u + taken * rank + factor, mask=factor < rank, other=0), total, SWAPPED)
     if SWAPPED:
         total = total.trans(1, 0)
     if BIAS:

@@ -85,9 +85,7 @@ def read_head(words, offsets, row, block, blocks, PER_BLOCK: tl.constexpr, EVEN:
 
 
 @triton.jit
-def locate(
-    words, offsets, start, row, block, shift, below, blocks, PER_BLOCK: tl.constexpr, EVEN: tl.constexpr
-):
+def locate(words, offsets, start, row, block, shift, below, blocks, PER_BLOCK: tl.constexpr, EVEN: tl.constexpr):
     """(bits, place): a lane's mask bits from its first column on, and the place of the first value they stand for."""
     word, offset = read_head(words, offsets, row, block, blocks, PER_BLOCK, EVEN)
     return (word >> shift).to(tl.int32), start + offset + popcount(word & below)

@@ -152,9 +152,7 @@ def bind_densify(weight: PackedWeight) -> Callable[[], torch.Tensor]:
         "PAIRS": can_pair(index, values), "EVEN": ins % 256 == 0, "LOW_RANK": rank > 0, "ONE_STEP": rank <= _RANK,
         "RANK": min(_RANK, max(16, 1 << (rank - 1).bit_length())), "num_warps": _WARPS, "num_stages": 1,
     }  # fmt: skip
-    launch = (
-        TritonLaunch(_densify, (tiles * -(-outs // band),), arguments, constants) if outs and ins else None
-    )
+    launch = TritonLaunch(_densify, (tiles * -(-outs // band),), arguments, constants) if outs and ins else None
     dtype, device = values.dtype, values.device
 
     def densify() -> torch.Tensor:

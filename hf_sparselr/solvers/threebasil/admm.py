@@ -281,9 +281,7 @@ def _correction(
     return torch.where(mask, T, -T).sub_(W).add_(L).mul_(rho).to(dtype)
 
 
-def _sparse(
-    T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, E: torch.Tensor, pattern: NM | None
-) -> None:
+def _sparse(T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, E: torch.Tensor, pattern: NM | None) -> None:
     """Sets T = W - E + V / rho and, under N:M, the mask to its support; all (out, in)."""
     T.masked_fill_(mask, 0.0).add_(W).sub_(E)
     if pattern is not None:

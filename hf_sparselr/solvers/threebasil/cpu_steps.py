@@ -18,9 +18,7 @@ def available() -> bool:
     return _library() is not None
 
 
-def correction(
-    T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, L: torch.Tensor, rho: float
-) -> torch.Tensor:
+def correction(T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, L: torch.Tensor, rho: float) -> torch.Tensor:
     """`admm._correction` of FP32 matrices."""
     Z = torch.empty_like(W)
     pointers = (tensor.data_ptr() for tensor in (T, mask, W, L))

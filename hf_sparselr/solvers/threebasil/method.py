@@ -69,9 +69,7 @@ class Options:
         check_choice("method_options.precision", self.precision, ("auto", *PRECISIONS))
         # JSON gives lists
         object.__setattr__(self, "growth", check_numbers("method_options.growth", self.growth, 3, 1.0))
-        object.__setattr__(
-            self, "thresholds", check_numbers("method_options.thresholds", self.thresholds, 2, 0.0)
-        )
+        object.__setattr__(self, "thresholds", check_numbers("method_options.thresholds", self.thresholds, 2, 0.0))
         if self.max_iterations < self.min_iterations:
             raise ValueError(
                 f"method_options.max_iterations={self.max_iterations}: expected at least "

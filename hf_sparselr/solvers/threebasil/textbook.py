@@ -19,9 +19,7 @@ class TextbookAdmm:
 
     precision = "fp32"
 
-    def __init__(
-        self, weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, rho: float
-    ) -> None:
+    def __init__(self, weight: torch.Tensor, gram: ScaledGram, pattern: Pattern, rank: int, rho: float) -> None:
         self.W, self.gram, self.pattern, self.rank = weight, gram, pattern, rank
         self.kept = pattern.kept(weight.shape)
         self.basis = None

@@ -60,9 +60,7 @@ def test_every_way_to_load(kind, dtype, packed, tmp_path):
             assert torch.equal(tiny.logits(loaded), expected)
             loaded.disable_adapters()
             assert torch.equal(tiny.logits(loaded), base)
-        auto = AutoPeftModelForCausalLM.from_pretrained(
-            tmp_path, dtype=dtype
-        ).eval()  # its adapter is in FP32
+        auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()  # its adapter is in FP32
         tolerance = 0 if dtype == torch.float32 else 0.05
         torch.testing.assert_close(tiny.logits(auto), expected, atol=tolerance, rtol=tolerance)
     assert not built

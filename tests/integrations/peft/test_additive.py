@@ -180,9 +180,7 @@ def test_preparing_for_training_as_a_quantized_model(checkpointing):
 
 
 def test_several_active_adapters_add_up(tmp_path):
-    folders = {
-        name: random_adapter(additive(r=r), tmp_path / name, r) for name, r in {"one": 2, "two": 3}.items()
-    }
+    folders = {name: random_adapter(additive(r=r), tmp_path / name, r) for name, r in {"one": 2, "two": 3}.items()}
     packed, dense = load_pair(folders)
     for names in (["one"], ["two"], ["one", "two"]):
         for model in (packed, dense):
@@ -196,13 +194,9 @@ def test_several_active_adapters_add_up(tmp_path):
     torch.testing.assert_close(logits(packed), logits(dense), **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "kind", ["cat", "svd", "linear", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd"]
-)
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd"])
 def test_weighted_adapters(kind, tmp_path):
-    folders = {
-        name: random_adapter(additive(), tmp_path / name, seed) for seed, name in enumerate(("one", "two"))
-    }
+    folders = {name: random_adapter(additive(), tmp_path / name, seed) for seed, name in enumerate(("one", "two"))}
     options = {"density": 0.5} if "ties" in kind or "prune" in kind else {}
     packed, dense = load_pair(folders)
     with dense_weights() as built:
@@ -215,9 +209,7 @@ def test_weighted_adapters(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])
 def test_weighted_adapters_with_random_pruning(kind, tmp_path):
-    folders = {
-        name: random_adapter(additive(), tmp_path / name, seed) for seed, name in enumerate(("one", "two"))
-    }
+    folders = {name: random_adapter(additive(), tmp_path / name, seed) for seed, name in enumerate(("one", "two"))}
     for model in (pair := load_pair(folders)):
         torch.manual_seed(0)
         model.base_model.add_weighted_adapter(["one", "two"], [0.7, 0.2], "sum", kind, density=0.5)
@@ -244,10 +236,7 @@ def test_training_leaves_the_base_as_it_is():
 @pytest.mark.parametrize(
     "field, value",
     [
-        *(
-            ("init_lora_weights", v)
-            for v in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica")
-        ),
+        *(("init_lora_weights", v) for v in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica")),
         ("use_dora", True),
         ("use_qalora", True),
         ("alora_invocation_tokens", [1]),

@@ -93,9 +93,7 @@ def test_config_fields():
     assert config.task_type == "CAUSAL_LM"
     assert config.alpha_pattern == config.rank_pattern
     assert config.rank_pattern[r"^model\.layers\.0\.self_attn\.v_proj"] == 2
-    assert (
-        hf_sparselr.lora_config(compressed_model(), task_type="FEATURE_EXTRACTION").task_type != "CAUSAL_LM"
-    )
+    assert hf_sparselr.lora_config(compressed_model(), task_type="FEATURE_EXTRACTION").task_type != "CAUSAL_LM"
 
 
 @pytest.mark.parametrize("ranks", [RANKS, {"layers.3.self_attn.o_proj": 0, "layers.10.mlp.up_proj": 0}, {}])

@@ -292,9 +292,7 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match="LlamaForCausalLM: expected a PeftModel"):
         hf_sparselr.merge_and_unload(compressed_model())
     with pytest.raises(ValueError, match="no compressed layer"):
-        hf_sparselr.merge_and_unload(
-            get_peft_model(compressed_model(), LoraConfig(target_modules=["lm_head"]))
-        )
+        hf_sparselr.merge_and_unload(get_peft_model(compressed_model(), LoraConfig(target_modules=["lm_head"])))
 
 
 # --- the merged model is a compressed model
@@ -304,25 +302,19 @@ def test_bad_arguments():
 @pytest.mark.parametrize("rank", [None, 5, 0])
 def test_merged_models_save_and_reload_packed(name, rank, tmp_path):
     model = compress(tiny.build(name), tiny.settings())
-    adapted = get_peft_model(
-        model, LoraConfig(target_modules="all-linear", r=3, init_lora_weights=False)
-    ).eval()
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=3, init_lora_weights=False)).eval()
     merged = hf_sparselr.merge_and_unload(adapted, rank, tiny.IDS if rank else None)
     expected = tiny.logits(merged)
     merged.save_pretrained(tmp_path)
     loaded = type(merged).from_pretrained(tmp_path)
     assert torch.equal(tiny.logits(loaded), expected)
-    assert {layer.rank for layer in layers_of(loaded, SparseLRLinear).values()} == {
-        7 if rank is None else rank
-    }
+    assert {layer.rank for layer in layers_of(loaded, SparseLRLinear).values()} == {7 if rank is None else rank}
     assert tiny.same(tiny.snapshot(loaded), tiny.snapshot(merged))
 
 
 def test_merged_ranks_may_differ_from_layer_to_layer(tmp_path):
     model = compress(tiny.build("llama"), tiny.settings())
-    config = LoraConfig(
-        target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 2}, init_lora_weights=False
-    )
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 2}, init_lora_weights=False)
     merged = get_peft_model(model, config).eval().merge_and_unload()
     merged.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -23,9 +23,7 @@ import hf_sparselr
 
 
 def test_hot_swap(tmp_path):
-    folders = {
-        r: random_adapter(additive(r=r, lora_alpha=2 * r + 1), tmp_path / str(r), r) for r in (3, 2, 5)
-    }
+    folders = {r: random_adapter(additive(r=r, lora_alpha=2 * r + 1), tmp_path / str(r), r) for r in (3, 2, 5)}
     adapted = PeftModel.from_pretrained(compressed_model(), folders[3]).eval()
     for r in (2, 5, 3):
         hotswap.hotswap_adapter(adapted, folders[r], "default")
@@ -85,9 +83,7 @@ def test_hot_swap_of_replacing_adapters(tmp_path):
     hotswap.hotswap_adapter(loaded, str(tmp_path / "2"), "default")
     assert torch.equal(logits(loaded), expected)
 
-    additive_one = random_adapter(
-        additive(alpha_pattern=loaded.peft_config["default"].alpha_pattern), tmp_path / "3"
-    )
+    additive_one = random_adapter(additive(alpha_pattern=loaded.peft_config["default"].alpha_pattern), tmp_path / "3")
     with pytest.raises(ValueError, match="cannot hot-swap default: of the adapters"):
         hotswap.hotswap_adapter(loaded, additive_one, "default")
     model = compressed_model()

@@ -80,10 +80,7 @@ def test_modules_to_save_are_added_to(packed):
     assert config.modules_to_save[:2] == ["norm", "score"]
     assert len(set(config.modules_to_save)) == len(config.modules_to_save)
     assert config.task_type == "SEQ_CLS"
-    assert (
-        hf_sparselr.lora_config(load(packed), task_type="FEATURE_EXTRACTION").task_type
-        == "FEATURE_EXTRACTION"
-    )
+    assert hf_sparselr.lora_config(load(packed), task_type="FEATURE_EXTRACTION").task_type == "FEATURE_EXTRACTION"
 
 
 def test_a_second_adapter_has_the_same_modules(packed):
@@ -104,9 +101,7 @@ def test_train_mode_trains_and_saves_the_head(packed, tmp_path, mode):
     moved = changed(model, before)
     head = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight"}
     assert (head if "bert" in packed.name else {"score.weight"}) <= moved
-    assert any(name.endswith(".A") for name in moved) and not any(
-        "mask" in name or "values" in name for name in moved
-    )
+    assert any(name.endswith(".A") for name in moved) and not any("mask" in name or "values" in name for name in moved)
     assert ({name for name in moved if "norm" in name.lower()} != set()) == (mode == "factors+norms")
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path).eval()), logits(model))

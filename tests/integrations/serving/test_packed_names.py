@@ -18,9 +18,7 @@ def names(*layers):
 
 
 def test_merged_layers_are_found_by_their_parts():
-    found = names(
-        "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.fused"
-    )
+    found = names("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.fused")
     merged = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     prefix = "model.layers.0.self_attn"
     assert found.packed(f"{prefix}.qkv_proj", merged) == [f"{prefix}.q_proj", f"{prefix}.v_proj"]

@@ -117,9 +117,7 @@ def test_a_checkpoint_loads_by_the_names_in_its_config(sglang, tmp_path):
     overrides = {"k_proj": {"rank": 0}, "up_proj": {"skip": True}}
     model = compress(tiny.build("llama"), tiny.settings(overrides=overrides), output_dir=tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    config = sglang[0]["sparselr"].from_config(
-        {**stored, "hf_config": model.config, "packed_modules_mapping": {}}
-    )
+    config = sglang[0]["sparselr"].from_config({**stored, "hf_config": model.config, "packed_modules_mapping": {}})
     engine, merged = nn.ModuleDict(), {}
     for block in range(2):
         for leaf, sources in SOURCES.items():
@@ -129,9 +127,7 @@ def test_a_checkpoint_loads_by_the_names_in_its_config(sglang, tmp_path):
             sizes = {shard: part.out_features for shard, part in parts.items()}
             layer = LinearBase(sizes, 32, config, f"{prefix}.{leaf}")
             engine[f"{prefix}.{leaf}".replace(".", "/")] = layer
-            merged[f"{prefix}.{leaf}".replace(".", "/")] = torch.cat(
-                [part.weight + 0 for part in parts.values()]
-            )
+            merged[f"{prefix}.{leaf}".replace(".", "/")] = torch.cat([part.weight + 0 for part in parts.values()])
     parameters = dict(engine.named_parameters())
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         module, _, part = name.rpartition(".")

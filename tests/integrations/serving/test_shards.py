@@ -38,9 +38,7 @@ def test_merged_columns_on_every_rank(world, fused):
         sizes = {"q": HEADS * HEAD // world, "k": GROUPS * HEAD * replicas // world}
         sizes["v"] = sizes["k"]
         engine = Engine(rank, sizes, {"k": replicas, "v": replicas}, world)
-        shards = PackedShards(
-            "qkv_proj", (sum(sizes.values()), INPUTS), INPUTS, engine.load, torch.float32, CPU
-        )
+        shards = PackedShards("qkv_proj", (sum(sizes.values()), INPUTS), INPUTS, engine.load, torch.float32, CPU)
         if fused:
             feed(shards, merged)
         else:

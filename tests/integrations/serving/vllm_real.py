@@ -142,9 +142,7 @@ def engine_main(file: Path) -> None:
     file.with_suffix(".answer").write_text(json.dumps(answer))
 
 
-def ask(
-    folder: Path, model: Path, prompts: list, options: dict, adapters: list = (None,), **environment
-) -> dict:
+def ask(folder: Path, model: Path, prompts: list, options: dict, adapters: list = (None,), **environment) -> dict:
     """`serve_prompts` in a fresh process."""
     file = folder / "request.json"
     adapters = [adapter and str(adapter) for adapter in adapters]
@@ -216,9 +214,7 @@ class Workshop:
                 for parameter in model.parameters():  # biases and norms too: zeros and ones hide errors
                     parameter.add_(torch.randn_like(parameter) * 0.1)
             ids = torch.randint(3, 128, (4, 64))
-            compress(
-                model, SparseLRConfig(**{**SETTINGS, "rank": 8, **changes}, calibration=ids)
-            ).save_pretrained(path)
+            compress(model, SparseLRConfig(**{**SETTINGS, "rank": 8, **changes}, calibration=ids)).save_pretrained(path)
         return path
 
     def prompts(self, name: str) -> list[list[int]]:

@@ -27,9 +27,7 @@ pytestmark = pytest.mark.xdist_group("ddp")  # they share what their fixtures ma
 STEPS = 3
 BATCH = 4  # of all processes together
 KINDS = ("factors", "full", "adapter")
-needs_fsdp2 = pytest.mark.skipif(
-    torch.__version__ < FSDP2_TORCH, reason=f"FSDP2 needs torch >= {FSDP2_TORCH}"
-)
+needs_fsdp2 = pytest.mark.skipif(torch.__version__ < FSDP2_TORCH, reason=f"FSDP2 needs torch >= {FSDP2_TORCH}")
 WAYS = [pytest.param("", id="ddp"), pytest.param("fsdp2-", id="fsdp2", marks=needs_fsdp2)]
 DATA = torch.randint(3, tiny.VOCAB, (STEPS * BATCH, 16), generator=torch.Generator().manual_seed(1))
 
@@ -126,9 +124,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf_sparselr.compress(tiny.build("llama"), tiny.settings()).save_pretrained(folder)
     paths = [str(path) for path in (ROOT, ROOT / "tests", Path(__file__).parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
-    code = (
-        f"from pathlib import Path; from test_ddp import run_processes; run_processes(Path({str(folder)!r}))"
-    )
+    code = f"from pathlib import Path; from test_ddp import run_processes; run_processes(Path({str(folder)!r}))"
     run = fork(code, environment, folder, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     return folder

@@ -73,9 +73,7 @@ def test_caches(packed, expected, cache):
     "cache",
     [
         "offloaded",
-        pytest.param(
-            "offloaded_static", marks=pytest.mark.xfail(reason="fails on an H100, cause not known yet")
-        ),
+        pytest.param("offloaded_static", marks=pytest.mark.xfail(reason="fails on an H100, cause not known yet")),
     ],
 )
 def test_offloaded_caches(packed, cache):

@@ -14,11 +14,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 TEXT = {**SIZES, "vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 0}
 T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 BART = {
-    **{
-        f"{side}_{what}": n
-        for side in ("encoder", "decoder")
-        for what, n in {"layers": 2, "ffn_dim": 64}.items()
-    },
+    **{f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in {"layers": 2, "ffn_dim": 64}.items()},
     **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
     "vocab_size": 96,
     "d_model": 32,
@@ -51,9 +47,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("cls", "config", "task", "names"), CASES, ids=lambda x: getattr(x, "__name__", None)
-)
+@pytest.mark.parametrize(("cls", "config", "task", "names"), CASES, ids=lambda x: getattr(x, "__name__", None))
 def test_heads_and_task_of_a_class(cls, config, task, names):
     model = pack_blocks(cls._from_config(config))
     assert task_type(model) == task

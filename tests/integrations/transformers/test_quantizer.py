@@ -69,15 +69,11 @@ def test_a_packed_checkpoint_loads_to_the_bit(packed, kwargs):
     assert torch.equal(tiny.logits(model), expected)
     assert model.dtype == torch.bfloat16 and len(model.sparselr_report.layers) == 14
     layers = packed_layers(model)
-    assert len(layers) == 14 and all(
-        layer.rank == (0 if "k_proj" in name else 4) for name, layer in layers.items()
-    )
+    assert len(layers) == 14 and all(layer.rank == (0 if "k_proj" in name else 4) for name, layer in layers.items())
     assert not any(p.requires_grad for layer in layers.values() for p in layer.parameters())
 
 
-@pytest.mark.parametrize(
-    "name", ["llama-tied", "gpt2", "opt", "qwen2", "gemma3", "neox", "phi3", "bert-mlm", "t5"]
-)
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "opt", "qwen2", "gemma3", "neox", "phi3", "bert-mlm", "t5"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_family_reloads_to_the_bit(name, dtype, tmp_path):
     model = compress(tiny.build(name, dtype), tiny.settings(), output_dir=tmp_path)
@@ -161,9 +157,7 @@ def test_dequantize_gives_a_plain_model(name, tmp_path):
     torch.testing.assert_close(tiny.logits(plain), tiny.logits(model), atol=1e-5, rtol=1e-5)
     plain.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-    assert not any(
-        key.endswith((".mask", ".values")) for key in load_file(tmp_path / "plain" / "model.safetensors")
-    )
+    assert not any(key.endswith((".mask", ".values")) for key in load_file(tmp_path / "plain" / "model.safetensors"))
     loaded = cls.from_pretrained(tmp_path / "plain")
     assert not packed_layers(loaded) and torch.equal(tiny.logits(loaded), tiny.logits(plain))
 
@@ -212,9 +206,7 @@ def rewrite(ragged, tmp_path):
         tensors = load_file(tmp_path / "model.safetensors")
         change(tensors)
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        seal(
-            tmp_path, [tmp_path / "model.safetensors"], {}
-        )  # the change is to be found without the seal's help
+        seal(tmp_path, [tmp_path / "model.safetensors"], {})  # the change is to be found without the seal's help
         return tmp_path
 
     return write
@@ -372,8 +364,6 @@ def test_errors_come_before_the_weights_are_read(changes, message, corrupt):
 def test_heads_and_poolers_stay_dense(tmp_path):
     model = compress(tiny.build("bert-mlm"), tiny.settings(), output_dir=tmp_path)
     outside = [
-        name
-        for name, module in type(model).from_pretrained(tmp_path).named_modules()
-        if type(module) is nn.Linear
+        name for name, module in type(model).from_pretrained(tmp_path).named_modules() if type(module) is nn.Linear
     ]
     assert outside and all(name.startswith("cls.") for name in outside)

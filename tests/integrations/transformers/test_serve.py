@@ -39,9 +39,7 @@ def checkpoint(tmp_path_factory):
 def answer(checkpoint):
     """What generate makes of the conversation."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), tiny.tokenizer()
-    ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt")[
-        "input_ids"
-    ]
+    ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     tokens = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :]
     assert len(tokens) == TOKENS
     return tokenizer.decode(tokens, skip_special_tokens=True)
@@ -136,12 +134,8 @@ def test_the_chat_command_talks_to_it(port, checkpoint, answer):
     command = [sys.executable, "-c", CLI, "chat", str(checkpoint), f"http://127.0.0.1:{port}/v1"]
     told = f"{MESSAGES[0]['content']}\n!exit\n"
     options = [f"max_new_tokens={TOKENS}", "do_sample=False"]
-    env = {
-        name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"
-    }  # it forbids loopback, too
-    done = subprocess.run(
-        [*command, *options], input=told, env=env, capture_output=True, text=True, timeout=120
-    )
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}  # it forbids loopback, too
+    done = subprocess.run([*command, *options], input=told, env=env, capture_output=True, text=True, timeout=120)
     assert "".join(answer.split()) in "".join(done.stdout.split()), done.stdout + done.stderr
 
 
