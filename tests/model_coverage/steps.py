@@ -174,4 +174,5 @@ def _described(error: BaseException, step: str) -> dict[str, str]:
     last = frames[-1]
     places.append(f"{Path(last.filename).parent.name}/{Path(last.filename).name}:{last.lineno}")
     line = " ".join(str(error).split())
-    return {"step": step, "error": f"{type(error).__name__}: {line}"[:300], "where": " < ".join(places)}
+    line = line if len(line) < 300 else f"{line[:100]} ... {line[-190:]}"  # some quote a whole model
+    return {"step": step, "error": f"{type(error).__name__}: {line}", "where": " < ".join(places)}
