@@ -181,7 +181,7 @@ def _sections(config: SparseLRConfig, report: Report, repo_id: str | None, loade
         f"## Compression\n\n{_table([('Setting', 'Value'), *_settings(config, report)])}",
     ]
     if report.sizes:
-        sections.append(f"## Size\n\n{_sizes(report.sizes)}")
+        sections.append(f"## Size\n\n{_sizes(report.sizes)}{_coverage(report.coverage)}")
     if report.perplexity:
         rows = [(_text(name), _number(value)) for name, value in report.perplexity.items()]
         sections.append(f"## Perplexity\n\n{_table([('Model', 'Perplexity'), *rows])}")
@@ -262,6 +262,14 @@ def _sizes(sizes: dict[str, int | None]) -> str:
         share = f"{size / dense:.1%}" if known and dense else "-"
         rows.append((_text(name), f"{size:,}" if known else "-", share))
     return _table(rows)
+
+
+def _coverage(found: dict) -> str:
+    """The share of the blocks' linear weights that is packed, as a paragraph; empty where it is not known."""
+    packed, total = (found.get(key) if isinstance(found, dict) else None for key in ("packed", "total"))
+    if not isinstance(packed, int) or not isinstance(total, int) or total <= 0:
+        return ""
+    return f"\n\n{packed / total:.0%} of the linear weights in the blocks are packed; the others are dense."
 
 
 def _layers(layers: list[dict]) -> str:

@@ -116,6 +116,16 @@ def test_body():
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("coverage", "line"), [({"packed": 3, "total": 4}, "75% of the linear weights"), ({}, ""), ([1], "")]
+)
+def test_the_card_says_how_much_is_packed(coverage, line):
+    report = full_report()
+    report.coverage = coverage
+    text = model_card(small_config(), report, "me/x", "mit", "LlamaForCausalLM").text
+    assert (line in text) and ("linear weights in the blocks" in text) == bool(line)
+
+
 def test_card_without_report():
     made = model_card(small_config(rank=0, sparsity=0.5), None)
     assert made.data.tags == ["sparselr", "compressed", "sparse", "unstructured"]
