@@ -264,7 +264,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(packed: Path, mode: str
         model.enable_input_require_grads()
     checkpointed = gradients(model)
     assert plain.keys() == checkpointed.keys() == trainable(model)
-    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+    for name in plain:  # the pass that keeps no activations rounds as inference does
+        torch.testing.assert_close(plain[name], checkpointed[name])
 
 
 @pytest.mark.parametrize("mode", ["factors", "full"])

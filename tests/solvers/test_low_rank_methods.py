@@ -364,9 +364,9 @@ def test_options_survive_json(options) -> None:
         (oats.Options, "compare", "column", ValueError, "'row', 'layer'"),
         (oats.Options, "svd", "random", ValueError, "'subspace', 'exact'"),
         (sslc.Options, "iterations", 0, ValueError, ">= 1"),
-        (sslc.Options, "important", -0.1, ValueError, ">= 0"),
+        (sslc.Options, "important", -0.1, ValueError, "[0, 1]"),
         (sslc.Options, "important", 1.5, ValueError, "[0, 1]"),
-        (sslc.Options, "important", "1%", TypeError, ">= 0"),
+        (sslc.Options, "important", "1%", TypeError, "[0, 1]"),
         (sslc.Options, "compare", None, ValueError, "'row', 'layer'"),
     ],
 )
