@@ -20,6 +20,8 @@ _TYPES = {
     "layers": list,
     "blocks": list,
     "allocation": dict,
+    "coverage": dict,
+    "dense": dict,
     "distill": (dict, type(None)),
     "sizes": dict,
     "base_model": (str, type(None)),

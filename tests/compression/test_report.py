@@ -1,5 +1,6 @@
 """The report's file: valid JSON, without paths, and never a reason not to load or save."""
 
+import dataclasses
 import json
 import math
 
@@ -124,3 +125,12 @@ def test_folders_that_look_like_hub_ids_are_paths(tmp_path, monkeypatch):
     assert hub_id("org/data") == public_source("org/data") == "org/data"
     (tmp_path / "org" / "data").mkdir(parents=True)
     assert hub_id("org/data") is None and public_source("org/data") == "custom"
+
+
+def test_every_field_of_a_report_is_in_its_file(tmp_path):
+    report = Report({"method": "3basil"}, coverage={"packed": 1, "total": 2, "dense": {"a": 1}}, dense={"a": "why"})
+    report.save(tmp_path)
+    again = Report.load(tmp_path)
+    assert (again.coverage, again.dense) == (report.coverage, report.dense)
+    runtime = {"base_on_hub", "from_file"}
+    assert set(report.public()) == {field.name for field in dataclasses.fields(Report)} - runtime
