@@ -1,6 +1,6 @@
 """Takes tiny random models of transformers' types through all steps, and writes a table of the outcomes.
 
-    PYTHONPATH=tests python -m model_coverage.run [--classes causal-lm ...] [--types llama ...] [--limit 12]
+    PYTHONPATH=tests python -m model_coverage.run [--classes causal-lm ...] [--types llama ...] [--limit 12] [--jobs 8]
 
 Every type runs in a fork of its own, so that a crash or a hang is an outcome. Outcomes are kept in a JSON file; types
 that are in it are not run again.
@@ -14,6 +14,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ from .steps import try_type
 from .table import write_table
 
 TIME_LIMIT = 100  # seconds a type
-MEMORY = 10 * 2**30  # bytes of address space a type
+MEMORY = 10 * 2**30  # bytes of address space a type, beyond those that the libraries take
 
 _CLASSES = {  # task class: mappings of transformers that list its types; the first that has a type gives its class
     "causal-lm": ("CAUSAL_LM",),
@@ -96,11 +97,17 @@ def _work(task: str, model_type: str, path: Path, folder: str) -> None:
             for number in range(3):
                 os.dup2(null.fileno(), number)
         os.environ["TMPDIR"] = folder
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY,) * 2)
         outcome = try_type(CONFIG_MAPPING[model_type], getattr(tf, types_of(task)[model_type]))
         path.write_text(json.dumps(outcome), encoding="utf-8")
     finally:
         os._exit(0)
+
+
+def _address_space() -> int:
+    """Bytes that this process has mapped."""
+    with open("/proc/self/statm", encoding="ascii") as numbers:
+        return int(numbers.read().split()[0]) * resource.getpagesize()
 
 
 def main() -> None:
@@ -108,7 +115,7 @@ def main() -> None:
     parser.add_argument("--classes", nargs="+", choices=list(_CLASSES), default=list(_CLASSES), metavar="CLASS")
     parser.add_argument("--types", nargs="+", help="only these model types; they are run again")
     parser.add_argument("--limit", type=int, help="types a class, drawn at random; all without")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="types at a time")
     parser.add_argument("--outcomes", type=Path, default=Path("model-coverage.json"), help="JSON to go on with")
     parser.add_argument("--table", type=Path, help="Markdown page to write")
     arguments = parser.parse_args()
@@ -123,11 +130,13 @@ def main() -> None:
 
     def one(pair: tuple[str, str]) -> None:
         outcome = try_in_fork(*pair)
-        known.setdefault(pair[0], {})[pair[1]] = outcome
-        arguments.outcomes.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        print(*pair, outcome["outcome"], outcome.get("step", ""), outcome.get("error", ""), flush=True)
+        with lock:
+            known.setdefault(pair[0], {})[pair[1]] = outcome
+            arguments.outcomes.write_text(json.dumps(known, indent=1), encoding="utf-8")
+            print(*pair, outcome["outcome"], outcome.get("step", ""), outcome.get("error", ""), flush=True)
 
-    with contextlib.suppress(KeyboardInterrupt), ThreadPoolExecutor(arguments.workers) as pool:
+    lock = threading.Lock()
+    with contextlib.suppress(KeyboardInterrupt), ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(one, chosen))
     if arguments.table:
         totals = {task: len(types_of(task)) for task in _CLASSES}
