@@ -35,7 +35,7 @@ Parts = dict[str, Entry]
 
 def check_checkpoint(
     model: "PreTrainedModel", config: SparseLRConfig, entries: Mapping[str, Entry]
-) -> dict[str, Parts]:
+) -> tuple[dict[str, Parts], StoredNames]:
     """Checks a whole checkpoint: names, shapes, dtypes, masks, ranks, and that its files belong together.
 
     Reads headers and masks only. `inspect --verify` compares the weights with their checksums.
@@ -46,7 +46,8 @@ def check_checkpoint(
         entries: all tensors of its files.
 
     Returns:
-        The packed layers by their names in the model: {name: {"mask": entry, "values": entry, ...}}.
+        The packed layers by their names in the model, {name: {"mask": entry, "values": entry, ...}}, and the names of
+        all tensors.
 
     Raises:
         FormatError: naming the file, and the tensor if it is one.
@@ -70,7 +71,7 @@ def check_checkpoint(
     ranks = check_seal(entries, {file: read_seal(file) for file in seals}, getattr(config, SAVE_ID, None))
     _check_hierarchies(stored, asked, shapes)
     _check_ranks(stored, config, asked, ranks)
-    return {named[layer]: parts for layer, parts in stored.items()}
+    return {named[layer]: parts for layer, parts in stored.items()}, names
 
 
 def check_saved(model: "PreTrainedModel", config: SparseLRConfig, entries: Mapping[str, Entry]) -> dict[str, str]:

@@ -19,6 +19,7 @@ _COMMON = {
     "output_hidden_states",
     "return_dict",
 }
+_NAMED = {"input_ids", "attention_mask", "inputs_embeds"}  # a model that takes any argument hands others on
 _ADDED: dict[str, set[str]] = {
     "CAUSAL_LM": {"labels"},
     "SEQ_2_SEQ_LM": {"labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"},
@@ -59,7 +60,7 @@ def _is_listed(model: nn.Module, mapping: Mapping[str, Any]) -> bool:
 def _takes(model: nn.Module, names: set[str]) -> bool:
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return "input_ids" in parameters and (takes_any or names <= parameters.keys())
+    return (_NAMED & names if takes_any else names) | {"input_ids"} <= parameters.keys()
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,6 +1,7 @@
 """Names of tensors in the files of a checkpoint and in the model: transformers renames and fuses tensors on the way.
 
-Packed tensors are renamed like any others, but never fused or split: three masks are no mask of a fused layer.
+Packed tensors are renamed like any others, but never fused or split: three masks are no mask of a fused layer. A model
+of which transformers would fuse packed layers is saved under its own names. Renaming must leave those alone.
 """
 
 import re
@@ -13,6 +14,7 @@ import torch
 import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -33,6 +35,8 @@ class StoredNames:
     Attributes:
         targets: {stored name: names of the model's tensors that it becomes}. Several where it is split, and the same
             one for several that are fused.
+        are_own: whether the files have the model's own names, which must not be renamed: more of them are the model's
+            as they stand than renamed.
     """
 
     def __init__(self, model: "PreTrainedModel", tensors: Iterable[str], stored: Iterable[str], layers: Iterable[str]):
@@ -48,10 +52,20 @@ class StoredNames:
         renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
         converters = [step for step in conversions if isinstance(step, WeightConverter)]
         self._known, self._prefix = dict.fromkeys(tensors, True), model.base_model_prefix
-        self.targets = {}
-        for name in sorted(stored, key=dot_natural_key):  # some renamings rely on this order
-            packed = owner(name) in layers
-            self.targets[name] = self._targets(name, renamings, [] if packed else converters)
+        ordered = sorted(stored, key=dot_natural_key)  # some renamings rely on this order
+        renamed = {
+            name: self._targets(name, renamings, [] if owner(name) in layers else converters) for name in ordered
+        }
+        unchanged = {name: self._targets(name, [], []) for name in ordered}
+        self.are_own = self._count_known(unchanged) > self._count_known(renamed)
+        self.targets = unchanged if self.are_own else {name: self._kept(name, renamed[name]) for name in ordered}
+
+    def _count_known(self, targets: dict[str, list[str]]) -> int:
+        return sum(names[0] in self._known for names in targets.values())
+
+    def _kept(self, name: str, targets: list[str]) -> list[str]:
+        """Renamed as transformers does, which keeps a name of the model if the new one is none."""
+        return [name] if targets[0] not in self._known and name in self._known else targets
 
     def layer(self, stored: str) -> str:
         """The model's name of a packed layer."""
@@ -59,13 +73,20 @@ class StoredNames:
 
     def _targets(self, name: str, renamings: list, converters: list) -> list[str]:
         target, pattern = rename_source_key(name, renamings, converters, self._prefix, self._known)
-        if target not in self._known and name in self._known:
-            return [name]
         if pattern is None:
             return [target]
         converter = next(step for step in converters if pattern in step.source_patterns)
         first, *others = converter.target_patterns
         return [target, *(target.replace(first, other) for other in others)]
+
+
+class NoPattern:
+    """Stands for the compiled pattern of any step, and matches nothing."""
+
+    groupindex: Mapping[str, int] = {}
+
+    def search(self, name: str) -> None:
+        return None
 
 
 class PatternOutsidePacked:
@@ -90,6 +111,14 @@ def exclude_packed(conversions: list, layers: Iterable[str], prefix: str) -> lis
             names = {layer.removeprefix(scope) for layer in layers for scope in scopes}
             names |= {f"{prefix}.{layer}" for layer in layers}
             step.compiled_sources = PatternOutsidePacked(step.compiled_sources, names)
+    return conversions
+
+
+def exclude_all(conversions: list) -> list:
+    """Keeps all steps from all tensors. They stay in the list, for a dense model to be saved under original names."""
+    for step in conversions:
+        step.compiled_sources = NoPattern()
+        step._was_used = not isinstance(step, PrefixChange)  # transformers drops steps that were not
     return conversions
 
 

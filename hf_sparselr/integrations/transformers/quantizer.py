@@ -32,7 +32,7 @@ from ...utils.public_names import hub_id
 from .adapters import reject_adapters
 from .checks import check_checkpoint
 from .experts import unfuse_packed_experts
-from .names import exclude_packed
+from .names import exclude_all, exclude_packed
 
 
 class SparseLRQuantizer(HfQuantizer):
@@ -89,7 +89,7 @@ class SparseLRQuantizer(HfQuantizer):
         entries = read_headers(files)
         unfuse_packed_experts(model, entries)
         layers = linear_layers(model)
-        packed = check_checkpoint(model, self.quantization_config, entries)
+        packed, names = check_checkpoint(model, self.quantization_config, entries)
         for name, parts in packed.items():
             model.set_submodule(name, _empty_layer(model, name, layers[name], parts))
         # The zero-element `weight` entries are for readers without this package.
@@ -97,12 +97,14 @@ class SparseLRQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected |= {rf"{re.escape(name)}\.{SENTINEL}$" for name in sentinels}
         self._dtypes = {name: _stored_dtype(model, name, p.dtype) for name, p in model.named_parameters()}
         self._directory = Path(files[0]).parent
-        self._packed, self._prefix = sentinels, model.base_model_prefix
+        self._packed, self._prefix, self._names = sentinels, model.base_model_prefix, names
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module | None = None) -> list:
-        """Keeps the tensors of packed layers from being fused or split; `model` is not passed before 5.23."""
+        """Keeps packed tensors from being fused or split, and own names as they are; 5.17 does not pass `model`."""
         if not self.pre_quantized:
             return weight_conversions
+        if self._names.are_own:
+            return exclude_all(weight_conversions)
         return exclude_packed(weight_conversions, self._packed, self._prefix)
 
     # -- after the weights are read

@@ -40,6 +40,7 @@ CASES = [
     (tf.T5ForConditionalGeneration, tf.T5Config(**T5), "SEQ_2_SEQ_LM", set()),
     (tf.T5ForSequenceClassification, tf.T5Config(**T5), "SEQ_CLS", {"classification_head"}),
     (tf.BartForSequenceClassification, tf.BartConfig(**BART), "SEQ_CLS", {"classification_head"}),
+    (tf.CLIPTextModel, tf.CLIPTextConfig(**TEXT), None, set()),  # hands unknown arguments on, inputs_embeds twice
     (tf.ViTModel, tf.ViTConfig(**VISION), None, set()),
     (tf.ViTForImageClassification, tf.ViTConfig(**VISION), None, {"classifier"}),
     (tf.WhisperForConditionalGeneration, tf.WhisperConfig(**WHISPER), None, set()),

@@ -5,6 +5,8 @@ import torch
 import transformers as tf
 from helpers import tiny
 from safetensors import safe_open
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 from hf_sparselr import compress
 from hf_sparselr.integrations.transformers.names import would_fuse
@@ -60,3 +62,31 @@ def test_models_without_fused_names_keep_their_original_names(tmp_path):
     tiny.build("neox").save_pretrained(tmp_path / "dense")
     model.save_pretrained(tmp_path / "packed")
     assert names(tmp_path / "dense") <= names(tmp_path / "packed")
+
+
+class Renamed(tf.LlamaForCausalLM):
+    """Original names lack `mlp.`, which transformers puts before every `down_proj.`, also where it already stands."""
+
+
+register_checkpoint_conversion_mapping(
+    "Renamed",
+    [
+        WeightRenaming("down_proj.", "mlp.down_proj."),
+        WeightConverter("qkv.weight", ["q_proj.weight", "k_proj.weight", "v_proj.weight"], [Chunk(dim=0)]),
+    ],
+    overwrite=True,
+)
+
+
+def test_own_names_are_not_renamed_and_a_dense_model_gets_its_original_ones(tmp_path):
+    torch.manual_seed(0)
+    dense = Renamed(tf.LlamaConfig(**SIZES)).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    assert "model.layers.0.down_proj.weight" in names(tmp_path / "dense")
+    model = compress(Renamed.from_pretrained(tmp_path / "dense"), tiny.settings())
+    model.save_pretrained(tmp_path / "packed")
+    assert "model.layers.0.mlp.down_proj.A" in names(tmp_path / "packed")
+    again = Renamed.from_pretrained(tmp_path / "packed")
+    assert tiny.same(tiny.snapshot(again), tiny.snapshot(model))
+    again.dequantize().save_pretrained(tmp_path / "again")
+    assert names(tmp_path / "again") == names(tmp_path / "dense")
