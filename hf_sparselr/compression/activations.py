@@ -8,6 +8,7 @@ from torch import nn
 from ..config.sparselr_config import SparseLRConfig
 from ..utils.modules import move_to_device
 from ..utils.precision import arithmetic
+from ..utils.world import ALONE, World
 from .capture import Call, replay
 from .transformer_matching import resolve_precision
 
@@ -21,15 +22,17 @@ class Workplace:
         activation_device: where hidden states and arguments of all windows wait.
         activation_dtype: of the hidden states.
         precision: of the products in forward passes, see `TMOptions.precision`.
+        world: the processes that share the work, each with some of the windows.
     """
 
     device: torch.device
     activation_device: torch.device
     activation_dtype: torch.dtype
     precision: str
+    world: World = ALONE
 
     @classmethod
-    def of(cls, block: nn.Module, config: SparseLRConfig) -> "Workplace":
+    def of(cls, block: nn.Module, config: SparseLRConfig, world: World = ALONE) -> "Workplace":
         """The devices and dtypes that the config asks for, for one block."""
         device = work_device(config.device, next(block.parameters()).device)
         precision = resolve_precision(config.tm, block).precision
@@ -38,6 +41,7 @@ class Workplace:
             device if config.activations == "device" else torch.device("cpu"),
             torch.bfloat16 if precision == "bf16" else torch.float32,
             precision,
+            world,
         )
 
     def keep(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ from ..config.sparselr_config import SparseLRConfig
 from ..format.checkpoint_hierarchy import owner
 from ..utils.modules import detached_states, named_tensors
 from ..utils.phase_timer import PhaseTimer
+from ..utils.world import ALONE, World
 from .activations import Workplace
 from .capture import Call, replay
 from .layer_inputs import LayerGroup, group_by_input
@@ -33,7 +34,7 @@ logger = logging.getLogger("hf_sparselr")
 
 @dataclass
 class BlockInputs:
-    """What a block is called with, a list entry a batch.
+    """What a block is called with, a list entry a batch. Several processes have different batches.
 
     Attributes:
         hidden: hidden states that passed the compressed blocks before it.
@@ -76,6 +77,7 @@ def compress_block(
     config: SparseLRConfig,
     precomputed: Precomputed | None = None,
     shared: Set[int] = frozenset(),
+    world: World = ALONE,
 ) -> BlockResult:
     """Compresses a copy of a block; the block itself stays as it is.
 
@@ -84,12 +86,13 @@ def compress_block(
         plan: of the whole model.
         precomputed: decompositions to take over. The dense block is then the one of its reference model.
         shared: ids of tensors that other parts of the model share. They stay the same objects, and are not trained.
+        world: the processes that share the work. All return the same block.
 
     Raises:
         ValueError: naming the layer: NaN or Inf in its inputs.
     """
     started = time.perf_counter()
-    place, layers = Workplace.of(block, config), layers_of(name, block, plan)
+    place, layers = Workplace.of(block, config, world), layers_of(name, block, plan)
     phases, layer_rows, tm, unused = PhaseTimer(place.device), [], None, {}
     fixed = frozenset(key for key, tensor in named_tensors(block) if id(tensor) in shared)
     working = working_copy(block, place.device)
@@ -108,7 +111,7 @@ def compress_block(
         if targets is not None:
             with phases("TM"):
                 options = resolve_precision(config.tm, block)
-                tm = _match(name, working, hidden, targets, calls, config.seed, options, inputs.kept_back, fixed)
+                tm = _match(name, working, hidden, targets, calls, config.seed, options, inputs.kept_back, fixed, world)
         del targets
     with phases("propagation"):
         dtypes = {key: tensor.dtype for key, tensor in _floats(block)}
@@ -161,6 +164,13 @@ def _unused(
     unused = [layer for layer in layers if layer not in called]
     if not unused:
         return {}
+    found = place.world.objects(_reasons(block, unused, layers, hidden, calls) if hidden else None)
+    return next(reasons for reasons in found if reasons is not None)
+
+
+def _reasons(
+    block: nn.Module, unused: list[str], layers: dict[str, Layer], hidden: list[torch.Tensor], calls: list[Call]
+) -> dict[str, str]:
     weights = [block.get_submodule(layer).weight for layer in unused]
     flags = [weight.requires_grad for weight in weights]
     with torch.enable_grad():
@@ -209,6 +219,7 @@ def _match(
     options: TMOptions,
     kept_back: int,
     fixed: frozenset[str],
+    world: World,
 ) -> dict:
     bar = transformers_logging.tqdm(total=options.passes, desc="  transformer matching", leave=False, unit="pass")
 
@@ -216,7 +227,7 @@ def _match(
         bar.update()
         bar.set_postfix(loss=f"{loss:.4f}")
 
-    stats = match_block(block, hidden, targets, calls, options, seed, on_pass, kept_back, fixed)
+    stats = match_block(block, hidden, targets, calls, options, seed, on_pass, kept_back, fixed, world)
     bar.close()
     logger.info(
         f"{name}: transformer matching took the block's squared error from {stats['loss_before']:.3e} to "

@@ -24,10 +24,11 @@ from ..format.decomposition import Decomposition
 from ..nn.linear import SparseLRLinear, packed_layers
 from ..utils.modules import detached_states, eval_mode, named_tensors
 from ..utils.precision import arithmetic
+from ..utils.world import ALONE, World
 from .capture import instance_forwards, model_inputs
 from .model_structure import Stacks, find_stacks
 from .padding import MASKS
-from .training_loop import Groups, Training, group_batches, restore, snapshot, train
+from .training_loop import Groups, Training, restore, shared_steps, snapshot, train
 from .working_linear import WorkingLinear, trainable
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def distill(
     device: torch.device,
     on_pass: Callable[[float], None] = lambda loss: None,
     kept_back: list[Sample] | None = None,
+    world: World = ALONE,
 ) -> dict:
     """Trains a packed model in place; its tensors keep their dtypes, devices and support.
 
@@ -92,6 +94,7 @@ def distill(
         on_pass: called after every pass with its mean loss.
         kept_back: batches that are not trained on. The result is kept only if it is better on them than the start.
             None judges it on the first of `batches`.
+        world: the processes that train the same model, each on its own batches.
 
     Returns:
         losses (nats a prediction, one a pass), loss_before, loss_after (on the judging batches), passes, seconds.
@@ -99,16 +102,17 @@ def distill(
     started = time.perf_counter()
     layers = packed_layers(model)
     dtypes = {name: tensor.dtype for name, tensor in named_tensors(model)}
-    judging = kept_back or batches[: max(1, JUDGING_WINDOWS // rows(batches[0]))]
+    few = max(1, JUDGING_WINDOWS // (rows(batches[0]) * world.size)) if batches else 0
+    judging = (kept_back or []) if world.any(bool(kept_back)) else batches[:few]
     with _original_places(model), eval_mode(model), _checkpointing(model, options.checkpointing):
         try:
             groups = _unpack(model, layers, device, options)
             parameters = [parameter for group in groups.values() for parameter in group]
             start = snapshot(parameters)
-            before = _mean_loss(model, teacher, judging, options, device)
-            losses = _train(model, teacher, groups, batches, options, seed, on_pass).losses
+            before = _mean_loss(model, teacher, judging, options, device, world)
+            losses = _train(model, teacher, groups, batches, options, seed, on_pass, world).losses
             _round(model, dtypes)
-            after = _mean_loss(model, teacher, judging, options, device)
+            after = _mean_loss(model, teacher, judging, options, device, world)
             if not after < before:  # NaN included
                 restore(parameters, start)
                 after = before
@@ -123,24 +127,26 @@ def distill(
     }
 
 
-def _train(model, teacher, groups: Groups, batches, options: DistillOptions, seed: int, on_pass) -> Training:
+def _train(
+    model, teacher, groups: Groups, batches, options: DistillOptions, seed: int, on_pass, world: World
+) -> Training:
     counts = {id(batch): count for batch, count in zip(batches, predictions(teacher, batches, options), strict=True)}
     device = next(model.parameters()).device
     padded = any(_is_padded(batch) for batch in batches)
 
-    def size(step: list[Sample]) -> int | torch.Tensor:
-        total = sum(counts[id(batch)] for batch in step)
-        return torch.tensor(float(total), device=device) if padded else total
+    def size(step: list[Sample]) -> float | torch.Tensor:
+        total = world.total(sum(counts[id(batch)] for batch in step), device)
+        return torch.tensor(total, device=device) if padded else total
 
-    def backward(batch: Sample, size: int | torch.Tensor) -> torch.Tensor:
+    def backward(batch: Sample, size: float | torch.Tensor) -> torch.Tensor:
         return add_gradients(model, teacher, batch, size, options)
 
-    steps = _steps(batches, list(counts.values()), options.batch_size)
-    return train(model, groups, steps, size, backward, options, BETAS, seed, on_pass, keep_best=False)
+    steps = _steps(batches, list(counts.values()), options.batch_size, world)
+    return train(model, groups, steps, size, backward, options, BETAS, seed, on_pass, keep_best=False, world=world)
 
 
 def add_gradients(
-    model: nn.Module, teacher: nn.Module, batch: Sample, size: int | torch.Tensor, options: DistillOptions
+    model: nn.Module, teacher: nn.Module, batch: Sample, size: float | torch.Tensor, options: DistillOptions
 ) -> torch.Tensor:
     """Adds the gradient of a batch's summed divergence / `size` to the model's parameters, and returns that quotient.
 
@@ -169,7 +175,9 @@ def add_gradients(
 
 
 @torch.no_grad()
-def _mean_loss(model, teacher, batches: list[Sample], options: DistillOptions, device: torch.device) -> float:
+def _mean_loss(
+    model, teacher, batches: list[Sample], options: DistillOptions, device: torch.device, world: World
+) -> float:
     total = torch.zeros((), device=device, dtype=torch.float64)
     for batch in batches:
         with arithmetic(device, options.precision):
@@ -184,7 +192,7 @@ def _mean_loss(model, teacher, batches: list[Sample], options: DistillOptions, d
                 log_target=True,
                 reduction="sum",
             )
-    return float(total) / sum(predictions(teacher, batches, options))
+    return world.total(total, device) / world.total(sum(predictions(teacher, batches, options)), device)
 
 
 @torch.no_grad()
@@ -230,10 +238,11 @@ def _logits(model: nn.Module, batch: Sample) -> torch.Tensor:
     return model(**model_inputs(model, batch)).logits
 
 
-def _steps(batches: list[Sample], counts: list[int], samples: int) -> list[list[Sample]]:
+def _steps(batches: list[Sample], counts: list[int], samples: int, world: World) -> list[list[Sample]]:
     """Batches grouped into steps of at least the predictions of so many long samples. The last may have fewer."""
-    least = samples * max(count // rows(batch) for batch, count in zip(batches, counts, strict=True))
-    return [[batches[index] for index in group] for group in group_batches(counts, least)]
+    longest = max((count // rows(batch) for batch, count in zip(batches, counts, strict=True)), default=0)
+    least = samples * max(world.objects(longest))
+    return [[batches[index] for index in group] for group in shared_steps(counts, least, world)]
 
 
 def _unpack(

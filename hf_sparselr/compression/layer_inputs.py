@@ -44,7 +44,8 @@ def group_by_input(
 ) -> list[LayerGroup]:
     """The layers that were called, in the order of their first calls, grouped by common inputs.
 
-    Two layers share a group if all their calls, one or several, were made with the same tensors in the same order.
+    Two layers share a group if all their calls, one or several, were made with the same tensors in the same order. All
+    processes get the same groups, also if some of them have no batches.
 
     Args:
         layers: names in the block.
@@ -70,7 +71,16 @@ def group_by_input(
     for layer, inputs in seen.items():
         stack = stack_of(block, layer)
         groups.setdefault(tuple(inputs) if stack == layer else stack, []).append(layer)
-    return [_group(block, key, members, layers) for key, members in groups.items()]
+    return _agreed(place.world.objects([_group(block, key, members, layers) for key, members in groups.items()]))
+
+
+def _agreed(groups_of_processes: list[list[LayerGroup]]) -> list[LayerGroup]:
+    """The groups of the process whose batches reached most layers, and those that only others reached."""
+    chosen: list[LayerGroup] = []
+    for groups in sorted(groups_of_processes, key=lambda groups: -sum(len(group.layers) for group in groups)):
+        known = {layer for group in chosen for layer in group.layers}
+        chosen += [group for group in groups if known.isdisjoint(group.layers)]
+    return chosen
 
 
 def stack_of(block: nn.Module, layer: str) -> str:
@@ -107,7 +117,7 @@ def gram_of_inputs(
             arithmetic(place.device, place.precision),
         ):
             replay(block, batch, call)
-    return accumulator.gram
+    return place.world.sum_(accumulator.gram)
 
 
 @torch.no_grad()
@@ -143,7 +153,7 @@ def _accumulate(
     calls: list[Call],
     place: Workplace,
 ) -> None:
-    """Adds the inputs of layers to their accumulators in one pass over all batches."""
+    """Adds the inputs of layers, those of all processes, to their accumulators in one pass over all batches."""
 
     def collect(accumulator: GramAccumulator) -> Callable[[torch.Tensor], None]:
         return lambda x: accumulator.add(x.bfloat16() if place.precision == "bf16" else x)
@@ -152,6 +162,9 @@ def _accumulate(
     for batch, call in zip(hidden, calls, strict=True):
         with hooked(block, hooks), arithmetic(place.device, place.precision):
             replay(block, batch, call)
+    for accumulator in {id(each): each for each in accumulators.values()}.values():
+        place.world.sum_(accumulator.gram)
+        accumulator.rows = int(place.world.total(accumulator.rows, place.device))
 
 
 @contextmanager

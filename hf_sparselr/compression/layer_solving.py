@@ -1,4 +1,8 @@
-"""Solve the layers of a block: each becomes S + B A, on inputs that already passed the solved layers before it."""
+"""Solve the layers of a block: each becomes S + B A, on inputs that already passed the solved layers before it.
+
+Several processes share the rows of every layer if the method can do that, else the layers of a group. They always share
+the experts of a stack.
+"""
 
 import logging
 import time
@@ -14,6 +18,7 @@ from ..format.decomposition import Decomposition
 from ..solvers.gram import ScaledGram, squared_error
 from ..solvers.registry import METHODS
 from ..utils.phase_timer import PhaseTimer
+from ..utils.world import ALONE, World
 from .activations import Workplace
 from .capture import Call
 from .layer_inputs import LayerGroup, gram_of_inputs, grams_of_experts
@@ -53,29 +58,43 @@ def solve_layers(
     Raises:
         ValueError, RuntimeError: naming the layer.
     """
-    rows = []
+    rows: dict[str, dict] = {}
     bar = transformers_logging.tqdm(total=len(layers), desc="  solving layers", leave=False, unit="layer")
+
+    def install(name: str, result: Decomposition, row: dict) -> None:
+        rows[name] = row
+        logger.info(layer_line(row))
+        module = block.get_submodule(name)
+        block.set_submodule(name, WorkingLinear(result, module.bias, is_transposed(module)))
+        bar.update()
+
     for group in groups:
-        for names, gram, stats in _problems(block, group, hidden, calls, place, phases):
+        world = ALONE if group.experts else place.world
+        for number, (names, gram, stats) in enumerate(_problems(block, group, hidden, calls, place, phases)):
+            if group.experts and number % place.world.size != place.world.rank:
+                continue  # another process solves this expert
             planned = [layers[name] for name in names]
             started = time.perf_counter()
             with naming(planned[0].name):
                 scaled = ScaledGram(gram, config.damping)
                 with phases("solve"):
                     weights = [dense_weight(block.get_submodule(name)) for name in names]
-                    results = _decompose(weights, planned, scaled, config, precomputed)
+                    results = _decompose(weights, planned, scaled, config, world, precomputed)
             for result in results:
                 phases.add(result.stats.pop("phases", {}))
             seconds = (time.perf_counter() - started) / len(names)
             for name, layer, result in zip(names, planned, results, strict=True):
                 weight = dense_weight(dense.get_submodule(name))
-                rows.append({**_row(layer, weight, result, gram, seconds), **stats})
-                logger.info(layer_line(rows[-1]))
-                module = block.get_submodule(name)
-                block.set_submodule(name, WorkingLinear(result, module.bias, is_transposed(module)))
-                bar.update()
+                install(name, result, {**_row(layer, weight, result, gram, seconds), **stats})
+        for number, name in enumerate(group.layers if group.experts and place.world.size > 1 else ()):
+            owner, own = number % place.world.size, (None, None)
+            if owner == place.world.rank:
+                own = block.get_submodule(name).decomposition(), rows[name]
+            result, row = place.world.copy_of(own, owner, place.device)
+            if owner != place.world.rank:
+                install(name, result, row)
     bar.close()
-    return rows
+    return [rows[name] for group in groups for name in group.layers]
 
 
 def _problems(
@@ -101,21 +120,29 @@ def _decompose(
     layers: list[Layer],
     gram: ScaledGram,
     config: SparseLRConfig,
+    world: World,
     precomputed: Precomputed | None,
 ) -> list[Decomposition]:
     if precomputed:
         pairs = zip(layers, weights, strict=True)
         return [precomputed.decomposition(layer.name, weight) for layer, weight in pairs]
-    if any(layer.hierarchy for layer in layers):
-        pairs = zip(layers, weights, strict=True)
-        return [_decompose_alone(layer, weight, gram, config) for layer, weight in pairs]
-    return METHODS[config.method].solve_group(
+    method, options = METHODS[config.method], config.method_options
+    hierarchical = any(layer.hierarchy for layer in layers)
+    if hierarchical or (world.size > 1 and not method.shares_rows(options)):
+        own = {
+            number: _decompose_alone(layer, weight, gram, config)
+            for number, (layer, weight) in enumerate(zip(layers, weights, strict=True))
+            if number % world.size == world.rank
+        }
+        return [world.copy_of(own.get(n), n % world.size, gram.matrix.device) for n in range(len(layers))]
+    return method.solve_group(
         weights,
         gram,
         [layer.pattern for layer in layers],
         [layer.rank for layer in layers],
-        config.method_options,
+        options,
         config.seed,
+        world if world.size > 1 else None,
     )
 
 

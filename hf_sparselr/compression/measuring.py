@@ -12,6 +12,7 @@ from ..config.sparselr_config import SparseLRConfig
 from ..data.model_inputs import Sample
 from ..solvers.gram import ScaledGram
 from ..utils.precision import arithmetic
+from ..utils.world import ALONE, World
 from .activations import Workplace
 from .allocation import DenseGroup
 from .block import layers_of, working_copy
@@ -33,16 +34,19 @@ def dense_groups(
     batches: list[Sample],
     segments: list[dict[str, nn.Module]],
     survey: Survey,
+    world: World = ALONE,
 ) -> Iterator[DenseGroup]:
     """The planned layers of the dense model, of one block after the other.
 
     Args:
+        batches: of this process.
         segments: chains of blocks, and single blocks, in the order of the model's calls.
+        world: the processes that measure together; all get the same Gram matrices and losses.
     """
     bar = transformers_logging.tqdm(total=sum(map(len, segments)), desc="Measuring blocks", unit="block")
     for segment in segments:
         for name, block, hidden, calls in _block_inputs(model, config, batches, segment, survey):
-            place = Workplace.of(block, config)
+            place = Workplace.of(block, config, world)
             dense, hidden = working_copy(block, place.device), place.keep(hidden)
             yield from _groups_of_block(name, dense, plan, config, hidden, calls, place)
             bar.update()
@@ -102,15 +106,17 @@ def _output_loss(
     name: str, block: nn.Module, hidden: list[torch.Tensor], calls: list[Call], place: Workplace
 ) -> Callable[[str, torch.Tensor], float]:
     """See `DenseGroup`. Measured on the first windows, in TF32 at least: BF16 would hide small losses."""
-    few = -(-TRIAL_WINDOWS // len(hidden[0]))
+    world = place.world
+    few = world.of_first(-(-TRIAL_WINDOWS // len(hidden[0]))) if world.first else world.of_first(0)
+    own = len(range(world.rank, few, world.size))  # batches are spread in turns
 
     @torch.no_grad()
     def forward() -> list[torch.Tensor]:
         with arithmetic(place.device, "tf32"):
-            return [replay(block, batch, call) for batch, call in zip(hidden[:few], calls[:few], strict=True)]
+            return [replay(block, batch, call) for batch, call in zip(hidden[:own], calls[:own], strict=True)]
 
     before = forward()
-    energy = sum(float(batch.square().sum()) for batch in before)
+    energy = world.total(sum(float(batch.square().sum()) for batch in before), place.device)
     if not math.isfinite(energy):
         raise ValueError(f"{name}: the outputs of the dense block hold NaN or Inf")
 
@@ -120,6 +126,6 @@ def _output_loss(
         set_dense_weight(module, weight)
         pairs = zip(forward(), before, strict=True)
         set_dense_weight(module, original)
-        return sum(float((new - old).square().sum()) for new, old in pairs) / energy
+        return world.total(sum(float((new - old).square().sum()) for new, old in pairs), place.device) / energy
 
     return output_loss

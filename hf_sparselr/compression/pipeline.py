@@ -17,10 +17,12 @@ from ..config.sparselr_config import SparseLRConfig
 from ..data.model_inputs import Sample, make_batches
 from ..utils.modules import eval_mode
 from ..utils.precision import matmuls
+from ..utils.world import ALONE, World
 from .allocation import allocate
 from .block import BlockInputs, BlockResult, compress_block
-from .capture import BrokenChainError, capture_block_inputs, capture_calls
+from .capture import BrokenChainError, Recording, capture_block_inputs, capture_calls
 from .distillation import copy_sharing_blocks
+from .distributed import even_batch, spread
 from .measuring import dense_groups
 from .model_structure import Stacks, find_stacks, shared_tensors
 from .plan import Layer, reachable_plan
@@ -42,6 +44,7 @@ def run(
     samples: list[Sample],
     sink: Sink,
     precomputed: Precomputed | None = None,
+    world: World = ALONE,
 ) -> Report:
     """Compresses the blocks of a model.
 
@@ -51,6 +54,7 @@ def run(
         samples: calibration samples on the CPU.
         sink: takes the finished blocks, in the order in which the model calls them.
         precomputed: decompositions of the model's layers, for refinement alone.
+        world: the processes that share the work; all have the same arguments, and hand the same blocks to their sinks.
 
     Returns:
         The report, without `sizes`.
@@ -61,20 +65,21 @@ def run(
     started = time.perf_counter()
     _check_weights(model, plan)
     report = Report(config.to_dict())
-    batches, kept_back = _batches(samples, config)
+    all_batches, kept_back = _batches(samples, config, world)
+    batches, kept_back = spread(all_batches, kept_back, world)
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     model.eval()
     try:
         stacks = find_stacks(model)
         versions = {name: model.get_submodule(name).weight._version for name in plan}
-        survey = survey_blocks(model, stacks, batches)
+        survey = survey_blocks(model, stacks, all_batches)
         edited = {name for name, version in versions.items() if model.get_submodule(name).weight._version != version}
         plan, report.dense = reachable_plan(plan, stacks, survey.order, edited, config)
         segments = _working_order(stacks, survey, plan)
-        groups = dense_groups(model, plan, config, batches, segments, survey)
+        groups = dense_groups(model, plan, config, batches, segments, survey, world)
         plan, report.allocation = allocate(config, plan, groups)
         bar = transformers_logging.tqdm(total=sum(map(len, segments)), desc="Compressing blocks", unit="block")
-        work = _compressed_blocks(model, plan, config, segments, survey, batches, kept_back, precomputed)
+        work = _compressed_blocks(model, plan, config, segments, survey, batches, kept_back, precomputed, world)
         for name, result in work:
             report.layers += result.layer_rows
             report.blocks.append(result.row)
@@ -120,6 +125,7 @@ def _compressed_blocks(
     batches: list[Sample],
     kept_back: int,
     precomputed: Precomputed | None,
+    world: World,
 ) -> Iterator[tuple[str, BlockResult]]:
     """Compresses one block after the other: (name, result). The sink takes one before the next is asked for."""
     reference = precomputed.reference if precomputed else None
@@ -129,14 +135,14 @@ def _compressed_blocks(
     for segment in segments:
         if all(survey.most_calls[name] == 1 for name in segment):
             try:
-                yield from _chain(model, plan, config, segment, batches, kept_back, precomputed, shared)
+                yield from _chain(model, plan, config, segment, batches, kept_back, precomputed, shared, world)
                 continue
             except BrokenChainError:
                 pass  # not on all samples
         for name in segment:
             yield (
                 name,
-                _single(model, plan, config, name, survey, batches, kept_back, precomputed, reference, shared),
+                _single(model, plan, config, name, survey, batches, kept_back, precomputed, reference, shared, world),
             )
 
 
@@ -153,9 +159,10 @@ def _chain(
     kept_back: int,
     precomputed: Precomputed | None,
     shared: Set[int],
+    world: World,
 ) -> Iterator[tuple[str, BlockResult]]:
     """A chain: one pass of the model records all arguments, and each block's outputs are the next one's inputs."""
-    recording = capture_block_inputs(model, blocks, batches)
+    recording = _recorded(model, blocks, batches, world)
     kept_back = sum(index >= len(batches) - kept_back for index in recording.batches)
     inputs = BlockInputs(recording.inputs, None, [], kept_back)
     if _needs_dense_stream(config):
@@ -164,9 +171,21 @@ def _chain(
             inputs.dense_hidden = _first_inputs(precomputed.reference, blocks, batches)
     for name, block in blocks.items():
         inputs.calls = recording.calls.pop(name)
-        result = compress_block(name, block, plan, inputs, config, precomputed, shared)
+        result = compress_block(name, block, plan, inputs, config, precomputed, shared, world)
         inputs.hidden, inputs.dense_hidden = result.hidden, result.dense_hidden
         yield name, result
+
+
+def _recorded(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Sample], world: World) -> Recording:
+    """`capture_block_inputs`; a chain that is broken in one process is broken in all."""
+    recording, broken = None, None
+    try:
+        recording = capture_block_inputs(model, blocks, batches)
+    except BrokenChainError as error:
+        broken = error
+    if world.any(recording is None) or recording is None:
+        raise broken or BrokenChainError("in another process")
+    return recording
 
 
 def _first_inputs(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Sample]) -> list[torch.Tensor]:
@@ -186,6 +205,7 @@ def _single(
     precomputed: Precomputed | None,
     reference: nn.Module | None,
     shared: Set[int],
+    world: World,
 ) -> BlockResult:
     """A block that is no part of a chain, or is called several times: passes of the whole model record its calls."""
     once = survey.most_calls[name] == 1
@@ -195,7 +215,7 @@ def _single(
     if _needs_dense_stream(config) and reference is not None:
         with eval_mode(reference):
             inputs.dense_hidden = capture_calls(reference, name, batches, once)[0]
-    return compress_block(name, model.get_submodule(name), plan, inputs, config, precomputed, shared)
+    return compress_block(name, model.get_submodule(name), plan, inputs, config, precomputed, shared, world)
 
 
 def replace_in(model: nn.Module) -> Sink:
@@ -214,20 +234,20 @@ def _needs_dense_stream(config: SparseLRConfig) -> bool:
     return "tm" in config.refine_steps and config.tm.target != "block"
 
 
-def _batches(samples: list[Sample], config: SparseLRConfig) -> tuple[list[Sample], int]:
+def _batches(samples: list[Sample], config: SparseLRConfig, world: World) -> tuple[list[Sample], int]:
     """Batches of all samples, and how many at the end hold those that are kept back from refinement."""
-    size, trained = _micro_batch(config), len(samples)
+    size, trained = _micro_batch(config, world), len(samples)
     if config.refine_steps:
         trained -= hold_back(samples)
     kept_back = make_batches(samples[trained:], size)
     return make_batches(samples[:trained], size) + kept_back, len(kept_back)
 
 
-def _micro_batch(config: SparseLRConfig) -> int:
+def _micro_batch(config: SparseLRConfig, world: World) -> int:
     """Samples at a time: TM's steps must be made of whole batches, whatever `batch_size` is."""
     if "tm" not in config.refine_steps:
         return config.batch_size
-    return math.gcd(config.batch_size, config.tm.batch_size)
+    return even_batch(math.gcd(config.batch_size, config.tm.batch_size), config.tm.batch_size, world)
 
 
 def _set_modes(module: nn.Module, name: str, modes: dict[str, bool]) -> None:

@@ -11,8 +11,10 @@ from ..data.model_inputs import Sample, make_batches
 from ..utils.phase_timer import PhaseTimer
 from ..utils.precision import plain_modes
 from ..utils.public_names import loaded_from_hub
+from ..utils.world import ALONE, World
 from .activations import work_device
 from .coverage import coverage, log_coverage
+from .distributed import even_batch
 from .distillation import check_logits, copy_sharing_blocks, distill, on_device, takes_batches
 from .expert_products import watch_experts
 from .experts import fuse_experts, unfuse_experts
@@ -34,6 +36,7 @@ def compress_in_memory(
     config: SparseLRConfig,
     samples: Samples,
     precomputed: Precomputed | None = None,
+    world: World = ALONE,
 ) -> Report:
     """Turns a loaded model into a packed one. The caller attaches the report, and undoes errors.
 
@@ -41,12 +44,13 @@ def compress_in_memory(
         plan: the layers to compress, from `plan_layers`.
         samples: of this config; the dense model writes them if they were not loaded.
         precomputed: decompositions to refine instead of solving.
+        world: the processes that compress together; each has the whole model.
 
     Raises:
         ValueError: before the work, for a model that cannot be distilled.
     """
     with plain_modes(work_device(config.device, model.device)):
-        return _compress(model, plan, config, samples, precomputed)
+        return _compress(model, plan, config, samples, precomputed, world)
 
 
 def _compress(
@@ -55,10 +59,11 @@ def _compress(
     config: SparseLRConfig,
     samples: Samples,
     precomputed: Precomputed | None,
+    world: World,
 ) -> Report:
     base = precomputed.reference if precomputed else model
     dense_bytes = _bytes(model)
-    calibration = samples.calibration(base)
+    calibration = world.of_first(samples.calibration(base))
     teacher = None
     if "distill" in config.refine_steps:  # the model is replaced block by block, so its teacher is a copy
         teacher = precomputed.reference if precomputed else copy_sharing_blocks(model, find_stacks(model))
@@ -69,13 +74,13 @@ def _compress(
     unfuse_experts(model, plan, transposed)
     blocks = [name for stack in find_stacks(model).values() for name in stack]
     warn_of_few_tokens(calibration, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
-    report = run(model, plan, config, calibration, replace_in(model), precomputed)
+    report = run(model, plan, config, calibration, replace_in(model), precomputed, world)
     fuse_experts(model)  # those of which none was packed
     report.dense |= reasons
     report.coverage = coverage(model, blocks)
     log_coverage(report.coverage, report.dense)
     if teacher is not None:
-        distill_in_memory(model, teacher, calibration, samples, report)
+        distill_in_memory(model, teacher, calibration, samples, report, world)
     report.base_model = base.config.name_or_path or None
     report.base_on_hub = loaded_from_hub(base.config) is not None
     report.sizes = {"dense": dense_bytes, "packed": _bytes(model)}
@@ -88,11 +93,13 @@ def distill_in_memory(
     calibration: list[Sample],
     samples: Samples,
     report: Report,
+    world: World = ALONE,
 ) -> None:
     """Distils a packed model from the dense one.
 
     Args:
         calibration: the calibration samples; the dense model writes others beside them, if the config asks for that.
+        world: the processes that train together.
     """
     config = samples.config
     options = config.distill
@@ -101,8 +108,9 @@ def distill_in_memory(
     with phases("distillation"), on_device(teacher, device, options):
         count = len(calibration) - hold_back(calibration)
         kept_back = calibration[count:]
-        trained = calibration[:count] + samples.for_distillation(teacher)
+        trained = calibration[:count] + world.of_first(samples.for_distillation(teacher))
         size = math.gcd(config.batch_size, options.batch_size) if takes_batches(teacher, trained[0]) else 1
+        size = even_batch(size, options.batch_size, world)
         bar = transformers_logging.tqdm(total=options.passes, desc="Distilling", unit="pass")
 
         def on_pass(loss: float) -> None:
@@ -112,12 +120,13 @@ def distill_in_memory(
         report.distill = distill(
             model,
             teacher,
-            make_batches(trained, size),
+            world.share(make_batches(trained, size)),
             options,
             config.seed,
             device,
             on_pass,
-            make_batches(kept_back, size),
+            world.share(make_batches(kept_back, size)),
+            world,
         )
         bar.close()
     report.seconds += phases.seconds["distillation"]

@@ -16,8 +16,11 @@ from torch import nn
 from ..config.options import DistillOptions, TMOptions
 from ..utils.cuda_graphs import GraphedCallable
 from ..utils.precision import LARGE
+from ..utils.world import ALONE, World
 
 Groups = dict[str, list[nn.Parameter]]
+
+SMALL_GRADIENT = 2**20  # entries: smaller gradients are summed over processes as one
 
 
 @dataclass
@@ -45,6 +48,7 @@ def train(
     on_pass: Callable[[float], None],
     keep_best: bool,
     judge: Callable[[], float] | None = None,
+    world: World = ALONE,
 ) -> Training:
     """Trains parameters of a module in place with Adam and a cosine schedule.
 
@@ -60,6 +64,7 @@ def train(
         on_pass: called after every pass with its mean loss.
         keep_best: leave the state after the best pass. Otherwise the last one stays.
         judge: the loss of a state, by which the best pass is chosen; None takes the mean loss of the pass.
+        world: the processes that train the same parameters; each has its own batches of every step.
     """
     parameters = [parameter for group in groups.values() for parameter in group]
     device = parameters[0].device
@@ -74,6 +79,7 @@ def train(
         optimizer.zero_grad()
         for batch in batches:
             total.add_(backward(batch, divisor))
+        sum_gradients(parameters, world)
         optimizer.step()
 
     run = step if is_large(parameters) else GraphedCallable(step, device)
@@ -83,7 +89,7 @@ def train(
             for index in torch.randperm(len(steps), generator=generator).tolist():
                 run(steps[index], sizes[index])
                 schedule.step()
-            mean = float(total) / len(steps)
+            mean = world.total(total, device) / len(steps)
             if not math.isfinite(mean):
                 break
             loss = judge() if judge and keep_best else mean
@@ -150,6 +156,32 @@ def group_batches(sizes: list[int], least: int) -> list[list[int]]:
         steps[-1].append(index)
         held += size
     return steps
+
+
+def shared_steps(sizes: list[int], least: int, world: World) -> list[list[int]]:
+    """`group_batches` of the batches of all processes, which take turns; of each step the indices of this process."""
+    all_sizes = world.objects(sizes)
+    turns = [(index, rank) for rank, own in enumerate(all_sizes) for index in range(len(own))]
+    turns.sort()
+    steps = group_batches([all_sizes[rank][index] for index, rank in turns], least)
+    return [[turns[turn][0] for turn in step if turns[turn][1] == world.rank] for step in steps]
+
+
+def sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
+    """Replaces every gradient by its sum over all processes."""
+    if world.size == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:  # no batch of this process used it
+            parameter.grad = torch.zeros_like(parameter)
+    small = [parameter.grad for parameter in parameters if parameter.numel() < SMALL_GRADIENT]
+    for parameter in parameters:
+        if parameter.numel() >= SMALL_GRADIENT:
+            world.sum_(parameter.grad)
+    if small:
+        joined = world.sum_(torch.cat([gradient.flatten() for gradient in small]))
+        for gradient, part in zip(small, joined.split([gradient.numel() for gradient in small]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def snapshot(parameters: list[nn.Parameter], device: str | None = None) -> list[torch.Tensor]:

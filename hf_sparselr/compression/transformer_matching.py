@@ -13,8 +13,9 @@ from torch import nn
 
 from ..config.options import TMOptions
 from ..utils.precision import arithmetic
+from ..utils.world import ALONE, World
 from .capture import Call, replay
-from .training_loop import group_batches, is_large, restore, snapshot, train
+from .training_loop import is_large, restore, shared_steps, snapshot, train
 from .working_linear import trainable
 
 # The paper names no betas. With Adam's usual 0.999 the large first gradients would damp all of the few hundred steps.
@@ -38,6 +39,7 @@ def match_block(
     on_pass: Callable[[float], None] = lambda loss: None,
     kept_back: int = 0,
     fixed: frozenset[str] = frozenset(),
+    world: World = ALONE,
 ) -> dict:
     """Trains a block whose layers are `WorkingLinear`, in place, and leaves its best state in it.
 
@@ -51,6 +53,7 @@ def match_block(
         kept_back: so many batches at the end are not trained on. The best state is the best one on them. With 0, it is
             judged on the batches that it is trained on.
         fixed: names of parameters of the block that are not trained.
+        world: the processes that train the same block, each on its own batches.
 
     Returns:
         loss_before, loss_after (mean squared errors on the judging batches), best_pass (0: the start), passes, seconds.
@@ -62,15 +65,16 @@ def match_block(
     start = snapshot(parameters, "cpu" if is_large(parameters) else None)
     batches = list(zip(inputs, targets, calls, strict=True))
     trained = batches[: len(batches) - kept_back]
-    judging = batches[len(trained) :] or trained
+    apart = world.any(kept_back > 0)
+    judging = batches[len(trained) :] if apart else trained
 
     def judge() -> float:
-        return mean_squared_error(block, judging, options.precision)
+        return mean_squared_error(block, judging, options.precision, world)
 
     before = after = judge()
     best_pass, passes = 0, 0
     if before > 0:
-        training = _train(block, groups, trained, options, seed, before, on_pass, judge if kept_back else None)
+        training = _train(block, groups, trained, options, seed, before, on_pass, judge if apart else None, world)
         best_pass, passes = training.best_pass, len(training.losses)
         after = judge()
     if not after < before:  # NaN included
@@ -85,14 +89,14 @@ def match_block(
     }
 
 
-def _train(block, groups, batches, options: TMOptions, seed: int, scale: float, on_pass, judge):
+def _train(block, groups, batches, options: TMOptions, seed: int, scale: float, on_pass, judge, world: World):
     """Losses are relative to `scale`, so that gradients stay far above Adam's epsilon when the error is small."""
     device = next(block.parameters()).device
-    indices = group_batches([len(x) for x, _, _ in batches], options.batch_size)
+    indices = shared_steps([len(x) for x, _, _ in batches], options.batch_size, world)
     steps = [[batches[index] for index in group] for group in indices]
 
     def size(step: list) -> float | torch.Tensor:
-        total = sum(_entries(target, call) for _, target, call in step) * scale
+        total = world.total(sum(_entries(target, call) for _, target, call in step), device) * scale
         masked = any(call.masks for _, _, call in step)
         return torch.tensor(total, device=device) if masked else total
 
@@ -116,21 +120,26 @@ def _train(block, groups, batches, options: TMOptions, seed: int, scale: float, 
         on_pass,
         keep_best=True,
         judge=judge,
+        world=world,
     )
 
 
 @torch.no_grad()
 def mean_squared_error(
-    block: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor, Call]], precision: str = "fp32"
+    block: nn.Module,
+    batches: list[tuple[torch.Tensor, torch.Tensor, Call]],
+    precision: str = "fp32",
+    world: World = ALONE,
 ) -> float:
-    """Mean of (block(x) - target)^2 over batches (x, target, call)."""
+    """Mean of (block(x) - target)^2 over batches (x, target, call) of all processes."""
     device = next(block.parameters()).device
     total = torch.zeros((), device=device, dtype=torch.float64)
     for x, target, call in batches:
         with arithmetic(device, precision):
             out = replay(block, x, call)
         total += _difference(out, target, call).square().sum(dtype=torch.float64)
-    return float(total) / sum(_entries(target, call) for _, target, call in batches)
+    entries = world.total(sum(_entries(target, call) for _, target, call in batches), device)
+    return world.total(total, device) / entries
 
 
 def _output_mask(target: torch.Tensor, call: Call) -> torch.Tensor | None:

@@ -5,6 +5,7 @@ itself be 0.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -151,19 +152,33 @@ def from_text(text: str) -> str | float:
         return text
 
 
-def sampled_threshold(scores: torch.Tensor, zeros: int) -> torch.Tensor:
+def sampled_threshold(
+    scores: torch.Tensor,
+    zeros: int,
+    size: int | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda sample: sample,
+    add: Callable[[torch.Tensor], torch.Tensor] = lambda count: count,
+) -> torch.Tensor:
     """Estimates the score (1,) that `zeros` scores do not exceed.
 
     The estimate comes from a sorted sample, and is corrected once by counting all scores.
+
+    Args:
+        scores: a layer's, or some rows of them if other processes have the others.
+        size: number of scores of the whole layer.
+        gather: this process's sample -> those of all processes, maybe with Inf beside them.
+        add: the number of scores that this process counted -> that of all.
     """
     flat = scores.flatten()
-    stride = flat.numel() // SAMPLE | 1
+    size = flat.numel() if size is None else size
+    stride = size // SAMPLE | 1
     while math.gcd(stride, scores.shape[-1]) > 1:  # else some columns would be left out
         stride += 2
-    sample = flat[::stride].sort().values
-    below = sample[min(zeros // stride, len(sample) - 1)]
-    surplus = (flat <= below).sum() - zeros
-    index = (zeros - surplus).div(stride, rounding_mode="floor").clamp(0, len(sample) - 1)
+    sample = gather(flat[::stride]).sort().values
+    last = -(-size // stride) - 1
+    below = sample[min(zeros // stride, last)]
+    surplus = add((flat <= below).sum()) - zeros
+    index = (zeros - surplus).div(stride, rounding_mode="floor").clamp(0, last)
     return sample.index_select(0, index.view(1))  # indexing would synchronise
 
 

@@ -7,13 +7,16 @@ import torch
 
 from ..format.decomposition import Decomposition
 from ..format.patterns import Pattern
+from ..utils.world import ALONE, World
 from .gram import ScaledGram, squared_error
 
 # Wt -> (S, mask), called with one weight after another of the same shape; see `pruners.Pruner`.
 Repeated = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def subspace_iteration_step(error: torch.Tensor, gram: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+def subspace_iteration_step(
+    error: torch.Tensor, gram: torch.Tensor, basis: torch.Tensor, world: World = ALONE
+) -> torch.Tensor:
     """One step of subspace iteration on E G E^T.
 
     Its leading eigenvectors are the left singular vectors of E G^(1/2), so the exact G-weighted rank-r fit of E
@@ -23,45 +26,62 @@ def subspace_iteration_step(error: torch.Tensor, gram: torch.Tensor, basis: torc
         error: E (out, in).
         gram: G (in, in).
         basis: P (out, r).
+        world: the processes, each with some rows of E and P.
 
     Returns:
         (out, r), orthonormal columns.
     """
-    return torch.linalg.qr(error @ (gram @ (error.T @ basis))).Q
+    return orthonormal(error @ (gram @ world.sum_(error.T @ basis)), world)
 
 
-def cholesky_qr(spans: list[torch.Tensor]) -> list[torch.Tensor]:
+def orthonormal(spans: torch.Tensor, world: World = ALONE) -> torch.Tensor:
+    """Orthonormal columns with the span of Y (out, r): `cholesky_qr` in FP64, which takes nearly dependent columns.
+
+    A QR factorisation takes a hundred times as long on a GPU, and does not share its rows among processes.
+    """
+    return cholesky_qr([spans.double()], world)[0].to(spans.dtype)
+
+
+def cholesky_qr(spans: list[torch.Tensor], world: World = ALONE) -> list[torch.Tensor]:
     """Orthonormalises the columns of every Y (out_i, r) by one Cholesky factorisation of Y^T Y.
 
     It takes a few kernels for all matrices together; a QR factorisation takes many kernels for each. The result has the
     span of Y and orthonormal columns as long as the columns are far from dependent, as they are in a warm-started
     iteration. Dependent columns come out shorter than one: never longer, never NaN.
 
+    Args:
+        world: the processes, each with some rows of every Y.
+
     Returns:
         one (out_i, r) per matrix.
     """
-    spans = [Y / Y.norm(dim=0).clamp(min=torch.finfo(Y.dtype).tiny) for Y in spans]
-    C = torch.stack([Y.T @ Y for Y in spans])
+    C = world.sum_(torch.stack([Y.T @ Y for Y in spans]))
+    squares = C.diagonal(dim1=1, dim2=2)
+    unit = squares.rsqrt().masked_fill(squares < torch.finfo(C.dtype).tiny, 0.0)  # zero columns stay zero
+    C = C * unit[:, :, None] * unit[:, None, :]
     rounding = 10 * torch.finfo(C.dtype).eps * C.shape[-1]
     identity = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
     factors = torch.linalg.cholesky_ex(torch.add(C, identity, alpha=rounding)).L
-    inverses = torch.linalg.solve_triangular(factors, identity, upper=False)
+    inverses = torch.linalg.solve_triangular(factors, identity, upper=False) * unit[:, None, :]
     return [Y @ inverse.T for Y, inverse in zip(spans, inverses.unbind(), strict=True)]
 
 
 def randomized_range_finder(
-    error: torch.Tensor, gram: torch.Tensor, rank: int, seed: int, steps: int = 5
+    error: torch.Tensor, gram: torch.Tensor, rank: int, seed: int, steps: int = 5, world: World = ALONE
 ) -> torch.Tensor:
     """An (out, rank) orthonormal basis near the leading eigenvectors of E G E^T.
 
     It starts from a random sketch, which is the same for a seed on every device, and takes a few steps of subspace
     iteration.
+
+    Args:
+        world: the processes, each with some rows of E and of the basis.
     """
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(error.shape[1], rank, generator=generator).to(error.device)
-    basis = torch.linalg.qr(error @ (gram @ sketch)).Q
+    basis = orthonormal(error @ (gram @ sketch), world)
     for _ in range(steps):
-        basis = subspace_iteration_step(error, gram, basis)
+        basis = subspace_iteration_step(error, gram, basis, world)
     return basis
 
 
@@ -117,14 +137,23 @@ def scaled(weight: torch.Tensor, gram: ScaledGram) -> torch.Tensor:
 
 
 def unscale(
-    S: torch.Tensor, mask: torch.Tensor, basis: torch.Tensor | None, error: torch.Tensor, gram: ScaledGram
+    S: torch.Tensor,
+    mask: torch.Tensor,
+    basis: torch.Tensor | None,
+    error: torch.Tensor,
+    gram: ScaledGram,
+    world: World = ALONE,
 ) -> Decomposition:
-    """Back to the layer's own coordinates, with the low-rank part basis @ (basis^T error)."""
+    """Back to the layer's own coordinates, with the low-rank part basis @ (basis^T error).
+
+    Args:
+        world: the processes, each with some rows of S, mask, basis and error. The result has the rows that went in.
+    """
     alive = ~gram.dead / gram.scale
     S = S * alive
     if basis is None:
         return Decomposition(S, mask)
-    A, B = balanced_factors(basis, (basis.T @ error) * alive)
+    A, B = balanced_factors(basis, world.sum_(basis.T @ error) * alive)
     return Decomposition(S, mask, A, B)
 
 

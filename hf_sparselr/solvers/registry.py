@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the command line reads the names of the methods before it i
     from ..format.decomposition import Decomposition
     from ..format.hierarchy import HierarchyShape
     from ..format.patterns import Pattern
+    from ..utils.world import World
     from .gram import ScaledGram
 
 PRECOMPUTED = "precomputed"  # the method in the config of a checkpoint that `hf_sparselr.refine` made
@@ -51,7 +52,8 @@ class Method:
 
     Attributes:
         module: its name below `hf_sparselr.solvers`. The module holds `solve` (see `Solve`), the dataclass of its
-            options and, if layers with a common input are solved together, `solve_group`.
+            options and, if layers with a common input are solved together, `solve_group`. If several processes can share
+            the rows of a layer, `shares_rows` says with which options.
         options_name: of the dataclass.
         low_rank: whether it makes a low-rank part; otherwise rank must be 0.
         sparse: whether it makes a sparse part; otherwise sparsity must be None.
@@ -82,21 +84,30 @@ class Method:
         ranks: list[int],
         options: Any,
         seed: int,
+        world: World | None = None,
     ) -> list[Decomposition]:
         """Decomposes layers that share `gram`, one of each per list, together where the method can.
 
         Very large and very small layers are solved in other units, a power of 4, so that nothing overflows: every
         method commutes with that, to the bit.
 
+        Args:
+            world: the processes that share the rows of every layer, for methods that can (`shares_rows`).
+
         Raises:
             ValueError: a weight holds NaN or Inf, or is so large that it overflows FP32 when it is scaled.
         """
         unit = _unit(weights, gram)
         if unit == 1:
-            return self._solve(weights, gram, patterns, ranks, options, seed)
+            return self._solve(weights, gram, patterns, ranks, options, seed, world)
         weights = [weight.float() / unit for weight in weights]
-        results = self._solve(weights, gram, patterns, ranks, options, seed)
+        results = self._solve(weights, gram, patterns, ranks, options, seed, world)
         return [_in_unit(result, unit) for result in results]
+
+    def shares_rows(self, options: Any) -> bool:
+        """Whether several processes can share the rows of a layer."""
+        module = self._load()
+        return hasattr(module, "shares_rows") and module.shares_rows(options)
 
     def solve_hierarchical(
         self,
@@ -129,8 +140,11 @@ class Method:
         ranks: list[int],
         options: Any,
         seed: int,
+        world: World | None,
     ) -> list[Decomposition]:
         module = self._load()
+        if world is not None:
+            return module.solve_group(weights, gram, patterns, ranks, options, seed, world)
         if hasattr(module, "solve_group"):
             return module.solve_group(weights, gram, patterns, ranks, options, seed)
         return [

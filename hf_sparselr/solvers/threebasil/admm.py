@@ -7,6 +7,9 @@ is small next to Wt, so its factors may be rounded to BF16. The remainder of Wt 
 D is zero off the support and the dual V = rho (T - D) is zero on it, so one matrix T = copy + V / rho holds both. The
 rows of all layers of a group are stacked: the layers share the product and the penalty. Only the low-rank step and
 unstructured supports look at single layers.
+
+Several processes share the rows of every layer. Only sums over rows are exchanged: two thin matrices a step for the
+low-rank part, and counts.
 """
 
 import math
@@ -16,11 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ...format.patterns import NM, Pattern, project
+from ...format.patterns import NM, Pattern
 from ...utils.availability import TRITON
 from ...utils.precision import LARGE, LEVELS, coarsest, finer, matmuls, product, subtract_product
+from ...utils.world import ALONE, World
 from ..base import cholesky_qr, randomized_range_finder
 from ..gram import ScaledGram, shift_inverse, squared_error
+from ..spread_rows import exact_mask, near_threshold
 from . import cpu_steps
 
 LARGEST_SHIFT = 1.15  # a larger factor for rho needs a new factorisation
@@ -29,20 +34,28 @@ ROUNDING = 5e-6  # share of the objective that rounding the product's factors ma
 
 @dataclass
 class _Layer:
-    rows: slice
+    out: int  # rows of the layer in all processes
+    rows: slice  # those of this one in the stack
     pattern: Pattern
     rank: int
+    world: World
     basis: torch.Tensor | None = None
     threshold: float | None = None  # of the previous support: where the search on the CPU starts
 
     def project(self, scores: torch.Tensor, mask: torch.Tensor) -> None:
-        """Writes the support of the scores (out, in) into the mask."""
-        if scores.is_cuda or isinstance(self.pattern, NM):
-            mask.copy_(self.pattern.near_mask(scores))
+        """Writes the support of the scores (rows, in) into the mask; unstructured ones need not be exact."""
+        if isinstance(self.pattern, NM):
+            mask.copy_(self.pattern.mask(scores))
             return
-        threshold = self.pattern.threshold(scores, self.threshold)
-        self.threshold = float(threshold)
+        threshold = near_threshold(scores, self.pattern, self.out, self.threshold, self.world)
+        if not scores.is_cuda:
+            self.threshold = float(threshold)
         torch.gt(scores, threshold, out=mask)
+
+    def nearest(self, dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The nearest rows that obey the pattern exactly, and their bool support."""
+        mask = exact_mask(dense.abs(), self.pattern, self.out, self.world)
+        return dense * mask, mask
 
 
 class Admm:
@@ -56,6 +69,7 @@ class Admm:
         seed: draws the first low-rank bases.
         precision: of the large product: "bf16", "tf32" or "fp32", or a finer one if the device lacks it. "auto" takes
             the coarsest one whose rounding does not show; on CUDA it keeps "fp32" for small layers.
+        world: the processes that share the rows of every layer. State and results are of this one's rows.
     """
 
     def __init__(
@@ -67,16 +81,19 @@ class Admm:
         rho: float,
         seed: int,
         precision: str,
+        world: World = ALONE,
     ) -> None:
-        self.W = weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
+        self.world = world
+        own = [weight[world.rows(len(weight))] for weight in weights]
+        self.W = own[0].contiguous() if len(own) == 1 else torch.cat(own)
         self.gram = gram
         self._in_c = not self.W.is_cuda and cpu_steps.available()
         self._auto = precision == "auto"
         self.layers: list[_Layer] = []
         first = 0
-        for weight, pattern, rank in zip(weights, patterns, ranks, strict=True):
-            self.layers.append(_Layer(slice(first, first + len(weight)), pattern, rank))
-            first += len(weight)
+        for weight, part, pattern, rank in zip(weights, own, patterns, ranks, strict=True):
+            self.layers.append(_Layer(len(weight), slice(first, first + len(part)), pattern, rank, world))
+            first += len(part)
         self.kept = sum(pattern.kept(weight.shape) for weight, pattern in zip(weights, patterns, strict=True))
         self.ranked: dict[int, list[_Layer]] = {}
         for layer in self.layers:
@@ -108,7 +125,7 @@ class Admm:
         for layer in self.layers:
             if layer.rank:
                 error = self.W[layer.rows] - self.T[layer.rows]
-                basis = randomized_range_finder(error, self.gram.matrix, layer.rank, self._seed)
+                basis = randomized_range_finder(error, self.gram.matrix, layer.rank, self._seed, world=self.world)
                 layer.basis = basis if layer.basis is None else layer.basis.copy_(basis)
 
     def restart(self, rho: float) -> None:
@@ -116,8 +133,7 @@ class Admm:
         self._set_rho(rho)
         self._set_inverse(self.gram.inverse(rho))
         for layer in self.layers:
-            D, mask = project(self.W[layer.rows], layer.pattern)
-            self.T[layer.rows], self.mask[layer.rows] = D, mask
+            self.T[layer.rows], self.mask[layer.rows] = layer.nearest(self.W[layer.rows])
         self.L.zero_()
 
     def raise_rho(self, factor: float) -> None:
@@ -176,10 +192,14 @@ class Admm:
                     self._step()
         self._graphs[steps].replay()
 
+    def changed(self, before: torch.Tensor) -> float:
+        """The share of the kept entries that an earlier mask did not keep."""
+        return self.world.total((self.mask != before).sum(), self.mask.device) / max(self.kept, 1)
+
     def result(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Yields (D, mask, basis) of every layer; D is exactly in its pattern."""
         for layer in self.layers:
-            yield *project(self.T[layer.rows], layer.pattern), layer.basis
+            yield *layer.nearest(self.T[layer.rows]), layer.basis
 
     def _step(self) -> None:
         E = subtract_product(self.L, self._correct(), self._factor, self.precision)
@@ -227,12 +247,13 @@ class Admm:
         parts = [E[layer.rows] for layer in layers]
         with self._products():
             seen = torch.cat([part.T @ layer.basis for part, layer in zip(parts, layers, strict=True)], 1)
-            seen = (self.gram.matrix @ seen).split(layers[0].rank, 1)
+            seen = (self.gram.matrix @ self.world.sum_(seen)).split(layers[0].rank, 1)
             spans = [part @ columns for part, columns in zip(parts, seen, strict=True)]
-        for layer, basis in zip(layers, cholesky_qr(spans), strict=True):
+        for layer, basis in zip(layers, cholesky_qr(spans, self.world), strict=True):
             layer.basis.copy_(basis)
         with self._products():
-            return [layer.basis.T @ part for part, layer in zip(parts, layers, strict=True)]
+            coefficients = torch.stack([layer.basis.T @ part for part, layer in zip(parts, layers, strict=True)])
+        return list(self.world.sum_(coefficients))
 
     def _fused(self, function: Callable) -> Callable:
         return _compiled(function) if self.W.is_cuda else function
@@ -257,8 +278,11 @@ class Admm:
         T, mask, W, L = self.T[rows], self.mask[rows], self.W[rows], self.L[rows]
         Z = _correction(T, mask, W, L, self._rho, torch.float32)
         rounding = product(Z, self.M, self.precision) - product(Z, self.M, "fp32")
-        objective = squared_error(W - L - torch.where(mask, T, 0), self.gram.matrix)
-        return squared_error(rounding, self.gram.matrix) / max(objective, torch.finfo(torch.float32).tiny)
+        error = W - L - torch.where(mask, T, 0)
+        added, objective = (
+            self.world.total(squared_error(error, self.gram.matrix), W.device) for error in (rounding, error)
+        )
+        return added / max(objective, torch.finfo(torch.float32).tiny)
 
 
 def _first_precision(precision: str, W: torch.Tensor) -> str:

@@ -15,6 +15,7 @@ from ...format.patterns import Pattern
 from ...utils.phase_timer import PhaseTimer
 from ...utils.precision import LEVELS, PRECISIONS, matmuls
 from ...utils.validation import check_choice, check_integer, check_number, check_numbers
+from ...utils.world import ALONE, World
 from ..base import scaled, subspace_iteration_step, unscale
 from ..gram import ScaledGram, squared_error
 from .admm import Admm
@@ -96,17 +97,29 @@ def solve_group(
     ranks: list[int],
     options: Options,
     seed: int = 0,
+    world: World = ALONE,
 ) -> list[Decomposition]:
-    """`solve` for layers with a common input: they share products, penalty and stopping."""
+    """`solve` for layers with a common input: they share products, penalty and stopping.
+
+    Args:
+        world: the processes that share the rows of every layer; all have the same arguments, and get the same results.
+    """
     scaled_weights = [scaled(weight, gram) for weight in weights]
     results = []
     for Wt, (S, mask, basis, stats) in zip(
-        scaled_weights, decompose(scaled_weights, gram, patterns, ranks, options, seed), strict=True
+        scaled_weights, decompose(scaled_weights, gram, patterns, ranks, options, seed, world=world), strict=True
     ):
-        result = unscale(S, mask, basis, Wt - S, gram)
+        result = unscale(S, mask, basis, Wt[world.rows(len(Wt))] - S, gram, world)
+        for name in ("S", "mask") if basis is None else ("S", "mask", "B"):
+            setattr(result, name, world.all_rows(getattr(result, name), len(Wt)))
         result.stats = stats
         results.append(result)
     return results
+
+
+def shares_rows(options: Options) -> bool:
+    """Whether `solve_group` takes several processes."""
+    return options.form != "textbook"
 
 
 def decompose(
@@ -117,15 +130,17 @@ def decompose(
     options: Options,
     seed: int,
     admm: Admm | None = None,
+    world: World = ALONE,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict]]:
     """`solve_group` in scaled coordinates.
 
     Args:
         weights: Wt (out_i, in) of every layer.
         admm: an iteration on weights of the same shapes, patterns and ranks, to be used again with its CUDA graphs.
+        world: the processes that share the rows of every layer.
 
     Yields:
-        (S, mask, basis, stats) of every layer, where B A is basis @ (basis^T (Wt - S)).
+        (S, mask, basis, stats) of every layer, where B A is basis @ (basis^T (Wt - S)): the rows of this process.
     """
     if options.form == "textbook" and len(weights) > 1:
         for Wt, pattern, rank in zip(weights, patterns, ranks, strict=True):
@@ -138,18 +153,20 @@ def decompose(
         elif options.form == "textbook":
             admm = TextbookAdmm(weights[0], gram, patterns[0], ranks[0], options.rho)
         else:
-            admm = Admm(weights, gram, patterns, ranks, options.rho, seed, options.precision)
+            admm = Admm(weights, gram, patterns, ranks, options.rho, seed, options.precision, world)
     stats = iterate(admm, options, phases)
     layers, level = list(admm.result()), LEVELS[admm.precision]
     shared = {name: seconds / len(layers) for name, seconds in phases.seconds.items()}
     del admm
     for Wt, (D, mask, basis) in zip(weights, layers, strict=True):
+        own = Wt[world.rows(len(Wt))]
         phases = PhaseTimer(gram.matrix.device, memory=False)
         with phases("refit"):
             with matmuls(level):
-                S, basis = _refit(Wt, D, mask, basis, gram.matrix, options)
-            E = Wt - S
-            objective = squared_error(E if basis is None else E - basis @ (basis.T @ E), gram.matrix)
+                S, basis = _refit(own, D, mask, basis, gram.matrix, options, world)
+            E = own - S
+            E = E if basis is None else E - basis @ world.sum_(basis.T @ E)
+            objective = world.total(squared_error(E, gram.matrix), E.device)
         yield S, mask, basis, {**stats, "objective": objective, "phases": {**shared, **phases.seconds}}
 
 
@@ -161,7 +178,7 @@ def iterate(admm: Admm | TextbookAdmm, options: Options, phases: PhaseTimer) -> 
         with phases("ADMM"):
             admm.run(steps)
         iteration += steps
-        change = int((admm.mask != last_mask).sum()) / max(admm.kept, 1)
+        change = admm.changed(last_mask)
         last_mask.copy_(admm.mask)
         if iteration >= options.min_iterations and change < options.tolerance:
             break
@@ -178,7 +195,7 @@ def iterate(admm: Admm | TextbookAdmm, options: Options, phases: PhaseTimer) -> 
     return {"iterations": iteration, "converged": converged, "rho": admm.rho, "precision": admm.precision}
 
 
-def _refit(Wt, S, mask, basis, G, options: Options):
+def _refit(Wt, S, mask, basis, G, options: Options, world: World = ALONE):
     """Alternates the low-rank fit given S and conjugate gradients on S given its support; keeps the best."""
     last, L = math.inf, torch.zeros_like(Wt)
     for round_ in range(options.refit_rounds + 1):
@@ -186,9 +203,9 @@ def _refit(Wt, S, mask, basis, G, options: Options):
             S = refine_on_support(S, Wt - L, mask, G, options.cg_steps)
         E = Wt - S
         if basis is not None:
-            basis = subspace_iteration_step(E, G, basis)
-            L = basis @ (basis.T @ E)
-        objective = squared_error(E - L, G)
+            basis = subspace_iteration_step(E, G, basis, world)
+            L = basis @ world.sum_(basis.T @ E)
+        objective = world.total(squared_error(E - L, G), E.device)
         if round_ and not objective < last:
             break
         best, gained, last = (S, basis), last - objective, objective

@@ -40,6 +40,9 @@ class TextbookAdmm:
         for _ in range(steps):
             self._step()
 
+    def changed(self, before: torch.Tensor) -> float:
+        return int((self.mask != before).sum()) / max(self.kept, 1)
+
     def result(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Yields (D, mask, basis)."""
         yield self.D, self.mask, self.basis
