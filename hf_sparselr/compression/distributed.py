@@ -63,7 +63,7 @@ def _on_cuda(device: Any) -> bool:
 def _take_device(device: Any) -> None:
     if device is not None and torch.device(device).index is not None:
         raise ValueError(
-            f"device={device!r}: each of several processes takes a GPU of its own; leave it out, or pass 'cuda' or 'cpu'"
+            f"device={device!r}: each of several processes takes its own GPU; leave it out, or pass 'cuda' or 'cpu'"
         )
     if not _on_cuda(device):
         return

@@ -14,8 +14,8 @@ from ..utils.public_names import loaded_from_hub
 from ..utils.world import ALONE, World
 from .activations import work_device
 from .coverage import coverage, log_coverage
-from .distributed import even_batch
 from .distillation import check_logits, copy_sharing_blocks, distill, on_device, takes_batches
+from .distributed import even_batch
 from .expert_products import watch_experts
 from .experts import fuse_experts, unfuse_experts
 from .linear_layers import weight_shape

@@ -52,8 +52,8 @@ class Method:
 
     Attributes:
         module: its name below `hf_sparselr.solvers`. The module holds `solve` (see `Solve`), the dataclass of its
-            options and, if layers with a common input are solved together, `solve_group`. If several processes can share
-            the rows of a layer, `shares_rows` says with which options.
+            options and, if layers with a common input are solved together, `solve_group`. If several processes can
+            share the rows of a layer, `shares_rows` says with which options.
         options_name: of the dataclass.
         low_rank: whether it makes a low-rank part; otherwise rank must be 0.
         sparse: whether it makes a sparse part; otherwise sparsity must be None.
