@@ -9,6 +9,7 @@ COMMANDS = {
     "methods": "methods and refinements on one model: errors, perplexity, seconds, bytes",
     "compress": "seconds and memory of compressing one block, by phase",
     "forms": "flat against hierarchical low-rank parts of single layers at equal bytes",
+    "model-forms": "flat against hierarchical low-rank parts in a whole model at equal bytes",
     "kernels": "speed of compressed layers against dense ones",
     "host": "time that a call of a compressed layer takes the host",
     "generate": "speed and memory of a compressed model's text generation against the dense one's",
@@ -19,7 +20,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     """Adds every command."""
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK", parser_class=_CommandParser)
     for name, text in COMMANDS.items():
-        commands.add_parser(name, help=text, module=f"{__name__}.{name}")
+        commands.add_parser(name, help=text, module=f"{__name__}.{name.replace('-', '_')}")
 
 
 class _CommandParser(argparse.ArgumentParser):

@@ -63,20 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
-    data = _Data(args)
+    data = Data(args)
     configs = list(_configs(args, data))  # every configuration is checked before the first long run
-    dense = _load(args.model, args.device)
+    dense = load(args.model, args.device)
     for config in configs:
         plan = plan_layers(dense, config)
     shapes = [weight_shape(dense.get_submodule(name)) for name in plan]
     configs += _equal_size(args, data, shapes)
-    rows = [{"method": "dense", "seconds": 0.0, "bytes": _bytes(dense), "perplexity": data.score(dense)}]
+    rows = [{"method": "dense", "seconds": 0.0, "bytes": dense_bytes(dense), "perplexity": data.score(dense)}]
     del dense
-    print(_line(rows[0]), flush=True)
+    print(line(rows[0]), flush=True)
     for config in configs:
-        _release()
-        rows.append(_measure(args, config, data))
-        print(_line(rows[-1]), flush=True)
+        release()
+        rows.append(measure(args, config, data))
+        print(line(rows[-1]), flush=True)
         if args.output:
             _write(Path(args.output), rows)
     print(markdown(rows))
@@ -84,17 +84,17 @@ def run(args: argparse.Namespace) -> None:
         _draw(rows, Path(args.output))
 
 
-def _release() -> None:
+def release() -> None:
     """Frees objects that only reference cycles keep alive, and returns the private GPU memory of dead CUDA graphs."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
-class _Data:
+class Data:
     """Calibration and evaluation sets, token ids or sources of text."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.tokenizer, self.length = None, args.seq_len
+        self.tokenizer = None
         if args.tokens:
             from safetensors.torch import load_file
 
@@ -109,7 +109,7 @@ class _Data:
             return
         if not args.eval:
             raise ValueError("--eval is empty: name text to score on, or pass --tokens")
-        self.calibration, self.samples = args.calibration, args.num_samples
+        self.calibration, self.samples, self.length = args.calibration, args.num_samples, args.seq_len
         self.sets = {source: source for source in args.eval}
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
 
@@ -118,7 +118,7 @@ class _Data:
         return {name: perplexity(model, ids, self.tokenizer, **options) for name, ids in self.sets.items()}
 
 
-def _config(args: argparse.Namespace, data: _Data, method: str, refine: str, seed: int, **fields) -> SparseLRConfig:
+def run_config(args: argparse.Namespace, data: Data, method: str, refine: str, seed: int, **fields) -> SparseLRConfig:
     return SparseLRConfig(
         method=method,
         refine=None if refine == "none" else refine,
@@ -132,7 +132,7 @@ def _config(args: argparse.Namespace, data: _Data, method: str, refine: str, see
     )
 
 
-def _configs(args: argparse.Namespace, data: _Data) -> Iterator[SparseLRConfig]:
+def _configs(args: argparse.Namespace, data: Data) -> Iterator[SparseLRConfig]:
     """Every combination once: pure pruning at rank 0 only, low rank alone at every rank but 0."""
     grid = itertools.product(args.sparsity, args.methods, args.rank, args.refine, args.seeds)
     runs = {}
@@ -142,10 +142,10 @@ def _configs(args: argparse.Namespace, data: _Data) -> Iterator[SparseLRConfig]:
             pattern = from_text(sparsity) if method.sparse else None
             runs[name, refine, seed, pattern, rank if method.low_rank else 0] = None
     for name, refine, seed, pattern, rank in runs:
-        yield _config(args, data, name, refine, seed, sparsity=pattern, rank=rank)
+        yield run_config(args, data, name, refine, seed, sparsity=pattern, rank=rank)
 
 
-def _equal_size(args: argparse.Namespace, data: _Data, shapes: list[tuple[int, int]]) -> Iterator[SparseLRConfig]:
+def _equal_size(args: argparse.Namespace, data: Data, shapes: list[tuple[int, int]]) -> Iterator[SparseLRConfig]:
     """Configurations of pure pruning whose S has as many parameters as S + B A at each sparsity and rank."""
     if not args.equal_size:
         return
@@ -157,16 +157,16 @@ def _equal_size(args: argparse.Namespace, data: _Data, shapes: list[tuple[int, i
         pattern = parse(from_text(sparsity))
         kept = sum(pattern.kept(shape) + rank * sum(shape) for shape in shapes)
         zeros = 1 - kept / sum(map(math.prod, shapes))
-        yield _config(args, data, name, refine, seed, sparsity=round(zeros, 6), rank=0)
+        yield run_config(args, data, name, refine, seed, sparsity=round(zeros, 6), rank=0)
 
 
-def _measure(args: argparse.Namespace, config: SparseLRConfig, data: _Data) -> dict[str, Any]:
+def measure(args: argparse.Namespace, config: SparseLRConfig, data: Data) -> dict[str, Any]:
     model = compress(args.model, config)
     report = model.sparselr_report
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
-        scores = data.score(_load(folder, args.device))
+        scores = data.score(load(folder, args.device))
     errors = [row["relative_error"] for row in report.layers]
     return {
         "method": config.method,
@@ -190,11 +190,11 @@ def _phases(report: Any) -> dict[str, float]:
     return {**total, "distill": report.distill["seconds"]} if report.distill else total
 
 
-def _load(path: str, device: str) -> Any:
+def load(path: str, device: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
 
 
-def _bytes(model: torch.nn.Module) -> int:
+def dense_bytes(model: torch.nn.Module) -> int:
     """Of the dense checkpoint, in the dtype it is stored in; tied tensors once."""
     size = torch.empty(0, dtype=getattr(model.config, "dtype", None) or torch.float32).element_size()
     return sum(parameter.numel() for parameter in model.parameters()) * size
@@ -217,7 +217,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _line(row: dict[str, Any]) -> str:
+def line(row: dict[str, Any]) -> str:
     settings = " ".join(str(row[name]) for name in ("method", "sparsity", "rank", "refine", "seed") if name in row)
     scores = ", ".join(f"{name} {value:.3f}" for name, value in row["perplexity"].items())
     return f"{settings}: {scores}, {row['seconds']:.1f} s, {row['bytes']:,} bytes"

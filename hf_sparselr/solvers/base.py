@@ -55,15 +55,24 @@ def cholesky_qr(spans: list[torch.Tensor], world: World = ALONE) -> list[torch.T
     Returns:
         one (out_i, r) per matrix.
     """
-    C = world.sum_(torch.stack([Y.T @ Y for Y in spans]))
+    inverses = _inverse_factors(world.sum_(torch.stack([Y.T @ Y for Y in spans])))
+    return [Y @ inverse.T for Y, inverse in zip(spans, inverses.unbind(), strict=True)]
+
+
+def cholesky_qr_batch(spans: torch.Tensor) -> torch.Tensor:
+    """`cholesky_qr` of matrices of one shape, in this process alone: (batch, out, r)."""
+    return spans @ _inverse_factors(spans.mT @ spans).mT
+
+
+def _inverse_factors(C: torch.Tensor) -> torch.Tensor:
+    """L^-1 D of every C = Y^T Y, (batch, r, r): D C D = L L^T up to a shift by its rounding, 1 on its diagonal."""
     squares = C.diagonal(dim1=1, dim2=2)
     unit = squares.rsqrt().masked_fill(squares < torch.finfo(C.dtype).tiny, 0.0)  # zero columns stay zero
     C = C * unit[:, :, None] * unit[:, None, :]
     rounding = 10 * torch.finfo(C.dtype).eps * C.shape[-1]
     identity = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
     factors = torch.linalg.cholesky_ex(torch.add(C, identity, alpha=rounding)).L
-    inverses = torch.linalg.solve_triangular(factors, identity, upper=False) * unit[:, None, :]
-    return [Y @ inverse.T for Y, inverse in zip(spans, inverses.unbind(), strict=True)]
+    return torch.linalg.solve_triangular(factors, identity, upper=False) * unit[:, None, :]
 
 
 def randomized_range_finder(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from ..format.hierarchy import Hierarchy, HierarchyShape, inverse_order, pad_to, swap_siblings
-from .base import balanced_factors, cholesky_qr
+from .base import balanced_factors, cholesky_qr_batch
 from .gram import ScaledGram
 
 Orders = tuple[torch.Tensor, torch.Tensor]  # row_order, column_order, int64
@@ -115,7 +115,7 @@ class HierarchicalFit:
         if left is None:
             left, steps = self._sketch(seen, self.shape.ranks[level - 1]), START_STEPS
         for _ in range(steps):
-            left = torch.stack(cholesky_qr(list(seen @ (inverse @ (seen.mT @ left)))))
+            left = cholesky_qr_batch(seen @ (inverse @ (seen.mT @ left)))
         right = (left.mT @ seen) @ inverse
         change = left @ right if own is None else left @ right - own[0] @ own[1]
         self._move(change, level, True, residual)

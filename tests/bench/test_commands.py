@@ -89,7 +89,7 @@ def test_methods_keeps_what_it_has_and_frees_every_model(model, tmp_path, monkey
         return wrapped
 
     monkeypatch.setattr(methods, "compress", noted(methods.compress))
-    monkeypatch.setattr(methods, "_load", noted(methods._load))
+    monkeypatch.setattr(methods, "load", noted(methods.load))
     options = ["--methods", "eora", "3basil", "wanda", "--rank", "4", "--refine", "tm+distill"]
     fast = json.dumps({"tm": {"passes": 2, "batch_size": 4}, "distill": {"passes": 1, "self_samples": 0}})
     assert (
