@@ -8,13 +8,27 @@ On CUDA up to `FEW_ROWS` rows take two Triton launches where nothing is differen
 products.
 """
 
+import contextlib
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
-from ..format.hierarchy import Hierarchy, HierarchyShape, leaf_blocks, pad_factors, pad_to, swap_siblings
+from ..format.hierarchy import (
+    FLOAT_PARTS,
+    ORDER_PARTS,
+    Hierarchy,
+    HierarchyShape,
+    leaf_blocks,
+    pad_factors,
+    pad_to,
+    swap_siblings,
+)
 from ..utils.availability import TRITON
+from .tensor_cache import TensorCache
 
 FEW_ROWS = 16
+_PRODUCTS: TensorCache[Any] = TensorCache()  # of `bind_few`
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -31,11 +45,7 @@ def hierarchical_product(inputs: torch.Tensor, hierarchy: Hierarchy, base: torch
     """
     shape, rows = hierarchy.shape, inputs.reshape(-1, hierarchy.shape.in_features)
     if _takes_few(rows, hierarchy, base):
-        from .triton.hierarchy import multiply_few
-
-        flat = None if base is None else base.reshape(-1, shape.out_features)
-        with torch.cuda.device_of(rows):
-            outputs = multiply_few(rows, hierarchy, flat)
+        outputs = multiply_few(rows, hierarchy, None if base is None else base.reshape(-1, shape.out_features))
         return outputs.view(*inputs.shape[:-1], shape.out_features)
     if hierarchy.column_order is not None:
         rows = rows.index_select(1, hierarchy.column_order)
@@ -44,6 +54,28 @@ def hierarchical_product(inputs: torch.Tensor, hierarchy: Hierarchy, base: torch
         outputs = torch.empty_like(outputs).index_copy(1, hierarchy.row_order.long(), outputs)
     outputs = outputs.view(*inputs.shape[:-1], shape.out_features)
     return outputs if base is None else base + outputs
+
+
+def multiply_few(rows: torch.Tensor, hierarchy: Hierarchy, base: torch.Tensor | None = None) -> torch.Tensor:
+    """x L^T, plus `base`, of at most `FEW_ROWS` rows in two launches: (rows, in) and (rows, out) to (rows, out)."""
+    from .triton.hierarchy import Product, bind_few
+
+    weights = [tensor for part in (*FLOAT_PARTS, *ORDER_PARTS) if (tensor := getattr(hierarchy, part)) is not None]
+    key = (hierarchy.shape, len(rows), base is None, rows.dtype, *map(torch.Tensor.data_ptr, weights))
+
+    def build() -> Product:
+        return bind_few(hierarchy, len(rows), base is not None)
+
+    with torch.cuda.device_of(rows) if rows.is_cuda else contextlib.nullcontext():
+        product = _PRODUCTS.get(key) or _PRODUCTS.put(key, build(), weights)
+        return product(_aligned(rows), None if base is None else _aligned(base))
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, at an address that wide loads take."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _takes_few(rows: torch.Tensor, hierarchy: Hierarchy, base: torch.Tensor | None) -> bool:

@@ -8,7 +8,7 @@ from helpers.hierarchies import SHAPES, by_entries, random_hierarchy
 from helpers.layer_problems import randn
 
 from hf_sparselr.format.hierarchy import Hierarchy, HierarchyShape
-from hf_sparselr.kernels.hierarchy import hierarchical_product
+from hf_sparselr.kernels.hierarchy import hierarchical_product, multiply_few
 from hf_sparselr.utils.availability import TRITON
 
 
@@ -23,20 +23,20 @@ def test_equals_the_dense_product(shape, permuted: bool) -> None:
 
 
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
-@pytest.mark.parametrize("based", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES, HierarchyShape(24, 600, (9, 4))], ids=str)
-def test_the_kernels_for_few_rows(shape, permuted: bool, based: bool) -> None:
+def test_the_kernels_for_few_rows(shape, permuted: bool, rows: int) -> None:
     """Compiled on a GPU, else by Triton's interpreter (see conftest)."""
-    from hf_sparselr.kernels.triton.hierarchy import multiply_few
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hierarchy = random_hierarchy(shape, permuted, torch.float32)
-    x, base = randn(3, shape.in_features, seed=9).float(), randn(3, shape.out_features, seed=8).float()
-    expected = x @ by_entries(hierarchy).T + (base if based else 0)
+    x, base = randn(rows, shape.in_features, seed=9).float(), randn(rows, shape.out_features, seed=8).float()
+    expected = x @ by_entries(hierarchy).T
     there = on(hierarchy, device)
-    y = multiply_few(x.to(device), there, base.to(device) if based else None)
+    y = multiply_few(x.to(device), there)
     torch.testing.assert_close(y.cpu(), expected, atol=1e-4, rtol=1e-4)
+    y = multiply_few(x.to(device), there, base.to(device))
+    torch.testing.assert_close(y.cpu(), expected + base, atol=1e-4, rtol=1e-4)
 
 
 def on(hierarchy: Hierarchy, device: str, dtype: torch.dtype | None = None) -> Hierarchy:

@@ -58,7 +58,7 @@ def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
     one, ins = weights[0], weights[0].in_features
     index = index_of(one.mask, ins)
     low_rank, outs = one.A is not None, [weight.out_features for weight in weights]
-    dependent = low_rank and _can_overlap(one.values.device)
+    dependent = low_rank and can_overlap(one.values.device)
     tile = config.warps * (64 if config.kernel == "small_batch" else 256)  # columns of a program at a time
     span, split = spread(ins, tile, config.split)
     x = Varying(0, one.values.new_empty((rows, ins)))
@@ -167,7 +167,7 @@ def _bind_low_rank(
 
 
 @functools.cache
-def _can_overlap(device: torch.device) -> bool:
+def can_overlap(device: torch.device) -> bool:
     """Whether a kernel may start before the one it follows has ended (programmatic dependent launch)."""
     if device.type != "cuda" or not torch.version.cuda:
         return False

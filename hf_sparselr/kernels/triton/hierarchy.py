@@ -1,16 +1,56 @@
 """Few rows of x against a hierarchical matrix in two launches (Triton); see kernels/hierarchy.py.
 
-The first multiplies every leaf's columns of A by the leaf's inputs. The second sums the siblings' results, multiplies
-them by B and adds the leaf's own product. A, B and the leaves are read once for every row of x.
+The first multiplies every leaf's columns of A by the leaf's inputs. The second adds the leaf's own product, which it
+may begin before the first has ended, and B times the sums of the sibling's results. A, B and the leaves are read once.
+Several rows of x go to the tensor cores together.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from ...format.hierarchy import Hierarchy
+from ..launch import TritonLaunch, Varying
+from .decode import can_overlap
+from .support import multiply
 
-RANKS, ROWS, COLUMNS = 8, 8, 128  # of the tiles
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of the matrix that a program works on at a time, its warps and stages."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 1
+
+
+TILES = {  # of A, and of B and the leaves
+    "one row": (Tile(8, 256), Tile(8, 256)),
+    "more rows": (Tile(16, 128, 4, 4), Tile(16, 128, 4, 4)),
+}
+
+
+@triton.jit
+def _inputs(x, order, column, real, count, ins, PERMUTED: tl.constexpr, SAMPLES: tl.constexpr):
+    """x at some positions: (columns,) of one row, else (columns, rows of x)."""
+    if PERMUTED:
+        column = tl.load(order + column, mask=real, other=0)
+    if SAMPLES == 1:
+        return tl.load(x + column, mask=real, other=0)
+    sample = tl.arange(0, SAMPLES)
+    return tl.load(x + sample[None, :] * ins + column[:, None], mask=real[:, None] & (sample[None, :] < count), other=0)
+
+
+@triton.jit
+def _add(total, entries, inputs, SAMPLES: tl.constexpr):
+    """total + entries @ inputs; of one row of x, `total` keeps the products of every column apart."""
+    if SAMPLES == 1:
+        return total + entries.to(tl.float32) * inputs.to(tl.float32)[None, :]
+    return multiply(entries, inputs, total)
 
 
 @triton.jit
@@ -19,40 +59,66 @@ def _see(
     A,
     order,
     seen,
+    count,
     ins,
     width,
     rank,
     leaves,
     PERMUTED: tl.constexpr,
-    RANKS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    leaf, sample = tl.program_id(0), tl.program_id(2)
-    r = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
-    total = tl.zeros((RANKS, COLUMNS), tl.float32)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+    leaf, r = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLUMNS if SAMPLES == 1 else SAMPLES), tl.float32)
     for k in range(0, width, COLUMNS):
         inside = k + tl.arange(0, COLUMNS)
         column = leaf * width + inside
         real = (inside < width) & (column < ins)
-        source = column
-        if PERMUTED:
-            source = tl.load(order + column, mask=real, other=0)
-        inputs = tl.load(x + sample * ins + source, mask=real, other=0).to(tl.float32)
         entries = tl.load(A + r[:, None] * ins + column[None, :], mask=(r[:, None] < rank) & real[None, :], other=0)
-        total += entries.to(tl.float32) * inputs[None, :]
-    tl.store(seen + (sample * leaves + leaf) * rank + r, tl.sum(total, 1), mask=r < rank)
+        total = _add(total, entries, _inputs(x, order, column, real, count, ins, PERMUTED, SAMPLES), SAMPLES)
+    if SAMPLES == 1:
+        tl.store(seen + leaf * rank + r, tl.sum(total, 1), mask=r < rank)
+    else:
+        sample = tl.arange(0, SAMPLES)
+        at = seen + (sample[None, :] * leaves + leaf) * rank + r[:, None]
+        tl.store(at, total, mask=(r[:, None] < rank) & (sample[None, :] < count))
+
+
+@triton.jit
+def _passed(seen, leaf, r, count, rank, leaves, ENDS: tl.constexpr, HALF: tl.constexpr, SAMPLES: tl.constexpr):
+    """The sums over the sibling's leaves at some ranks: (ranks,) of one row of x, else (ranks, rows of x)."""
+    shift = tl.zeros(r.shape, tl.int32)  # depth minus the level of every rank
+    for level in tl.static_range(len(ENDS) - 1):
+        shift += (r < ENDS[level]).to(tl.int32)
+    first = ((leaf >> shift) ^ 1) << shift  # of the sibling's leaves
+    if SAMPLES == 1:
+        j = tl.arange(0, HALF)
+        wanted = (r[None, :] < rank) & (j[:, None] < (1 << shift)[None, :])
+        return tl.sum(tl.load(seen + (first[None, :] + j[:, None]) * rank + r[None, :], mask=wanted, other=0), 0)
+    sample = tl.arange(0, SAMPLES)
+    at = seen + (sample[None, :] * leaves + first[:, None]) * rank + r[:, None]
+    real = (r[:, None] < rank) & (sample[None, :] < count)
+    total = tl.zeros((r.shape[0], SAMPLES), tl.float32)
+    for j in range(HALF):
+        total += tl.load(at + j * rank, mask=real & (j < (1 << shift))[:, None], other=0)
+    return total
 
 
 @triton.jit
 def _answer(
     x,
-    B,
-    dense,
     seen,
-    row_order,
-    column_order,
     base,
     y,
+    B,
+    dense,
+    row_order,
+    column_order,
+    count,
     ins,
     outs,
     height,
@@ -61,91 +127,95 @@ def _answer(
     leaves,
     PERMUTED: tl.constexpr,
     BASE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ENDS: tl.constexpr,
     HALF: tl.constexpr,
+    SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    leaf, sample = tl.program_id(0), tl.program_id(2)
-    inside = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    leaf, inside = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = leaf * height + inside
     real_row = (inside < height) & (row < outs)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for q in range(0, rank, COLUMNS):
-        r = q + tl.arange(0, COLUMNS)
-        shift = tl.zeros((COLUMNS,), tl.int32)  # depth minus the level of every rank
-        for level in tl.static_range(len(ENDS) - 1):
-            shift += (r < ENDS[level]).to(tl.int32)
-        first = ((leaf >> shift) ^ 1) << shift  # of the sibling's leaves
-        answer = tl.zeros((COLUMNS,), tl.float32)
-        for j in range(HALF):
-            wanted = (r < rank) & (j < (1 << shift))
-            answer += tl.load(seen + (sample * leaves + first + j) * rank + r, mask=wanted, other=0)
-        entries = tl.load(B + row[:, None] * rank + r[None, :], mask=real_row[:, None] & (r[None, :] < rank), other=0)
-        total += entries.to(tl.float32) * answer[None, :]
+    total = tl.zeros((ROWS, COLUMNS if SAMPLES == 1 else SAMPLES), tl.float32)
     for k in range(0, width, COLUMNS):
         place = k + tl.arange(0, COLUMNS)
         column = leaf * width + place
         real = (place < width) & (column < ins)
-        source = column
-        if PERMUTED:
-            source = tl.load(column_order + column, mask=real, other=0)
-        inputs = tl.load(x + sample * ins + source, mask=real, other=0).to(tl.float32)
-        entries = tl.load(
-            dense + row[:, None] * width + place[None, :], mask=real_row[:, None] & real[None, :], other=0
-        )
-        total += entries.to(tl.float32) * inputs[None, :]
-    result = tl.sum(total, 1)
+        at = dense + row[:, None] * width + place[None, :]
+        entries = tl.load(at, mask=real_row[:, None] & real[None, :], other=0)
+        inputs = _inputs(x, column_order, column, real, count, ins, PERMUTED, SAMPLES)
+        total = _add(total, entries, inputs, SAMPLES)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()  # from here on `seen` is complete
+    for q in range(0, rank, COLUMNS):
+        r = q + tl.arange(0, COLUMNS)
+        entries = tl.load(B + row[:, None] * rank + r[None, :], mask=real_row[:, None] & (r[None, :] < rank), other=0)
+        passed = _passed(seen, leaf, r, count, rank, leaves, ENDS, HALF, SAMPLES)
+        total = _add(total, entries, passed.to(entries.dtype) if SAMPLES > 1 else passed, SAMPLES)
     out = row
     if PERMUTED:
         out = tl.load(row_order + row, mask=real_row, other=0)
-    if BASE:
-        result += tl.load(base + sample * outs + out, mask=real_row, other=0).to(tl.float32)
-    tl.store(y + sample * outs + out, result, mask=real_row)
+    if SAMPLES == 1:
+        result = tl.sum(total, 1)
+        if BASE:
+            result += tl.load(base + out, mask=real_row, other=0).to(tl.float32)
+        tl.store(y + out, result, mask=real_row)
+    else:
+        sample = tl.arange(0, SAMPLES)
+        at = sample[None, :] * outs + out[:, None]
+        real = real_row[:, None] & (sample[None, :] < count)
+        if BASE:
+            total += tl.load(base + at, mask=real, other=0).to(tl.float32)
+        tl.store(y + at, total, mask=real)
 
 
-def multiply_few(rows: torch.Tensor, hierarchy: Hierarchy, base: torch.Tensor | None = None) -> torch.Tensor:
-    """x L^T, plus `base`: (rows, in) to (rows, out).
+Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def bind_few(hierarchy: Hierarchy, count: int, based: bool) -> Product:
+    """x L^T, plus a base: (count, in), and (count, out) or None, to (count, out). Holds none of the hierarchy's memory.
 
     Args:
-        rows: x, of the dtype and device of the hierarchy.
-        base: (rows, out) or None.
+        hierarchy: L, contiguous.
+        count: rows of x, 1 to 16.
+        based: whether there is a base.
     """
-    shape, samples = hierarchy.shape, len(rows)
-    (height, width), ranks = shape.leaf, shape.rank
+    shape, A = hierarchy.shape, hierarchy.A
+    (height, width), rank = shape.leaf, shape.rank
     leaves, permuted = 2**shape.depth, hierarchy.row_order is not None
-    sizes = {"ins": shape.in_features, "width": width, "rank": ranks, "leaves": leaves}
-    rows = rows.contiguous()
-    seen = torch.empty(samples, leaves, ranks, dtype=torch.float32, device=rows.device)
-    y = rows.new_empty(samples, shape.out_features)
-    row_order, column_order = (hierarchy.row_order, hierarchy.column_order) if permuted else (rows, rows)
-    _see[leaves, triton.cdiv(ranks, RANKS), samples](
-        rows,
-        hierarchy.A,
-        column_order,
-        seen,
-        **sizes,
-        PERMUTED=permuted,
-        RANKS=RANKS,
-        COLUMNS=COLUMNS,
+    dependent = can_overlap(A.device)
+    see, answer = TILES["one row" if count == 1 else "more rows"]
+    x, seen = Varying(0, A.new_empty((1,))), Varying(1, A.new_empty((1,), dtype=torch.float32))
+    row_order, column_order = (hierarchy.row_order, hierarchy.column_order) if permuted else (A, A)
+    common = {"PERMUTED": permuted, "DEPENDENT": dependent, "SAMPLES": 1 if count == 1 else 16}
+    first = TritonLaunch(
+        _see,
+        (leaves, -(-rank // see.rows)),
+        (x, A, column_order, seen, count, shape.in_features, width, rank, leaves),
+        {**common, **_options(see)},
     )
-    _answer[leaves, triton.cdiv(height, ROWS), samples](
-        rows,
-        hierarchy.B,
-        hierarchy.leaves,
-        seen,
-        row_order,
-        column_order,
-        y if base is None else base.contiguous(),
-        y,
-        **sizes,
-        outs=shape.out_features,
-        height=height,
-        PERMUTED=permuted,
-        BASE=base is not None,
-        ENDS=tuple(span.stop for span in shape.spans),
-        HALF=leaves // 2,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
+    sizes = count, shape.in_features, shape.out_features, height, width, rank, leaves
+    base, y = (Varying(number, A.new_empty((1,))) for number in (2, 3))
+    constants = {"BASE": based, "ENDS": tuple(span.stop for span in shape.spans), "HALF": leaves // 2}
+    overlap = {"launch_pdl": True} if dependent else {}
+    second = TritonLaunch(
+        _answer,
+        (leaves, -(-height // answer.rows)),
+        (x, seen, base, y, hierarchy.B, hierarchy.leaves, row_order, column_order, *sizes),
+        {**common, **constants, **_options(answer), **overlap},
     )
-    return y
+    out = shape.out_features
+
+    def product(rows: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+        seen = torch.empty((count, leaves, rank), dtype=torch.float32, device=rows.device)
+        y = rows.new_empty((count, out))
+        first(rows, seen)
+        second(rows, seen, y if base is None else base, y)
+        return y
+
+    return product
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    return {"ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps, "num_stages": tile.stages}
