@@ -41,8 +41,10 @@ def _inputs(x, order, column, real, count, ins, PERMUTED: tl.constexpr, SAMPLES:
         column = tl.load(order + column, mask=real, other=0)
     if SAMPLES == 1:
         return tl.load(x + column, mask=real, other=0)
-    sample = tl.arange(0, SAMPLES)
-    return tl.load(x + sample[None, :] * ins + column[:, None], mask=real[:, None] & (sample[None, :] < count), other=0)
+    else:
+        sample = tl.arange(0, SAMPLES)
+        at = x + sample[None, :] * ins + column[:, None]
+        return tl.load(at, mask=real[:, None] & (sample[None, :] < count), other=0)
 
 
 @triton.jit
@@ -50,7 +52,8 @@ def _add(total, entries, inputs, SAMPLES: tl.constexpr):
     """total + entries @ inputs; of one row of x, `total` keeps the products of every column apart."""
     if SAMPLES == 1:
         return total + entries.to(tl.float32) * inputs.to(tl.float32)[None, :]
-    return multiply(entries, inputs, total)
+    else:
+        return multiply(entries, inputs, total)
 
 
 @triton.jit
@@ -99,13 +102,14 @@ def _passed(seen, leaf, r, count, rank, leaves, ENDS: tl.constexpr, HALF: tl.con
         j = tl.arange(0, HALF)
         wanted = (r[None, :] < rank) & (j[:, None] < (1 << shift)[None, :])
         return tl.sum(tl.load(seen + (first[None, :] + j[:, None]) * rank + r[None, :], mask=wanted, other=0), 0)
-    sample = tl.arange(0, SAMPLES)
-    at = seen + (sample[None, :] * leaves + first[:, None]) * rank + r[:, None]
-    real = (r[:, None] < rank) & (sample[None, :] < count)
-    total = tl.zeros((r.shape[0], SAMPLES), tl.float32)
-    for j in range(HALF):
-        total += tl.load(at + j * rank, mask=real & (j < (1 << shift))[:, None], other=0)
-    return total
+    else:
+        sample = tl.arange(0, SAMPLES)
+        at = seen + (sample[None, :] * leaves + first[:, None]) * rank + r[:, None]
+        real = (r[:, None] < rank) & (sample[None, :] < count)
+        total = tl.zeros((r.shape[0], SAMPLES), tl.float32)
+        for j in range(HALF):
+            total += tl.load(at + j * rank, mask=real & (j < (1 << shift))[:, None], other=0)
+        return total
 
 
 @triton.jit
