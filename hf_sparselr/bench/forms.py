@@ -72,15 +72,15 @@ class _Layer:
         return squared_error(self.weight - result.dense(), self.H) / squared_error(self.weight, self.H)
 
 
-def flat_bytes(shape: tuple[int, int], kept: int, rank: int) -> int:
-    """Of values, mask, A and B."""
-    return VALUE * (kept + rank * sum(shape)) + -(-shape[1] // 8) * shape[0]
+def flat_bytes(shape: tuple[int, int], kept: int, rank: int, value: int = VALUE) -> int:
+    """Of values, mask, A and B; `value`: bytes of one."""
+    return value * (kept + rank * sum(shape)) + -(-shape[1] // 8) * shape[0]
 
 
-def hierarchical_bytes(shape: HierarchyShape, kept: int, permuted: bool) -> int:
+def hierarchical_bytes(shape: HierarchyShape, kept: int, permuted: bool, value: int = VALUE) -> int:
     """Of values, mask, blocks, leaves, ranks and orders."""
     size = (shape.out_features, shape.in_features)
-    return flat_bytes(size, kept, 0) + VALUE * shape.parameters + INDEX * (shape.depth + permuted * sum(size))
+    return flat_bytes(size, kept, 0, value) + value * shape.parameters + INDEX * (shape.depth + permuted * sum(size))
 
 
 def _rows(layer: _Layer, sparsity: float, args: argparse.Namespace) -> Iterator[dict]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from ..compression.linear_layers import weight_shape
 from ..compression.plan import plan_layers
@@ -25,7 +26,7 @@ from ..compression.report import table
 from ..config.hierarchy import HierarchyOptions
 from ..config.sparselr_config import SparseLRConfig
 from ..format.patterns import Unstructured
-from .forms import VALUE, flat_bytes, hierarchical_bytes
+from .forms import flat_bytes, hierarchical_bytes
 from .methods import REFINEMENTS, Data, line, load, measure, release, run_config
 
 Size = tuple[int, int]
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _runs(args: argparse.Namespace, data: Data, dense: torch.nn.Module) -> Iterator[_Run]:
+    stored = AutoConfig.from_pretrained(args.model).dtype or torch.float32
+    value = torch.empty(0, dtype=stored).element_size()
     for seed, refine, sparsity in itertools.product(args.seeds, args.refine, args.sparsity):
         budget = f"{sparsity:g}, rank {args.rank}"
         flat = run_config(args, data, "3basil", refine, seed, sparsity=sparsity, rank=args.rank, targets=args.targets)
@@ -95,7 +98,7 @@ def _runs(args: argparse.Namespace, data: Data, dense: torch.nn.Module) -> Itera
                 continue
             for first_rank in args.first_ranks:
                 options = HierarchyOptions(args.depth, smallest_leaf=args.smallest_leaf, permutation=permutation)
-                zeros = equal_sparsity(sizes, sparsity, args.rank, options, first_rank)
+                zeros = equal_sparsity(sizes, sparsity, args.rank, options, first_rank, value)
                 if zeros is None:
                     print(f"{form}, {budget}, first rank {first_rank}: nothing is left for S", flush=True)
                     continue
@@ -106,7 +109,7 @@ def _runs(args: argparse.Namespace, data: Data, dense: torch.nn.Module) -> Itera
 
 
 def equal_sparsity(
-    sizes: list[Size], sparsity: float, rank: int, options: HierarchyOptions, first_rank: int
+    sizes: list[Size], sparsity: float, rank: int, options: HierarchyOptions, first_rank: int, value: int
 ) -> float | None:
     """The zeros of S with which layers take the bytes of S and flat factors; None where nothing is left for S.
 
@@ -114,15 +117,16 @@ def equal_sparsity(
         sizes: (out, in) of every layer.
         sparsity, rank: with flat factors.
         options, first_rank: of the hierarchies.
+        value: bytes of a weight.
     """
-    budget = sum(flat_bytes(size, Unstructured(sparsity).kept(size), rank) for size in sizes)
+    budget = sum(flat_bytes(size, Unstructured(sparsity).kept(size), rank, value) for size in sizes)
     for size in sizes:
         shape = options.shape(size, first_rank)
         if shape is None:
-            budget -= flat_bytes(size, 0, first_rank)
+            budget -= flat_bytes(size, 0, first_rank, value)
         else:
-            budget -= hierarchical_bytes(shape, 0, options.permutation is not None)
-    kept = budget / VALUE / sum(map(math.prod, sizes))
+            budget -= hierarchical_bytes(shape, 0, options.permutation is not None, value)
+    kept = budget / value / sum(map(math.prod, sizes))
     return round(1 - kept, 6) if kept > 0 else None
 
 

@@ -30,6 +30,7 @@ def coverage(model: nn.Module, blocks: Iterable[str]) -> dict:
                 continue
             seen.add(id(module))
             if isinstance(module, SparseLRLinear):
+                seen.update(map(id, module.modules()))  # a hierarchy belongs to its layer
                 packed += module.in_features * module.out_features
                 continue
             for key, parameter in module.named_parameters(recurse=False):

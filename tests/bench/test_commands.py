@@ -280,6 +280,20 @@ def test_forms(tmp_path, capsys) -> None:
     assert "against flat" in capsys.readouterr().out
 
 
+def test_model_forms_take_equal_bytes(model, tmp_path) -> None:
+    folder, tokens = model
+    output = tmp_path / "rows.json"
+    split = ["--rank", "4", "--depth", "2", "--smallest-leaf", "4", "--first-ranks", "2"]
+    runs = ["--forms", "flat", "hss", "shss", "shss-rcm", "--refine", "none", "--seeds", "0", "1"]
+    options = ["--targets", "q_proj", "--set", '{"effort": "fast"}', "--output", str(output)]
+    assert main(["bench", "model-forms", folder, "--tokens", tokens, *split, *runs, *options]) == 0
+    dense, *rows = json.loads(output.read_text())
+    found = [(row["form"], row["seed"]) for row in rows]
+    assert found == [("flat", 0), ("hss", 0), ("shss", 0), ("shss-rcm", 0), ("flat", 1), ("hss", 1)]
+    assert all(row["bytes"] == pytest.approx(rows[0]["bytes"], rel=1e-3) for row in rows)
+    assert set(dense["perplexity"]) == {"heldout"} and rows[1]["layer_error"] < rows[2]["layer_error"]
+
+
 def test_kernels_of_a_hierarchy(capsys) -> None:
     shape = ["--shapes", "64x96", "--rows", "1", "3", "--patterns", "none", "0.5", "--repeats", "1"]
     options = ["--rank", "4", "--hierarchy", '{"depth": 2}', "--device", "cpu", "--dtype", "float32"]

@@ -114,6 +114,11 @@ def test_the_report_counts_what_the_file_holds(packed) -> None:
     assert "hierarchical" in (path / "README.md").read_text() and "4/2" in str(inspection)
 
 
+def test_a_hierarchy_belongs_to_its_packed_layer() -> None:
+    found = compressed(targets=["q_proj", "mlp"]).sparselr_report.coverage
+    assert {name.rsplit(".", 1)[1] for name in found["dense"]} == {"k_proj", "v_proj", "o_proj"}
+
+
 def test_a_corrupt_permutation_is_refused_by_name(tmp_path) -> None:
     model = compressed()
     for layer in packed_layers(model).values():
