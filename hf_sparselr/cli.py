@@ -40,9 +40,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, TypeError, OSError) as error:
-        print(f"hf-sparselr: error: {' '.join(str(error).split())}", file=sys.stderr)
+        who = f"process {_process()} of {_processes()}: " if _processes() > 1 else ""
+        print(f"hf-sparselr: error: {who}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _processes() -> int:
+    """How many processes a launcher (torchrun, accelerate launch) started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _process() -> int:
+    """Which of them this one is, from 0."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,7 +155,11 @@ def _compress(args: argparse.Namespace) -> None:
     from .entrypoints.compress import compress
 
     with _log_lines():
-        model = compress(args.name, config, args.output, dtype=args.dtype, **_loading(args))
+        model = compress(
+            args.name, config, args.output, distributed=_processes() > 1, dtype=args.dtype, **_loading(args)
+        )
+    if _process() > 0:
+        return
     report = model.sparselr_report
     print(report)
     dense, packed = report.sizes["dense"], report.sizes["packed"]

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from transformers.utils import logging as transformers_logging
 
 from ..data.model_inputs import Sample
@@ -71,6 +71,23 @@ def _take_device(device: Any) -> None:
     if local >= count:
         raise ValueError(f"the launcher started more processes than this machine has GPUs ({count})")
     torch.cuda.set_device(local)
+
+
+def check_placement(model: nn.Module, world: World) -> None:
+    """Checks that a model in memory can be compressed by several processes.
+
+    Raises:
+        ValueError: a part of it is on a GPU that is not this process's own.
+    """
+    if world.size == 1:
+        return
+    places = {parameter.device for parameter in model.parameters()}
+    foreign = [place for place in places if place.type == "cuda" and place.index != torch.cuda.current_device()]
+    if foreign:
+        raise ValueError(
+            f"the model is on {', '.join(sorted(map(str, places)))}: with distributed=True each needs it on the CPU, "
+            "or whole on its own GPU; a model that is spread over GPUs is compressed by one process"
+        )
 
 
 @contextmanager

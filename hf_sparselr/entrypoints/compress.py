@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..compression.distributed import check_placement, joined
 from ..compression.plan import plan_layers
 from ..compression.run import compress_in_memory
 from ..compression.samples import Samples
@@ -13,6 +14,7 @@ from ..config.sparselr_config import SparseLRConfig
 from ..data.origin import Origin
 from ..integrations.transformers.quantizer import attach
 from ..utils.modules import check_device, restored_on_error
+from ..utils.world import ALONE, World
 from .dense_model import dense_skeleton
 from .output import check_folder, check_output, save
 
@@ -21,6 +23,7 @@ def compress(
     model: str | os.PathLike | PreTrainedModel,
     config: SparseLRConfig,
     output_dir: str | os.PathLike | None = None,
+    distributed: bool = False,
     **load_kwargs: Any,
 ) -> PreTrainedModel:
     """Compresses a model; the same as `from_pretrained(..., quantization_config=config)`, offline.
@@ -33,6 +36,8 @@ def compress(
             `config.device`).
         output_dir: where to write the packed checkpoint, with tokenizer or processor, chat template, generation
             config, report and model card.
+        distributed: share the work with the other processes of a launcher (torchrun, accelerate launch), each on its
+            own GPU. All of them call this with the same arguments, and get the same model; the first one writes it.
         load_kwargs: for `from_pretrained` (dtype, revision, trust_remote_code, ...), when `model` is a name. Config,
             tokenizer and processor are loaded with those that concern them.
 
@@ -48,9 +53,21 @@ def compress(
     if output_dir is not None:
         check_folder(output_dir)
     check_device(config.device)
+    with joined(config.device) if distributed else nullcontext(ALONE) as world:
+        return _compress(model, config, output_dir, world, load_kwargs)
+
+
+def _compress(
+    model: str | os.PathLike | PreTrainedModel,
+    config: SparseLRConfig,
+    output_dir: str | os.PathLike | None,
+    world: World,
+    load_kwargs: dict[str, Any],
+) -> PreTrainedModel:
     given = model if isinstance(model, PreTrainedModel) else None
     if given is not None:
         _check_given(given, load_kwargs)
+        check_placement(given, world)
         origin, skeleton = Origin.of_model(given), given
     else:
         origin = Origin.of_name(_name(model), load_kwargs)
@@ -61,9 +78,11 @@ def compress(
     dense = given if given is not None else cls.from_pretrained(origin.name, **load_kwargs)
     # Nobody else has a model that was loaded here.
     with restored_on_error(given, given.config) if given is not None else nullcontext():
-        attach(dense, config.stored(), compress_in_memory(dense, plan, config, samples))
+        attach(dense, config.stored(), compress_in_memory(dense, plan, config, samples, world=world))
     if output_dir is not None:
-        save(dense, output_dir, processors)
+        if world.first:
+            save(dense, output_dir, processors)
+        world.wait()
     return dense.eval()
 
 

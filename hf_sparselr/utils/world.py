@@ -99,6 +99,10 @@ class World:
         distributed.broadcast_object_list(values, 0)
         return values[0]
 
+    def wait(self) -> None:
+        """Returns when all processes have called it."""
+        self.objects(None)
+
     def any(self, flag: bool) -> bool:
         """Whether a flag is set in some process."""
         return any(self.objects(flag))
