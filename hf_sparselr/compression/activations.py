@@ -35,7 +35,7 @@ class Workplace:
     def of(cls, block: nn.Module, config: SparseLRConfig, world: World = ALONE) -> "Workplace":
         """The devices and dtypes that the config asks for, for one block."""
         device = work_device(config.device, next(block.parameters()).device)
-        precision = resolve_precision(config.tm, block).precision
+        precision = resolve_precision(config.tm, block, device).precision
         return cls(
             device,
             device if config.activations == "device" else torch.device("cpu"),

@@ -110,7 +110,7 @@ def compress_block(
         layer_rows = solve_layers(working, dense, layers, groups, hidden, calls, config, place, phases, precomputed)
         if targets is not None:
             with phases("TM"):
-                options = resolve_precision(config.tm, block)
+                options = resolve_precision(config.tm, block, place.device)
                 tm = _match(name, working, hidden, targets, calls, config.seed, options, inputs.kept_back, fixed, world)
         del targets
     with phases("propagation"):

@@ -23,7 +23,7 @@ from ..format.bitmask import unpack, unpack_mask
 from ..format.decomposition import Decomposition
 from ..nn.linear import SparseLRLinear, packed_layers
 from ..utils.modules import detached_states, eval_mode, named_tensors
-from ..utils.precision import arithmetic
+from ..utils.precision import arithmetic, available
 from ..utils.world import ALONE, World
 from .capture import instance_forwards, model_inputs
 from .model_structure import Stacks, find_stacks
@@ -60,7 +60,7 @@ def check_logits(teacher: nn.Module, sample: Sample, config: "SparseLRConfig") -
     field, kind = f"refine={config.refine!r}", type(teacher).__name__
     device = next(teacher.parameters()).device
     try:
-        with arithmetic(device, config.distill.precision):
+        with arithmetic(device, available(config.distill.precision, device)):
             output = teacher(**model_inputs(teacher, first_row(sample)))
     except torch.OutOfMemoryError:
         raise

@@ -2,14 +2,17 @@
 
 import logging
 import math
+from dataclasses import replace
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..config.options import DistillOptions
 from ..config.sparselr_config import SparseLRConfig
 from ..data.model_inputs import Sample, make_batches
 from ..utils.phase_timer import PhaseTimer
-from ..utils.precision import plain_modes
+from ..utils.precision import available, plain_modes
 from ..utils.public_names import loaded_from_hub
 from ..utils.world import ALONE, World
 from .activations import work_device
@@ -67,7 +70,8 @@ def _compress(
     teacher = None
     if "distill" in config.refine_steps:  # the model is replaced block by block, so its teacher is a copy
         teacher = precomputed.reference if precomputed else copy_sharing_blocks(model, find_stacks(model))
-        with on_device(teacher, work_device(config.device, model.device), config.distill):
+        device = work_device(config.device, model.device)
+        with on_device(teacher, device, _distill_options(config, device)):
             check_logits(teacher, calibration[0], config)
     transposed, unusable = watch_experts(model, plan, calibration[0])
     plan, reasons = usable_plan(plan, unusable, config)
@@ -102,8 +106,8 @@ def distill_in_memory(
         world: the processes that train together.
     """
     config = samples.config
-    options = config.distill
     device = work_device(config.device, model.device)
+    options = _distill_options(config, device)
     phases = PhaseTimer(device)
     with phases("distillation"), on_device(teacher, device, options):
         count = len(calibration) - hold_back(calibration)
@@ -135,6 +139,11 @@ def distill_in_memory(
         f"distillation took the divergence from the dense model from {report.distill['loss_before']:.4f} to "
         f"{report.distill['loss_after']:.4f} nats a prediction in {report.distill['seconds']:.1f} s"
     )
+
+
+def _distill_options(config: SparseLRConfig, device: torch.device) -> DistillOptions:
+    """The config's, with a precision that the device has."""
+    return replace(config.distill, precision=available(config.distill.precision, device))
 
 
 def _bytes(model: PreTrainedModel) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config.options import TMOptions
-from ..utils.precision import arithmetic
+from ..utils.precision import arithmetic, available
 from ..utils.world import ALONE, World
 from .capture import Call, replay
 from .training_loop import is_large, restore, shared_steps, snapshot, train
@@ -22,11 +22,12 @@ from .working_linear import trainable
 BETAS = (0.9, 0.9)
 
 
-def resolve_precision(options: TMOptions, block: nn.Module) -> TMOptions:
-    """The options with a precision for a block in place of "auto"."""
-    if options.precision != "auto":
-        return options
-    return replace(options, precision="bf16" if is_large(block.parameters()) else "tf32")
+def resolve_precision(options: TMOptions, block: nn.Module, device: torch.device) -> TMOptions:
+    """The options with a precision for a block in place of "auto", and one that the device has."""
+    chosen = options.precision
+    if chosen == "auto":
+        chosen = "bf16" if is_large(block.parameters()) else "tf32"
+    return replace(options, precision=available(chosen, device))
 
 
 def match_block(

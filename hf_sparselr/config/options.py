@@ -23,9 +23,9 @@ class TMOptions:
         target: target of the block's output: "block", the output of the dense block on the same inputs, as published;
             "stream", the activations of the dense model at that place, which also makes up for errors of the blocks
             before; "mean", the mean of both.
-        precision: precision of the products on a GPU: "fp32", "tf32", "bf16" (autocast with FP32 masters, hidden states
-            between blocks in BF16), or "auto": "bf16" if a layer of the block has more than 2^22 weights, else "tf32".
-            The forward passes of the layer solves use it too.
+        precision: precision of the products: "fp32", "tf32" (GPUs only), "bf16" (autocast with FP32 masters, hidden
+            states between blocks in BF16; "fp32" on a CPU without BF16 instructions), or "auto": "bf16" if a layer of
+            the block has more than 2^22 weights, else "tf32". The forward passes of the layer solves use it too.
     """
 
     passes: int = 20
@@ -149,7 +149,8 @@ class DistillOptions:
             few calibration tokens, they keep the model from learning these by heart.
         self_len: tokens in such a window, bounded by the model's context.
         checkpointing: recompute activations in the backward pass; takes less memory and a third more time.
-        precision: precision of the products on a GPU: "fp32", "tf32", or "bf16" (autocast with FP32 masters).
+        precision: precision of the products: "fp32", "tf32" (GPUs only), or "bf16" (autocast with FP32 masters; "fp32"
+            on a CPU without BF16 instructions).
     """
 
     passes: int = 8

@@ -25,6 +25,8 @@ from ..format.hierarchy import (
     swap_siblings,
 )
 from ..utils.availability import TRITON
+from ..utils.precision import multiplies_natively
+from .reference import autocast_dtype
 from .tensor_cache import TensorCache
 
 FEW_ROWS = 16
@@ -49,7 +51,12 @@ def hierarchical_product(inputs: torch.Tensor, hierarchy: Hierarchy, base: torch
         return outputs.view(*inputs.shape[:-1], shape.out_features)
     if hierarchy.column_order is not None:
         rows = rows.index_select(1, hierarchy.column_order)
-    outputs = _product(shape, rows, hierarchy.A, hierarchy.B, hierarchy.leaves)
+    factors, dtype = (hierarchy.A, hierarchy.B, hierarchy.leaves), autocast_dtype(rows) or rows.dtype
+    if rows.is_cpu and not multiplies_natively(dtype):
+        with torch.autocast("cpu", enabled=False):
+            outputs = _product(shape, *(tensor.to(dtype).float() for tensor in (rows, *factors))).to(dtype)
+    else:
+        outputs = _product(shape, rows, *factors)
     if hierarchy.row_order is not None:
         outputs = torch.empty_like(outputs).index_copy(1, hierarchy.row_order.long(), outputs)
     outputs = outputs.view(*inputs.shape[:-1], shape.out_features)

@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from ..format.bitmask import unpack, unpack_mask
+from ..utils.precision import multiplies_natively
 from . import cpu
 from .packed_weight import PackedWeight, check_count
 
@@ -31,9 +32,10 @@ class _SparseLinear(torch.autograd.Function):
 
 def _multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right, in FP32 inside where a CPU has no instructions for 16 bits."""
-    if left.device.type != "cpu" or cpu.multiplies_natively(left.dtype):
+    if left.device.type != "cpu" or multiplies_natively(left.dtype):
         return left @ right
-    return (left.float() @ right.float()).to(left.dtype)
+    with torch.autocast("cpu", enabled=False):
+        return (left.float() @ right.float()).to(left.dtype)
 
 
 def _unpack(mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:

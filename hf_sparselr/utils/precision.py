@@ -1,6 +1,6 @@
 """The precision of matrix products."""
 
-import functools
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +13,24 @@ LEVELS = {"fp32": "highest", "tf32": "high", "bf16": "high"}
 _LEVELS_OF_PRODUCTS = {**LEVELS, "bf16": "medium"}
 # Weights of a layer. Arithmetic and memory limit the speed of larger layers, launches that of smaller ones.
 LARGE = 2**22
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+def _emulated_dtypes() -> set[torch.dtype]:
+    """The dtypes of 16 bits for which this CPU has no instructions that torch uses."""
+    if not torch.backends.mkldnn.is_available() or (X86 and torch.backends.cpu.get_cpu_capability() != "AVX512"):
+        return {torch.bfloat16, torch.float16}
+    # oneDNN takes BF16 on every CPU with AVX-512, but converts it to FP32 where there are no instructions for it.
+    converts = X86 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    emulated = set()
+    if converts or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        emulated.add(torch.bfloat16)
+    if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        emulated.add(torch.float16)
+    return emulated
+
+
+_EMULATED = _emulated_dtypes()
 
 
 @contextmanager
@@ -38,20 +56,25 @@ def plain_modes(device: torch.device) -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
+def multiplies_natively(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of a dtype. Without them FP32 is several times as fast."""
+    return dtype not in _EMULATED
+
+
+def available(precision: str, device: torch.device) -> str:
+    """The precision, or "fp32" for "bf16" on a CPU that has no instructions for it."""
+    emulated = precision == "bf16" and device.type == "cpu" and not multiplies_natively(torch.bfloat16)
+    return "fp32" if emulated else precision
+
+
 def coarsest(device: torch.device) -> str:
     """The lowest precision in which the device multiplies faster than in FP32."""
-    return "bf16" if device.type == "cuda" or (device.type == "cpu" and _cpu_has_bf16()) else "fp32"
+    return available("bf16", device) if device.type in ("cpu", "cuda") else "fp32"
 
 
 def finer(precision: str, device: torch.device) -> str:
     """The next finer precision that the device has."""
     return "tf32" if precision == "bf16" and device.type == "cuda" else "fp32"
-
-
-@functools.cache
-def _cpu_has_bf16() -> bool:
-    """Whether the CPU has instructions for BF16 products; without them they are slower than FP32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def product(left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Tensor:

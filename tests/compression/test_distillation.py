@@ -333,6 +333,25 @@ def test_compress_distils_from_the_dense_model(refine, tmp_path) -> None:
     assert loaded.config.quantization_config.distill == config.distill
 
 
+@pytest.mark.parametrize("train", ["all", "factors"])
+def test_a_cpu_without_bf16_computes_in_fp32(train: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_sparselr.utils.precision._EMULATED", {torch.bfloat16})
+    one, other = (
+        tiny.snapshot(
+            compress(
+                dense("llama", torch.bfloat16),
+                tiny.settings(
+                    refine="tm+distill",
+                    tm={"passes": 1, "precision": precision},
+                    distill={**FAST, "passes": 1, "train": train, "precision": precision},
+                ),
+            )
+        )
+        for precision in ("fp32", "bf16")
+    )
+    assert tiny.same(one, other)
+
+
 def test_the_dense_model_writes_windows_of_its_own(monkeypatch) -> None:
     seen, real = [], offline.distill
     monkeypatch.setattr(offline, "distill", lambda *args: seen.extend(args[2]) or real(*args))

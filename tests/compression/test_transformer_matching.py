@@ -110,11 +110,19 @@ def test_lowers_the_error_and_keeps_the_zeros(rank: int, precision: str) -> None
         assert {"mlp.up_proj.A", "mlp.up_proj.B"} <= moved
 
 
-@pytest.mark.parametrize(("width", "precision"), [(2048, "tf32"), (2049, "bf16")])
-def test_auto_takes_bf16_for_large_layers(width: int, precision: str) -> None:
+@pytest.mark.parametrize(("width", "chosen"), [(2048, "tf32"), (2049, "bf16")])
+def test_auto_takes_bf16_for_large_layers(width: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     block = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(width, width, device="meta"))
-    assert resolve_precision(TMOptions(precision="auto"), block).precision == precision
-    assert resolve_precision(TMOptions(precision="fp32"), block).precision == "fp32"
+
+    def resolved(asked: str, device: str) -> str:
+        return resolve_precision(TMOptions(precision=asked), block, torch.device(device)).precision
+
+    monkeypatch.setattr("hf_sparselr.utils.precision._EMULATED", set())
+    assert resolved("auto", "cuda") == resolved("auto", "cpu") == chosen
+    assert resolved("fp32", "cuda") == "fp32"
+    monkeypatch.setattr("hf_sparselr.utils.precision._EMULATED", {torch.bfloat16})
+    assert resolved("auto", "cuda") == chosen and resolved("bf16", "cuda") == "bf16"
+    assert resolved("auto", "cpu") == chosen.replace("bf16", "fp32") and resolved("bf16", "cpu") == "fp32"
 
 
 def test_start_is_measured_before_anything_moves() -> None:

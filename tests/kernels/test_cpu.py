@@ -106,25 +106,33 @@ def test_fp32_is_never_unpacked_for_inference(monkeypatch: pytest.MonkeyPatch) -
     weight = on_cpu(problem(6, 200, 0.5))
     assert all(cpu.prefers(weight, rows) for rows in (1, 16, 17, 1000))
     narrow = weight.to(torch.bfloat16)
-    monkeypatch.setattr(cpu, "_EMULATED", {torch.bfloat16})
+    monkeypatch.setattr("hf_sparselr.utils.precision._EMULATED", {torch.bfloat16})
     assert all(cpu.prefers(narrow, rows) for rows in (1, 16, 17, 1000))
-    monkeypatch.setattr(cpu, "_EMULATED", set())
+    monkeypatch.setattr("hf_sparselr.utils.precision._EMULATED", set())
     assert cpu.prefers(narrow, 16) and not cpu.prefers(narrow, 17)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("train", ["inputs", "values"])
 def test_training_in_16_bits_is_computed_in_fp32_where_the_cpu_has_no_instructions(
-    train: str, monkeypatch: pytest.MonkeyPatch
+    train: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = problem(70, 320, 0.5, dtype=torch.bfloat16)
     weight, products = on_cpu(case), []
-    monkeypatch.setattr(cpu, "_EMULATED", {torch.bfloat16})
+    monkeypatch.setattr("hf_sparselr.utils.precision._EMULATED", {torch.bfloat16})
     real = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(a.dtype) or real(a, b))
+
+    def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        products.append(real(left, right))
+        return products[-1]
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
     x = draw(9, 320, seed=6, dtype=torch.bfloat16).cpu().requires_grad_(train == "inputs")
     weight.values.requires_grad_(train == "values")
-    packed_linear(x, weight).float().square().sum().backward()
-    assert products and set(products) == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = packed_linear(x, weight)
+    out.float().square().sum().backward()
+    assert products and {product.dtype for product in products} == {torch.float32}
     S, y = case.S.cpu(), None
     exact = x.detach().double().requires_grad_()
     dense = (case.dense.cpu()).requires_grad_()

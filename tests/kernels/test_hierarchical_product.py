@@ -90,6 +90,16 @@ def test_gradients(shape, permuted: bool) -> None:
     )
 
 
+def test_a_cpu_without_bf16_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result is then that of FP32, rounded once."""
+    monkeypatch.setattr("hf_sparselr.utils.precision._EMULATED", {torch.bfloat16})
+    wide = random_hierarchy(SHAPES[0], True, torch.float32)
+    parts = {part: getattr(wide, part).bfloat16() for part in ("A", "B", "leaves")}
+    x, half = randn(4, 64, seed=9).bfloat16(), dataclasses.replace(wide, **parts)
+    exact = dataclasses.replace(wide, **{part: tensor.float() for part, tensor in parts.items()})
+    assert torch.equal(hierarchical_product(x, half), hierarchical_product(x.float(), exact).bfloat16())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close(dtype: torch.dtype) -> None:
     hierarchy = random_hierarchy(SHAPES[0], True)
@@ -100,7 +110,9 @@ def test_half_precision_is_close(dtype: torch.dtype) -> None:
     assert float((y.double() - exact).norm() / exact.norm()) < 8 * torch.finfo(dtype).eps
 
 
-def test_follows_autocast() -> None:
+@pytest.mark.parametrize("emulated", [set(), {torch.bfloat16}])
+def test_follows_autocast(emulated: set, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_sparselr.utils.precision._EMULATED", emulated)
     hierarchy = random_hierarchy(SHAPES[0], True, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert hierarchical_product(randn(4, 64).float(), hierarchy).dtype == torch.bfloat16

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_sparselr.utils.precision import PRECISIONS, arithmetic, matmuls, product, subtract_product
+from hf_sparselr.utils import precision
+from hf_sparselr.utils.precision import PRECISIONS, arithmetic, available, coarsest, matmuls, product, subtract_product
 
 
 def settings() -> tuple:
@@ -35,6 +36,26 @@ def test_products_do_not_depend_on_what_the_user_has_set(user, precision, inside
     with pytest.raises(ZeroDivisionError), arithmetic(torch.device("cpu"), precision):
         _ = 1 / 0
     assert settings() == before
+
+
+@pytest.mark.parametrize(("emulated", "on_cpu"), [({torch.bfloat16}, "fp32"), (set(), "bf16")])
+def test_a_cpu_without_bf16_takes_fp32(emulated, on_cpu, monkeypatch) -> None:
+    monkeypatch.setattr("hf_sparselr.utils.precision._EMULATED", emulated)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert available("bf16", cpu) == coarsest(cpu) == on_cpu
+    assert available("bf16", cuda) == coarsest(cuda) == "bf16"
+    assert available("tf32", cpu) == "tf32" and available("fp32", cpu) == "fp32"
+    assert coarsest(torch.device("mps")) == "fp32"
+
+
+@pytest.mark.parametrize("missing", ["AVX-512", "oneDNN"])
+def test_16_bits_are_emulated_without_what_torch_needs_for_them(missing: str, monkeypatch) -> None:
+    if missing == "AVX-512":
+        monkeypatch.setattr(precision, "X86", True)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    else:  # as on a Mac
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert precision._emulated_dtypes() == {torch.bfloat16, torch.float16}
 
 
 def test_bf16_is_autocast() -> None:

@@ -7,30 +7,21 @@ import ctypes
 import functools
 import importlib.resources
 import logging
-import platform
 
 import torch
 
 from ...utils.c_compiler import load
+from ...utils.precision import X86, multiplies_natively
 from ..packed_weight import PackedWeight, check_count
 
 logger = logging.getLogger(__name__)
 
 _KINDS = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
-_X86 = ("x86_64", "AMD64")
 _X86_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt")
 _ACROSS_ROWS = 16  # of x that C multiplies faster than oneDNN in BF16 where the CPU has instructions for it
 
 # Whether AVX-512 may be used; follows ATEN_CPU_CAPABILITY, as torch does.
 _WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
-_EMULATED = {
-    dtype
-    for dtype, native in (
-        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
-        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported),
-    )
-    if not (_WIDE and native())
-}
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -48,11 +39,6 @@ def prefers(weight: PackedWeight, rows: int) -> bool:
     """Whether `multiply` is faster than unpacking S for oneDNN."""
     dtype = weight.values.dtype
     return dtype == torch.float32 or rows <= _ACROSS_ROWS or not multiplies_natively(dtype)
-
-
-def multiplies_natively(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products of a dtype, which oneDNN uses; else they are slow."""
-    return dtype not in _EMULATED
 
 
 def multiply(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
@@ -103,8 +89,7 @@ def _call(name: str, weight: PackedWeight, tensors: tuple, sizes: tuple[int, ...
 
 @functools.cache
 def _library(kind: str) -> ctypes.CDLL | None:
-    x86 = platform.machine() in _X86
-    if x86 and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+    if X86 and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         logger.warning(
             "packed layers run several times slower than dense ones on a CPU without AVX2; load with kernel='dense'"
         )
@@ -114,7 +99,7 @@ def _library(kind: str) -> ctypes.CDLL | None:
         importlib.resources.files(__package__).joinpath("packed.c").read_text(encoding="utf-8"),
         "packed layers run on the CPU without their compiled kernel, several times slower than dense ones (%s): "
         "install a C compiler with OpenMP, or load with kernel='dense'",
-        (f"-D{kind}", *(_X86_FLAGS if x86 else ())),
+        (f"-D{kind}", *(_X86_FLAGS if X86 else ())),
     )
     if library is not None:
         pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
