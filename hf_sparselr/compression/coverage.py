@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..nn.linear import SparseLRLinear
+from ..nn.pointwise import is_pointwise
 
 logger = logging.getLogger("hf_sparselr")
 
@@ -18,7 +19,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 def coverage(model: nn.Module, blocks: Iterable[str]) -> dict:
     """The weights of the linear layers and experts in the blocks of a packed model.
 
-    All parameters with two dimensions or more count, but those of embeddings and convolutions.
+    All parameters with two dimensions or more count, but those of embeddings and of convolutions whose kernel is not 1.
 
     Returns:
         "packed" and "total", numbers of weights, and "dense", {name of a layer, or a parameter: its weights}.
@@ -26,7 +27,7 @@ def coverage(model: nn.Module, blocks: Iterable[str]) -> dict:
     packed, dense, seen = 0, {}, set()
     for block in blocks:
         for name, module in model.get_submodule(block).named_modules(prefix=block):
-            if id(module) in seen or isinstance(module, (nn.Embedding, *_CONVOLUTIONS)):
+            if id(module) in seen or _is_other(module):
                 continue
             seen.add(id(module))
             if isinstance(module, SparseLRLinear):
@@ -37,6 +38,10 @@ def coverage(model: nn.Module, blocks: Iterable[str]) -> dict:
                 if parameter.ndim > 1 and not key.endswith("bias"):
                     dense[name if key == "weight" else f"{name}.{key}"] = parameter.numel()
     return {"packed": packed, "total": packed + sum(dense.values()), "dense": dense}
+
+
+def _is_other(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, *_CONVOLUTIONS)) and not is_pointwise(module)
 
 
 def log_coverage(found: dict, reasons: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..nn.packed_experts import ExpertStack, run_eagerly
+from .convolutions import convolutions_as_layers
 from .model_structure import find_stacks, linear_layers
 
 
@@ -39,11 +40,11 @@ def _holds(parameter: nn.Parameter, experts: int) -> bool:
 
 
 def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers inside the blocks, and those that `unfuse_experts` would make: {dotted name: layer}.
+    """The linear layers inside the blocks, and those that experts and convolutions would become: {dotted name: layer}.
 
     The latter are new modules that share the model's weights.
     """
-    layers = linear_layers(model)
+    layers = {**linear_layers(model), **convolutions_as_layers(model)}
     for name, (module, key, experts) in expert_parameters(model).items():
         transposed = getattr(module, "is_transposed", False)
         views = _layers(getattr(module, key), experts, transposed)

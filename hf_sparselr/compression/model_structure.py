@@ -3,15 +3,19 @@
 Nothing here names an architecture: blocks are found by structure.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..nn.pointwise import PointwiseConvolution, is_pointwise
 from .linear_layers import is_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # no code calls them
 
 Stacks = dict[str, dict[str, nn.Module]]  # {name of the stack: {dotted name of the block: block}}
 
@@ -19,9 +23,10 @@ Stacks = dict[str, dict[str, nn.Module]]  # {name of the stack: {dotted name of 
 def find_stacks(model: nn.Module) -> Stacks:
     """The stacks of blocks of a model, in order of definition.
 
-    A stack is an nn.ModuleList or nn.Sequential whose members all hold linear layers. Of lists inside one another,
-    those count whose members the model marks as blocks (GradientCheckpointingLayer, _no_split_modules), else the
-    outermost. The parts of a model without any list are blocks themselves.
+    A stack is an nn.ModuleList or nn.Sequential whose members all hold linear layers, or convolutions with kernel 1,
+    and are no bare lists themselves. Of lists inside one another, those count whose members the model marks as blocks
+    (GradientCheckpointingLayer, _no_split_modules), else the outermost. Where marked lists leave layers of an outer
+    list aside, the modules of these are stacks of one block. The parts of a model without any list are blocks.
 
     Raises:
         ValueError: the model has no linear layers.
@@ -38,40 +43,57 @@ def find_stacks(model: nn.Module) -> Stacks:
     stacks: Stacks = {}
     seen: set[int] = set()
 
-    def visit(name: str, module: nn.Module) -> None:
+    def visit(name: str, module: nn.Module, in_list: bool) -> None:
         if id(module) in seen:
             return
         seen.add(id(module))
         holds_marked = any(id(part) in marked for part in module.modules() if part is not module)
-        if id(module) in marked or (not holds_marked and _is_list(module) and all(map(_holds_layers, module))):
+        could_be_stack = _is_list(module) and all(map(_holds_layers, module))
+        if id(module) in marked or (not holds_marked and could_be_stack):
             members = {f"{name}.{key}": member for key, member in module.named_children()}
             stacks[name] = {key: member for key, member in members.items() if id(member) not in seen}
             seen.update(map(id, members.values()))
             return
+        if in_list and not holds_marked and _holds_layers(module):
+            stacks[name] = {name: module}
+            return
         for key, child in module.named_children():
-            visit(f"{name}.{key}" if name else key, child)
+            visit(f"{name}.{key}" if name else key, child, in_list or could_be_stack)
 
-    visit("", model)
+    visit("", model, False)
     stacks = {name: blocks for name, blocks in stacks.items() if blocks}
     if stacks:
         return stacks
     base, prefix = getattr(model, "base_model", model), ""
     if base is not model:
-        prefix = next((f"{name}." for name, part in model.named_modules() if part is base), "")
-    parts = {f"{prefix}{key}": part for key, part in base.named_children() if _holds_layers(part)}
+        prefix = next((name for name, part in model.named_modules() if part is base), "")
+    parts = dict(_parts(prefix, base))
     if not parts:
         raise ValueError(f"{type(model).__name__} has no transformer blocks: no part of it holds linear layers")
-    return {prefix.removesuffix("."): parts}
+    return {prefix: parts}
 
 
 def _is_list(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
 
 
+def _parts(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children that hold linear layers, in bare containers too: (dotted name, child)."""
+    for key, child in module.named_children():
+        name = f"{prefix}.{key}" if prefix else key
+        if isinstance(child, _CONTAINERS):
+            yield from _parts(name, child)
+        elif _holds_layers(child):
+            yield name, child
+
+
 def _holds_layers(module: nn.Module) -> bool:
-    """Whether linear layers, dense or packed, are inside a module, which is none itself."""
-    kinds = nn.Linear | Conv1D
-    return not isinstance(module, kinds) and any(isinstance(part, kinds) for part in module.modules())
+    """Whether linear layers, dense or packed, are inside a module, which is none itself, and no bare container."""
+    return not _is_layer(module) and not isinstance(module, _CONTAINERS) and any(map(_is_layer, module.modules()))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D | PointwiseConvolution) or is_pointwise(module)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

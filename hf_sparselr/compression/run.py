@@ -16,6 +16,7 @@ from ..utils.precision import available, plain_modes
 from ..utils.public_names import loaded_from_hub
 from ..utils.world import ALONE, World
 from .activations import work_device
+from .convolutions import linear_convolutions
 from .coverage import coverage, log_coverage
 from .distillation import check_logits, copy_sharing_blocks, distill, on_device, takes_batches
 from .distributed import even_batch
@@ -77,8 +78,9 @@ def _compress(
     plan, reasons = usable_plan(plan, unusable, config)
     unfuse_experts(model, plan, transposed)
     blocks = [name for stack in find_stacks(model).values() for name in stack]
-    warn_of_few_tokens(calibration, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
-    report = run(model, plan, config, calibration, replace_in(model), precomputed, world)
+    with linear_convolutions(model, plan):
+        warn_of_few_tokens(calibration, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
+        report = run(model, plan, config, calibration, replace_in(model), precomputed, world)
     fuse_experts(model)  # those of which none was packed
     report.dense |= reasons
     report.coverage = coverage(model, blocks)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from ..format.bitmask import unpack
 from ..format.checkpoint import PAYLOAD
 from ..integrations.transformers.adapters import reject_adapters
 from ..nn.linear import SparseLRLinear, packed_layers
+from ..nn.pointwise import PointwiseConvolution
 
 BASE, ADAPTER = "base", "adapter"
 
@@ -75,11 +77,23 @@ def _dense_base(model: PreTrainedModel, layers: dict[str, SparseLRLinear]) -> Pr
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in packed}
     for name, layer in layers.items():
         S = unpack(layer.mask, layer.values.detach(), layer.in_features)
-        state[f"{name}.weight"] = S.T.contiguous() if layer.transposed else S
+        S = S.T.contiguous() if layer.transposed else S
+        place, positions = _dense_place(model, name)
+        state[f"{place}.weight"] = S.view(*S.shape, *positions)
+        if layer.bias is not None:
+            state[f"{place}.bias"] = state.pop(f"{name}.bias")
     dense.load_state_dict(state, assign=True)
     dense.tie_weights()
-    dense.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):  # of models that can generate
+        dense.generation_config = model.generation_config
     return dense
+
+
+def _dense_place(model: nn.Module, name: str) -> tuple[str, tuple[int, ...]]:
+    """The name that a packed layer has in the dense model, and the kernel (1, ...) of a convolution."""
+    outer = name.rpartition(".")[0]
+    module = model.get_submodule(outer)
+    return (outer, module.kernel_size) if isinstance(module, PointwiseConvolution) else (name, ())
 
 
 def _save_lora(model: nn.Module, layers: dict[str, SparseLRLinear], directory: Path, base_name: str) -> None:
@@ -87,13 +101,20 @@ def _save_lora(model: nn.Module, layers: dict[str, SparseLRLinear], directory: P
 
     config = lora_config(model)  # exact targets, ranks and scales
     config.init_lora_weights = True
+    places = {name: _dense_place(model, name) for name in layers}
+    ranks = {places[name][0]: layers[name].rank for name in config.target_modules}
+    config.target_modules = set(ranks)
+    config.rank_pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = dict(config.rank_pattern)
     config.fan_in_fan_out = any(layer.transposed for layer in layers.values())
     config.inference_mode = True
+    config.modules_to_save = None  # heads are in the base
     config.base_model_name_or_path = base_name
     config.save_pretrained(directory)
     tensors = {}
     for name, layer in layers.items():
-        if layer.rank:
-            tensors[f"base_model.model.{name}.lora_A.weight"] = layer.A.detach().contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = layer.B.detach().contiguous()
+        place, positions = places[name]
+        for key, factor in {"A": layer.A, "B": layer.B}.items() if layer.rank else ():
+            factor = factor.detach().contiguous()
+            tensors[f"base_model.model.{place}.lora_{key}.weight"] = factor.view(*factor.shape, *positions)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..compression.convolutions import LEAF, linear_convolutions, put_linear
 from ..compression.distillation import copy_sharing_blocks
 from ..compression.linear_layers import dense_weight, weight_shape
 from ..compression.model_structure import find_stacks, linear_layers
@@ -22,6 +23,7 @@ from ..config.sparselr_config import SparseLRConfig
 from ..data.origin import Origin
 from ..format.patterns import Unstructured
 from ..integrations.transformers.quantizer import attach
+from ..nn.pointwise import is_pointwise
 from ..solvers.registry import METHODS, PRECOMPUTED
 from ..utils.modules import check_device
 from .dense_model import dense_skeleton
@@ -70,11 +72,14 @@ def refine(
     planned = _planning_config(config)
     origin, samples, dense = _dense_and_samples(reference, config, planned, load_kwargs)
     pruned, factors = _base_and_factors(model, adapter, planned, load_kwargs)
-    plan = _found(pruned, factors, config, plan_layers(pruned, planned))
-    _check_reference(dense, pruned, plan)
-    processors = check_output(output_dir, pruned, plan, origin, config.tokenizer) if output_dir is not None else []
-    found = _found_config(config, pruned, plan)
-    report = compress_in_memory(pruned, plan, found, samples, Precomputed(dense, factors))
+    layers = plan_layers(pruned, planned)
+    put_linear(pruned, layers)
+    with linear_convolutions(dense, layers):
+        plan = _found(pruned, factors, config, layers)
+        _check_reference(dense, pruned, plan)
+        processors = check_output(output_dir, pruned, plan, origin, config.tokenizer) if output_dir is not None else []
+        found = _found_config(config, pruned, plan)
+        report = compress_in_memory(pruned, plan, found, samples, Precomputed(dense, factors))
     attach(pruned, found.stored(), report)
     if output_dir is not None:
         save(pruned, output_dir, processors)
@@ -168,9 +173,13 @@ def _base_and_factors(
     if not isinstance(model.base_model, LoraModel):
         raise ValueError(f"model has adapters of type {model.peft_type}: expected LoRA, which gives B and A")
     layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
-    factors = {name: _layer_factors(name, layer) for name, layer in layers.items()}
+    factors = {_name_as_linear(name, layer): _layer_factors(name, layer) for name, layer in layers.items()}
     own = copy_sharing_blocks(model, find_stacks(model.get_base_model())).unload()
     return own, {name: pair for name, pair in factors.items() if pair is not None}
+
+
+def _name_as_linear(name: str, layer: LoraLayer) -> str:
+    return f"{name}.{LEAF}" if is_pointwise(layer.get_base_layer()) else name
 
 
 def _layer_factors(name: str, layer: LoraLayer) -> Factors | None:
@@ -186,8 +195,8 @@ def _layer_factors(name: str, layer: LoraLayer) -> Factors | None:
             )
     if not active:
         return None
-    A = torch.cat([layer.lora_A[key].weight.detach() for key in active])
-    B = torch.cat([layer.scaling[key] * layer.lora_B[key].weight.detach() for key in active], dim=1)
+    A = torch.cat([layer.lora_A[key].weight.detach().flatten(1) for key in active])
+    B = torch.cat([layer.scaling[key] * layer.lora_B[key].weight.detach().flatten(1) for key in active], dim=1)
     return A, B
 
 

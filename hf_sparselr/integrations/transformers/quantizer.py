@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
+from ...compression.convolutions import restore_convolutions
 from ...compression.experts import fuse_experts
 from ...compression.linear_layers import weight_shape
 from ...compression.model_structure import linear_layers
@@ -31,6 +32,7 @@ from ...utils.modules import check_device
 from ...utils.public_names import hub_id
 from .adapters import reject_adapters
 from .checks import check_checkpoint
+from .convolutions import put_packed_convolutions
 from .experts import unfuse_packed_experts
 from .names import exclude_all, exclude_packed
 
@@ -88,6 +90,7 @@ class SparseLRQuantizer(HfQuantizer):
             raise FormatError("a compressed checkpoint is read from .safetensors files, but none were given")
         entries = read_headers(files)
         unfuse_packed_experts(model, entries)
+        put_packed_convolutions(model, entries)
         layers = linear_layers(model)
         packed, names = check_checkpoint(model, self.quantization_config, entries)
         for name, parts in packed.items():
@@ -154,6 +157,7 @@ class SparseLRQuantizer(HfQuantizer):
         for name, module in packed_layers(model).items():
             model.set_submodule(name, module.to_dense().to(dtype).requires_grad_(True))
         fuse_experts(model)
+        restore_convolutions(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
