@@ -23,6 +23,7 @@ from .utils.validation import check_integer
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_STREAM = {"auto": "auto", "yes": True, "no": False}
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -33,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; None: those of the process.
 
     Returns:
-        The exit code: 0, or 2 after an error, told in one line on stderr. Arguments that cannot be parsed exit with
-        2 as argparse does it.
+        The exit code: 0, or 2 after an error, told in one line on stderr, or 130 after Ctrl-C. Arguments that cannot
+        be parsed exit with 2 as argparse does it.
     """
     args = _parser().parse_args(argv)
     try:
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         who = f"process {_process()} of {_processes()}: " if _processes() > 1 else ""
         print(f"hf-sparselr: error: {who}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"hf-sparselr: stopped. {interrupt}", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -79,6 +83,16 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
             text = f"{field.help}{default}".replace("%", "%%")
             parser.add_argument(_flag(name), default=argparse.SUPPRESS, help=text, **field.kind.option)
     _add_loading(parser)
+    parser.add_argument(
+        "--stream",
+        choices=tuple(_STREAM),
+        default="auto",
+        help="read and write one block at a time, so that the model need not fit into memory; auto: if it would take "
+        "more than half of the free memory (default: auto)",
+    )
+    parser.add_argument("--max-shard-size", metavar="SIZE", default="50GB", help="of weight files (default: 50GB)")
+    overwriting = "replace a checkpoint, or an unfinished run with other arguments, in DIR"
+    parser.add_argument("--overwrite", action="store_true", help=overwriting)
     parser.add_argument("--push", metavar="REPO_ID", help="also push to this Hub repository")
 
 
@@ -155,9 +169,10 @@ def _compress(args: argparse.Namespace) -> None:
     from .entrypoints.compress import compress
 
     with _log_lines():
-        model = compress(
-            args.name, config, args.output, distributed=_processes() > 1, dtype=args.dtype, **_loading(args)
-        )
+        writing = {"overwrite": args.overwrite, "max_shard_size": args.max_shard_size}
+        loading = {"dtype": args.dtype, **_loading(args)}
+        running = {"distributed": _processes() > 1, "stream": _STREAM[args.stream]}
+        model = compress(args.name, config, args.output, **running, **writing, **loading)
     if _process() > 0:
         return
     report = model.sparselr_report

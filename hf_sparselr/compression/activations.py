@@ -64,9 +64,13 @@ class Workplace:
 
 
 def work_device(asked: torch.device | str | None, original_device: torch.device) -> torch.device:
-    """The device to work on: the one asked for, else the model's accelerator, else CUDA, else the CPU."""
+    """The device to work on: the one asked for, else the model's accelerator, else CUDA, else the CPU.
+
+    Args:
+        original_device: of the model; "meta" for one that is streamed, to the CPU.
+    """
     if asked is not None:
         return torch.device(asked)
-    if original_device.type != "cpu":
+    if original_device.type not in ("cpu", "meta"):
         return original_device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,7 +7,7 @@ import copy
 import logging
 import time
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -41,12 +41,14 @@ class BlockInputs:
         dense_hidden: the same in the dense model, or None where no target of transformer matching needs them.
         calls: the other arguments.
         kept_back: so many batches at the end are kept back from refinement, to judge it.
+        recorded: the other arguments of the blocks after it in a chain, {block name: one a batch}.
     """
 
     hidden: list[torch.Tensor]
     dense_hidden: list[torch.Tensor] | None
     calls: list[Call]
     kept_back: int = 0
+    recorded: dict[str, list[Call]] = field(default_factory=dict)
 
 
 @dataclass

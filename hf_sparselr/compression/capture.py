@@ -19,6 +19,8 @@ from ..utils.modules import move_to_device, named_tensors
 from .model_structure import find_stacks, input_embeddings
 from .padding import padding_masks
 
+Keep = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
 
 class Call(NamedTuple):
     """The arguments of a block, without its hidden states.
@@ -58,12 +60,17 @@ class _Recorded(Exception):  # noqa: N818 (not an error: ends a forward pass ear
     pass
 
 
-def capture_block_inputs(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Sample]) -> Recording:
+def capture_block_inputs(
+    model: nn.Module, blocks: dict[str, nn.Module], batches: list[Sample], keep: Keep = lambda tensors: tensors
+) -> Recording:
     """Runs the model up to a chain of blocks and records how it calls each of them, in FP32.
 
     The pass is cheap: a block does not compute but hands its hidden states on, and the last block ends it. Some models
     do not allow that: they raise an error, or a block does not receive the tensor that the one before it handed on.
     Then a real forward pass is recorded.
+
+    Args:
+        keep: puts the hidden states of a batch where they wait.
 
     Raises:
         BrokenChainError: the blocks are no chain in a real forward pass.
@@ -77,7 +84,7 @@ def capture_block_inputs(model: nn.Module, blocks: dict[str, nn.Module], batches
                 found = _record_chain(model, blocks, batch, compute=True)
             if found is None:
                 continue
-            recording.inputs.append(found[0])
+            recording.inputs += keep([found[0]])
             recording.batches.append(index)
             for name, call in zip(blocks, found[1], strict=True):
                 recording.calls[name].append(call)

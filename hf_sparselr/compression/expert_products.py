@@ -26,11 +26,11 @@ def watch_experts(model: nn.Module, names: Iterable[str], batch: Sample) -> tupl
     Returns:
         The parameters that hold weights as (in, out), and those that are not used in products x W of single experts.
     """
-    wanted = {name.rpartition(".")[0] for name in names}
     kinds: dict[tuple, Places] = {}
-    for name, place in expert_parameters(model).items():
-        if name in wanted and not hasattr(place[0], "is_transposed"):
-            kinds.setdefault((type(place[0]), place[1]), {})[name] = place
+    parameters = expert_parameters(model)
+    for name in unknown_products(model, names):
+        module, key, _ = parameters[name]
+        kinds.setdefault((type(module), key), {})[name] = parameters[name]
     transposed, unusable = set(), set()
     for places in kinds.values():
         uses = _watch(model, places, batch)
@@ -40,6 +40,13 @@ def watch_experts(model: nn.Module, names: Iterable[str], batch: Sample) -> tupl
             elif uses[name] == {True}:
                 transposed.add(name)
     return transposed, unusable
+
+
+def unknown_products(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The parameters with some of the named layers, in modules that do not say if they hold (out, in) or (in, out)."""
+    wanted = {name.rpartition(".")[0] for name in names}
+    places = expert_parameters(model).items()
+    return [name for name, (module, *_) in places if name in wanted and not hasattr(module, "is_transposed")]
 
 
 def _watch(model: nn.Module, places: Places, batch: Sample) -> dict[str, set[bool]] | None:

@@ -65,7 +65,8 @@ def unfuse_experts(model: nn.Module, names: Iterable[str], transposed: Iterable[
             turned = getattr(module, "is_transposed", False) or name in transposed
             layers = _layers(parameter, experts, turned)
             delattr(module, key)
-            setattr(module, key, ExpertStack(layers, stack_shape(parameter, experts), parameter.ndim == 2))
+            shape = stack_shape(parameter, experts)
+            setattr(module, key, ExpertStack(layers, shape, parameter.ndim == 2, turned))
             run_eagerly(module)
 
 
@@ -73,6 +74,22 @@ def stack_shape(parameter: nn.Parameter, experts: int) -> tuple[int, int, int]:
     """(experts, a, b) of a parameter with the weights of experts."""
     width = parameter.shape[-1]
     return experts, parameter.numel() // experts // width, width
+
+
+def expert_weights(parameter: torch.Tensor, stack: ExpertStack) -> list[torch.Tensor]:
+    """The weights (out, in) of the layers of a dense stack: views of the parameter that it stands for."""
+    weights = parameter.detach().view(stack.shape)
+    return list(weights.transpose(1, 2) if stack.transposed else weights)
+
+
+def fused_weights(tensors: dict[str, torch.Tensor], name: str, module: nn.Module, shape: torch.Size) -> torch.Tensor:
+    """The parameter of a module, from the weights `name.0.weight`, ... of the layers that stood for it."""
+    weights = torch.stack(
+        [tensors[f"{name}.{n}.weight"] for n in range(len(tensors)) if f"{name}.{n}.weight" in tensors]
+    )
+    if weights.shape[2] != shape[-1] or getattr(module, "is_transposed", False):
+        weights = weights.transpose(1, 2)
+    return weights.reshape(shape)
 
 
 def _layers(parameter: nn.Parameter, experts: int, transposed: bool) -> list[nn.Module]:
@@ -93,7 +110,7 @@ def fuse_experts(model: nn.Module) -> None:
         for key, stack in list(module.named_children()):
             if isinstance(stack, ExpertStack) and all(type(layer) is nn.Linear for layer in stack):
                 weights = torch.stack([layer.weight.detach() for layer in stack])
-                if weights.shape[1:] != stack.shape[1:] or getattr(module, "is_transposed", False):
+                if stack.transposed:
                     weights = weights.transpose(1, 2)
                 flags = [layer.weight.requires_grad for layer in stack]
                 delattr(module, key)

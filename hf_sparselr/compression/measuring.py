@@ -16,6 +16,7 @@ from ..utils.world import ALONE, World
 from .activations import Workplace
 from .allocation import DenseGroup
 from .block import layers_of, working_copy
+from .block_source import BlockSource
 from .capture import BrokenChainError, Call, capture_block_inputs, capture_calls, replay
 from .layer_inputs import gram_of_inputs, grams_of_experts, group_by_input
 from .layer_solving import naming
@@ -34,6 +35,7 @@ def dense_groups(
     batches: list[Sample],
     segments: list[dict[str, nn.Module]],
     survey: Survey,
+    source: BlockSource,
     world: World = ALONE,
 ) -> Iterator[DenseGroup]:
     """The planned layers of the dense model, of one block after the other.
@@ -41,11 +43,12 @@ def dense_groups(
     Args:
         batches: of this process.
         segments: chains of blocks, and single blocks, in the order of the model's calls.
+        source: where the weights of the blocks are.
         world: the processes that measure together; all get the same Gram matrices and losses.
     """
     bar = transformers_logging.tqdm(total=sum(map(len, segments)), desc="Measuring blocks", unit="block")
     for segment in segments:
-        for name, block, hidden, calls in _block_inputs(model, config, batches, segment, survey):
+        for name, block, hidden, calls in _block_inputs(model, config, batches, segment, survey, source):
             place = Workplace.of(block, config, world)
             dense, hidden = working_copy(block, place.device), place.keep(hidden)
             yield from _groups_of_block(name, dense, plan, config, hidden, calls, place)
@@ -59,20 +62,26 @@ def _block_inputs(
     batches: list[Sample],
     segment: dict[str, nn.Module],
     survey: Survey,
+    source: BlockSource,
 ) -> Iterator[tuple[str, nn.Module, list[torch.Tensor], list[Call]]]:
     """(name, block, hidden states, other arguments) of the blocks of a chain, or of a single block."""
     if all(survey.most_calls[name] == 1 for name in segment):
         with suppress(BrokenChainError):
-            recording = capture_block_inputs(model, segment, batches)
+            with source.on_call():
+                recording = capture_block_inputs(model, segment, batches)
             hidden = recording.inputs
-            for name, block in segment.items():
-                yield name, block, hidden, recording.calls[name]
-                place = Workplace.of(block, config)
-                hidden = place.forward(working_copy(block, place.device), place.keep(hidden), recording.calls[name])
+            for name in segment:
+                with source.loaded(name) as block:
+                    yield name, block, hidden, recording.calls[name]
+                    place = Workplace.of(block, config)
+                    dense = working_copy(block, place.device)
+                hidden = place.forward(dense, place.keep(hidden), recording.calls[name])
             return
-    for name, block in segment.items():
-        hidden, calls, _ = capture_calls(model, name, batches, survey.most_calls[name] == 1)
-        yield name, block, hidden, calls
+    for name in segment:
+        with source.on_call():
+            hidden, calls, _ = capture_calls(model, name, batches, survey.most_calls[name] == 1)
+        with source.loaded(name) as block:
+            yield name, block, hidden, calls
 
 
 def _groups_of_block(

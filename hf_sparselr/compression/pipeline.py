@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,9 +19,11 @@ from ..data.model_inputs import Sample, make_batches
 from ..utils.modules import eval_mode
 from ..utils.precision import matmuls
 from ..utils.world import ALONE, World
+from .activations import Workplace
 from .allocation import allocate
-from .block import BlockInputs, BlockResult, compress_block
-from .capture import BrokenChainError, Recording, capture_block_inputs, capture_calls
+from .block import BlockInputs, BlockResult, compress_block, layers_of
+from .block_source import BlockSource
+from .capture import BrokenChainError, Keep, Recording, capture_block_inputs, capture_calls
 from .distillation import copy_sharing_blocks
 from .distributed import even_batch, spread
 from .measuring import dense_groups
@@ -28,12 +31,31 @@ from .model_structure import Stacks, find_stacks, shared_tensors
 from .plan import Layer, reachable_plan
 from .precomputed import Precomputed
 from .report import Report
+from .restored_block import restore_block
+from .run_folder import RunFolder
 from .survey import Survey, survey_blocks
 from .training_loop import hold_back
 
 Sink = Callable[[str, nn.Module], None]  # (dotted name of the block, finished block)
 
 logger = logging.getLogger("hf_sparselr")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the work on every block needs, beside the block."""
+
+    model: nn.Module
+    plan: dict[str, Layer]
+    config: SparseLRConfig
+    survey: Survey
+    batches: list[Sample]
+    kept_back: int
+    precomputed: Precomputed | None
+    source: BlockSource
+    folder: RunFolder | None
+    shared: Set[int]
+    world: World
 
 
 @matmuls("highest")
@@ -44,16 +66,20 @@ def run(
     samples: list[Sample],
     sink: Sink,
     precomputed: Precomputed | None = None,
+    source: BlockSource | None = None,
+    folder: RunFolder | None = None,
     world: World = ALONE,
 ) -> Report:
     """Compresses the blocks of a model.
 
     Args:
-        model: dense, not on the meta device. Only the sink changes it.
+        model: dense. Only the sink changes it.
         plan: the layers to compress, from `plan_layers`.
         samples: calibration samples on the CPU.
         sink: takes the finished blocks, in the order in which the model calls them.
         precomputed: decompositions of the model's layers, for refinement alone.
+        source: where the weights of the blocks are; None: in the model.
+        folder: stores finished blocks before the sink takes them, and has those of an earlier run.
         world: the processes that share the work; all have the same arguments, and hand the same blocks to their sinks.
 
     Returns:
@@ -63,7 +89,9 @@ def run(
         ValueError: NaN or Inf in a weight or in a layer's inputs, naming the layer; stacks that no sample reaches.
     """
     started = time.perf_counter()
-    _check_weights(model, plan)
+    source = source or BlockSource(model)
+    if not source.streamed:
+        _check_weights(model, plan)
     report = Report(config.to_dict())
     all_batches, kept_back = _batches(samples, config, world)
     batches, kept_back = spread(all_batches, kept_back, world)
@@ -72,18 +100,23 @@ def run(
     try:
         stacks = find_stacks(model)
         versions = {name: model.get_submodule(name).weight._version for name in plan}
-        survey = survey_blocks(model, stacks, all_batches)
+        with source.on_call():
+            survey = survey_blocks(model, stacks, all_batches)
         edited = {name for name, version in versions.items() if model.get_submodule(name).weight._version != version}
+        edited |= {name for name in plan if f"{name}.weight" in source.edited}
         plan, report.dense = reachable_plan(plan, stacks, survey.order, edited, config)
         segments = _working_order(stacks, survey, plan)
-        groups = dense_groups(model, plan, config, batches, segments, survey, world)
+        groups = dense_groups(model, plan, config, batches, segments, survey, source, world)
         plan, report.allocation = allocate(config, plan, groups)
+        shared = shared_tensors(model)
+        work = _Run(model, plan, config, survey, batches, kept_back, precomputed, source, folder, shared, world)
         bar = transformers_logging.tqdm(total=sum(map(len, segments)), desc="Compressing blocks", unit="block")
-        work = _compressed_blocks(model, plan, config, segments, survey, batches, kept_back, precomputed, world)
-        for name, result in work:
+        for name, result in _compressed_blocks(work, segments):
             report.layers += result.layer_rows
             report.blocks.append(result.row)
             report.dense |= result.dense
+            if folder is not None:
+                folder.store(name, result.block, result.row, result.layer_rows, result.dense, shared)
             _set_modes(result.block, name, modes)
             sink(name, result.block)
             bar.update()
@@ -116,118 +149,112 @@ def _has_layers(block: str, plan: dict[str, Layer]) -> bool:
     return any(name.startswith(f"{block}.") for name in plan)
 
 
-def _compressed_blocks(
-    model: nn.Module,
-    plan: dict[str, Layer],
-    config: SparseLRConfig,
-    segments: list[dict[str, nn.Module]],
-    survey: Survey,
-    batches: list[Sample],
-    kept_back: int,
-    precomputed: Precomputed | None,
-    world: World,
-) -> Iterator[tuple[str, BlockResult]]:
+def _compressed_blocks(work: _Run, segments: list[dict[str, nn.Module]]) -> Iterator[tuple[str, BlockResult]]:
     """Compresses one block after the other: (name, result). The sink takes one before the next is asked for."""
-    reference = precomputed.reference if precomputed else None
-    shared = shared_tensors(model)
-    if reference is None and _needs_dense_stream(config) and not _all_chains(segments, survey):
-        reference = copy_sharing_blocks(model, find_stacks(model))
+    reference = work.precomputed.reference if work.precomputed else None
+    if reference is None and _needs_dense_stream(work.config) and not _all_chains(segments, work.survey):
+        if work.source.streamed:
+            raise ValueError(
+                f"tm.target={work.config.tm.target!r}: the blocks of this model are no chain, and their dense "
+                "activations need the whole dense model in memory: use stream=False, or tm.target='block'"
+            )
+        reference = copy_sharing_blocks(work.model, find_stacks(work.model))
     for segment in segments:
-        if all(survey.most_calls[name] == 1 for name in segment):
+        if all(work.survey.most_calls[name] == 1 for name in segment):
             try:
-                yield from _chain(model, plan, config, segment, batches, kept_back, precomputed, shared, world)
+                yield from _chain(work, segment)
                 continue
             except BrokenChainError:
                 pass  # not on all samples
         for name in segment:
-            yield (
-                name,
-                _single(model, plan, config, name, survey, batches, kept_back, precomputed, reference, shared, world),
-            )
+            yield name, _single(work, name, reference)
 
 
 def _all_chains(segments: list[dict[str, nn.Module]], survey: Survey) -> bool:
     return all(survey.most_calls[name] == 1 for segment in segments for name in segment)
 
 
-def _chain(
-    model: nn.Module,
-    plan: dict[str, Layer],
-    config: SparseLRConfig,
-    blocks: dict[str, nn.Module],
-    batches: list[Sample],
-    kept_back: int,
-    precomputed: Precomputed | None,
-    shared: Set[int],
-    world: World,
-) -> Iterator[tuple[str, BlockResult]]:
+def _chain(work: _Run, blocks: dict[str, nn.Module]) -> Iterator[tuple[str, BlockResult]]:
     """A chain: one pass of the model records all arguments, and each block's outputs are the next one's inputs."""
-    recording = _recorded(model, blocks, batches, world)
-    kept_back = sum(index >= len(batches) - kept_back for index in recording.batches)
-    inputs = BlockInputs(recording.inputs, None, [], kept_back)
-    if _needs_dense_stream(config):
-        inputs.dense_hidden = recording.inputs
-        if precomputed:
-            inputs.dense_hidden = _first_inputs(precomputed.reference, blocks, batches)
-    for name, block in blocks.items():
-        inputs.calls = recording.calls.pop(name)
-        result = compress_block(name, block, plan, inputs, config, precomputed, shared, world)
-        inputs.hidden, inputs.dense_hidden = result.hidden, result.dense_hidden
+    finished = work.folder.finished if work.folder else {}
+    left = [name for name in blocks if name not in finished]
+    inputs = _chain_inputs(work, blocks) if left else None
+    for name in blocks:
+        if inputs is not None:
+            inputs.calls = inputs.recorded.pop(name)
+        result = _work_on(work, name, inputs)
+        if inputs is not None:
+            inputs.hidden, inputs.dense_hidden = result.hidden, result.dense_hidden
         yield name, result
+        if left and name == left[-1]:
+            inputs = None  # the blocks after it are finished
 
 
-def _recorded(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Sample], world: World) -> Recording:
+def _chain_inputs(work: _Run, blocks: dict[str, nn.Module]) -> BlockInputs:
+    first = next(iter(blocks.values()))
+    keep = Workplace.of(first, work.config).keep
+    recording = _recorded(work, blocks, keep)
+    kept_back = sum(index >= len(work.batches) - work.kept_back for index in recording.batches)
+    inputs = BlockInputs(recording.inputs, None, [], kept_back, recording.calls)
+    if _needs_dense_stream(work.config):
+        inputs.dense_hidden = recording.inputs
+        if work.precomputed:
+            inputs.dense_hidden = _first_inputs(work.precomputed.reference, blocks, work.batches, keep)
+    return inputs
+
+
+def _recorded(work: _Run, blocks: dict[str, nn.Module], keep: Keep) -> Recording:
     """`capture_block_inputs`; a chain that is broken in one process is broken in all."""
     recording, broken = None, None
     try:
-        recording = capture_block_inputs(model, blocks, batches)
+        with work.source.on_call():
+            recording = capture_block_inputs(work.model, blocks, work.batches, keep)
     except BrokenChainError as error:
         broken = error
-    if world.any(recording is None) or recording is None:
+    if work.world.any(recording is None) or recording is None:
         raise broken or BrokenChainError("in another process")
     return recording
 
 
-def _first_inputs(model: nn.Module, blocks: dict[str, nn.Module], batches: list[Sample]) -> list[torch.Tensor]:
+def _first_inputs(
+    model: nn.Module, blocks: dict[str, nn.Module], batches: list[Sample], keep: Keep
+) -> list[torch.Tensor]:
     with eval_mode(model):
         own = {name: model.get_submodule(name) for name in blocks}
-        return capture_block_inputs(model, own, batches).inputs
+        return capture_block_inputs(model, own, batches, keep).inputs
 
 
-def _single(
-    model: nn.Module,
-    plan: dict[str, Layer],
-    config: SparseLRConfig,
-    name: str,
-    survey: Survey,
-    batches: list[Sample],
-    kept_back: int,
-    precomputed: Precomputed | None,
-    reference: nn.Module | None,
-    shared: Set[int],
-    world: World,
-) -> BlockResult:
+def _single(work: _Run, name: str, reference: nn.Module | None) -> BlockResult:
     """A block that is no part of a chain, or is called several times: passes of the whole model record its calls."""
-    once = survey.most_calls[name] == 1
-    hidden, calls, indices = capture_calls(model, name, batches, once)
-    kept_back = sum(index >= len(batches) - kept_back for index in indices)
+    if work.folder and name in work.folder.finished:
+        return _work_on(work, name, None)
+    once = work.survey.most_calls[name] == 1
+    with work.source.on_call():
+        hidden, calls, indices = capture_calls(work.model, name, work.batches, once)
+    kept_back = sum(index >= len(work.batches) - work.kept_back for index in indices)
     inputs = BlockInputs(hidden, None, calls, kept_back)
-    if _needs_dense_stream(config) and reference is not None:
+    if _needs_dense_stream(work.config) and reference is not None:
         with eval_mode(reference):
-            inputs.dense_hidden = capture_calls(reference, name, batches, once)[0]
-    return compress_block(name, model.get_submodule(name), plan, inputs, config, precomputed, shared, world)
+            inputs.dense_hidden = capture_calls(reference, name, work.batches, once)[0]
+    return _work_on(work, name, inputs)
 
 
-def replace_in(model: nn.Module) -> Sink:
-    """The sink that puts finished blocks into a model in memory, wherever their dense selves are."""
+def _work_on(work: _Run, name: str, inputs: BlockInputs | None) -> BlockResult:
+    """Compresses a block, or takes it from the folder.
 
-    def sink(name: str, block: nn.Module) -> None:
-        dense = model.get_submodule(name)
-        for place, part in list(model.named_modules(remove_duplicate=False)):
-            if part is dense:
-                model.set_submodule(place, block)
-
-    return sink
+    Args:
+        inputs: None where the block is finished, and no block after it needs its outputs.
+    """
+    finished = work.folder.finished.get(name) if work.folder else None
+    if work.folder and finished and (inputs is None or inputs.dense_hidden is None):
+        block = work.model.get_submodule(name)
+        return restore_block(block, finished, work.folder.file(name), inputs, work.config, work.world)
+    with work.source.loaded(name) as block:
+        if work.folder and finished:
+            return restore_block(block, finished, work.folder.file(name), inputs, work.config, work.world)
+        if work.source.streamed:
+            _check_weights(work.model, layers_of(name, block, work.plan))
+        return compress_block(name, block, work.plan, inputs, work.config, work.precomputed, work.shared, work.world)
 
 
 def _needs_dense_stream(config: SparseLRConfig) -> bool:
@@ -262,7 +289,7 @@ def _set_modes(module: nn.Module, name: str, modes: dict[str, bool]) -> None:
 
 
 def _check_weights(model: nn.Module, plan: dict[str, Layer]) -> None:
-    for name in plan:
+    for name in (layer.name for layer in plan.values()):
         weight = model.get_submodule(name).weight
         if weight.is_meta:
             raise ValueError(f"{name}.weight is not in memory (offloaded or meta): load the model without offloading")

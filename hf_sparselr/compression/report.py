@@ -83,7 +83,7 @@ class Report:
         content["settings"] = {name: value for name, value in self.settings.items() if name != "save_id"}
         if "calibration" in self.settings:
             content["settings"]["calibration"] = public_source(self.settings["calibration"])
-        return _plain(content)
+        return plain(content)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Report | None":
@@ -230,14 +230,14 @@ def _fits(name: str, value: Any) -> bool:
     return True
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as JSON knows it: numbers that are not finite become None, unknown objects their text."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    return _plain(value.item()) if hasattr(value, "item") else str(value)
+    return plain(value.item()) if hasattr(value, "item") else str(value)

@@ -16,6 +16,7 @@ from ..utils.precision import available, plain_modes
 from ..utils.public_names import loaded_from_hub
 from ..utils.world import ALONE, World
 from .activations import work_device
+from .block_source import BlockSource
 from .convolutions import linear_convolutions
 from .coverage import coverage, log_coverage
 from .distillation import check_logits, copy_sharing_blocks, distill, on_device, takes_batches
@@ -24,10 +25,11 @@ from .expert_products import watch_experts
 from .experts import fuse_experts, unfuse_experts
 from .linear_layers import weight_shape
 from .model_structure import find_stacks
-from .pipeline import replace_in, run
+from .pipeline import run
 from .plan import Layer, usable_plan
 from .precomputed import Precomputed
 from .report import Report
+from .run_folder import RunFolder
 from .samples import Samples, warn_of_few_tokens
 from .training_loop import hold_back
 
@@ -40,6 +42,8 @@ def compress_in_memory(
     config: SparseLRConfig,
     samples: Samples,
     precomputed: Precomputed | None = None,
+    source: BlockSource | None = None,
+    folder: RunFolder | None = None,
     world: World = ALONE,
 ) -> Report:
     """Turns a loaded model into a packed one. The caller attaches the report, and undoes errors.
@@ -48,13 +52,15 @@ def compress_in_memory(
         plan: the layers to compress, from `plan_layers`.
         samples: of this config; the dense model writes them if they were not loaded.
         precomputed: decompositions to refine instead of solving.
+        source: where the weights of the blocks are; None: in the model.
+        folder: keeps finished blocks for a later run, and has those of an earlier one.
         world: the processes that compress together; each has the whole model.
 
     Raises:
         ValueError: before the work, for a model that cannot be distilled.
     """
     with plain_modes(work_device(config.device, model.device)):
-        return _compress(model, plan, config, samples, precomputed, world)
+        return _compress(model, plan, config, samples, precomputed, source or BlockSource(model), folder, world)
 
 
 def _compress(
@@ -63,6 +69,8 @@ def _compress(
     config: SparseLRConfig,
     samples: Samples,
     precomputed: Precomputed | None,
+    source: BlockSource,
+    folder: RunFolder | None,
     world: World,
 ) -> Report:
     base = precomputed.reference if precomputed else model
@@ -80,7 +88,7 @@ def _compress(
     blocks = [name for stack in find_stacks(model).values() for name in stack]
     with linear_convolutions(model, plan):
         warn_of_few_tokens(calibration, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
-        report = run(model, plan, config, calibration, replace_in(model), precomputed, world)
+        report = run(model, plan, config, calibration, source.finish, precomputed, source, folder, world)
     fuse_experts(model)  # those of which none was packed
     report.dense |= reasons
     report.coverage = coverage(model, blocks)
@@ -150,5 +158,5 @@ def _distill_options(config: SparseLRConfig, device: torch.device) -> DistillOpt
 
 def _bytes(model: PreTrainedModel) -> int:
     """Bytes of all parameters and buffers as they are stored, tied ones once."""
-    seen = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    seen = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..format.bitmask import unpack, unpack_mask
 from ..format.decomposition import Decomposition
 from ..nn.hierarchical import HierarchicalLowRank
 from ..nn.linear import SparseLRLinear
@@ -22,9 +23,10 @@ class WorkingLinear(nn.Module):
 
     def __init__(self, decomposition: Decomposition, bias: torch.Tensor | None, transposed: bool = False) -> None:
         super().__init__()
-        self.S = nn.Parameter(decomposition.S)
-        self.A = None if decomposition.A is None else nn.Parameter(decomposition.A)
-        self.B = None if decomposition.B is None else nn.Parameter(decomposition.B)
+        # Contiguous: a run that goes on reads them from a file, and the same product has the same bits.
+        self.S = nn.Parameter(decomposition.S.contiguous())
+        self.A = None if decomposition.A is None else nn.Parameter(decomposition.A.contiguous())
+        self.B = None if decomposition.B is None else nn.Parameter(decomposition.B.contiguous())
         self.bias = None if bias is None else nn.Parameter(bias.detach().float())
         self.hierarchy = None
         if decomposition.hierarchy is not None:
@@ -32,6 +34,16 @@ class WorkingLinear(nn.Module):
         self.transposed = transposed
         self.register_buffer("mask", decomposition.mask)
         self.S.register_hook(lambda grad: grad * self.mask)
+
+    @classmethod
+    def from_packed(cls, layer: SparseLRLinear) -> "WorkingLinear":
+        """The layer that was packed, with the values that are stored."""
+        mask = unpack_mask(layer.mask, layer.in_features)
+        S = unpack(layer.mask, layer.values, layer.in_features)
+        factors = (None, None) if layer.A is None else (layer.A.data, layer.B.data)
+        hierarchy = None if layer.hierarchy is None else layer.hierarchy.detached()
+        parts = Decomposition(S.data, mask, *factors, hierarchy=hierarchy)
+        return cls(parts, layer.bias, layer.transposed)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return F.linear(inputs, self.weight, self.bias)

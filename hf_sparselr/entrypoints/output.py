@@ -8,13 +8,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..compression.experts import compressible_layers
 from ..compression.linear_layers import weight_shape
+from ..compression.model_structure import find_stacks
 from ..compression.plan import Layer
+from ..compression.run_folder import NAME as RUN_FOLDER
 from ..data.origin import Origin
+from ..format.checkpoint import CONFIG
+from ..format.staging import weight_file
 
 logger = logging.get_logger("hf_sparselr")
 
@@ -56,18 +61,38 @@ def _check_names(field: str, path: Path, existing: Path) -> None:
             raise ValueError(f"{field}: expected a path that can be made ({_line(error)})") from error
 
 
+def check_unused(output_dir: str | os.PathLike, overwrite: bool) -> None:
+    """Checks that a folder holds no checkpoint that a run would replace; an unfinished run may be there.
+
+    Raises:
+        ValueError: it holds one, and `overwrite` is False.
+    """
+    folder = Path(output_dir)
+    if overwrite or (folder / RUN_FOLDER).is_dir() or not folder.is_dir():
+        return
+    matches = weight_file().fullmatch
+    found = [name for name in sorted(os.listdir(folder)) if matches(name) or name == CONFIG]
+    if found:
+        raise ValueError(
+            f"output_dir={os.fspath(output_dir)!r} holds a checkpoint ({found[-1]}): pass another folder, or "
+            "overwrite=True to replace it when the run is complete"
+        )
+
+
 def check_output(
     output_dir: str | os.PathLike,
     model: PreTrainedModel,
     plan: Mapping[str, Layer],
     origin: Origin,
     tokenizer: Any,
+    keeps_blocks: bool = False,
 ) -> list[Any]:
     """Checks that everything that will be written can be.
 
     Args:
         model: dense, or its skeleton, in the dtype in which it will be loaded.
         tokenizer: the one that the config was given.
+        keeps_blocks: finished blocks are stored until the run is complete (see `compression.run_folder`).
 
     Returns:
         The processors to save beside the model.
@@ -76,18 +101,33 @@ def check_output(
         OSError: too little space.
         ValueError: a config or generation config that transformers refuses to save.
     """
-    _check_space(output_dir, stored_bytes(model, plan))
+    _check_space(output_dir, stored_bytes(model, plan), _block_bytes(model, plan) if keeps_blocks else 0)
     _check_config(model.config, f"config of {_model_name(model, origin)!r}", "Change model.config")
     _check_generation_config(model, origin)
     return _processors(origin, tokenizer)
 
 
-def _check_space(output_dir: str | os.PathLike, needed: int) -> None:
+def _check_space(output_dir: str | os.PathLike, checkpoint: int, blocks: int) -> None:
+    folder = Path(output_dir) / RUN_FOLDER
+    stored = sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
     free = shutil.disk_usage(_existing(output_dir)).free
+    needed = checkpoint + max(blocks - stored, 0)
+    parts = f"{checkpoint:,} for the checkpoint"
+    if blocks:
+        parts += f" and {max(blocks - stored, 0):,} for finished blocks until it is complete"
     if free < needed:
-        raise OSError(
-            f"output_dir={os.fspath(output_dir)!r}: expected {needed:,} bytes free for the checkpoint, found {free:,}"
-        )
+        field = f"output_dir={os.fspath(output_dir)!r}"
+        raise OSError(f"{field}: expected {needed:,} bytes free ({parts}), found {free:,}")
+    logger.info(f"{os.fspath(output_dir)} needs {needed:,} bytes: {parts}; {free:,} are free")
+
+
+def _block_bytes(model: PreTrainedModel, plan: Mapping[str, Layer]) -> int:
+    """Of the packed checkpoint, the bytes of the blocks."""
+    blocks = [block for stack in find_stacks(model).values() for block in stack.values()]
+    inside = {id(tensor) for block in blocks for tensor in block.state_dict(keep_vars=True).values()}
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    outside = (tensor for key, tensor in tensors.items() if key not in inside)
+    return stored_bytes(model, plan) - sum(tensor.numel() * tensor.element_size() for tensor in outside)
 
 
 def stored_bytes(model: PreTrainedModel, plan: Mapping[str, Layer]) -> int:
@@ -144,9 +184,19 @@ def _processors(origin: Origin, tokenizer: Any) -> list[Any]:
         return given
 
 
-def save(model: PreTrainedModel, output_dir: str | os.PathLike, processors: list[Any]) -> None:
-    """Writes the packed checkpoint with its report and card, and the processors beside it."""
-    model.save_pretrained(output_dir)
+def save(
+    model: PreTrainedModel,
+    output_dir: str | os.PathLike,
+    processors: list[Any],
+    state: dict[str, torch.Tensor] | None = None,
+    max_shard_size: int | str = "50GB",
+) -> None:
+    """Writes the packed checkpoint with its report and card, and the processors beside it.
+
+    Args:
+        state: all tensors of the model, where it has none itself.
+    """
+    model.save_pretrained(output_dir, state_dict=state, max_shard_size=max_shard_size)
     for processor in processors:
         processor.save_pretrained(output_dir)
 

@@ -24,14 +24,17 @@ class ExpertStack(nn.Module):
         layers: one an expert, of equal shapes.
         shape: of the parameter.
         flat: the parameter is (experts * a, b), which the module views as (experts, a, b).
+        transposed: it holds weights as (in, out).
     """
 
-    def __init__(self, layers: Iterable[nn.Module], shape: tuple[int, int, int], flat: bool = False) -> None:
+    def __init__(
+        self, layers: Iterable[nn.Module], shape: tuple[int, int, int], flat: bool = False, transposed: bool = False
+    ) -> None:
         super().__init__()
         for expert, layer in enumerate(layers):
             self.add_module(str(expert), layer)
         self.shape = torch.Size(shape)
-        self.flat = flat
+        self.flat, self.transposed = flat, transposed
 
     def __len__(self) -> int:
         return len(self._modules)

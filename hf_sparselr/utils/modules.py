@@ -62,6 +62,14 @@ def named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
+def tensor_place(module: nn.Module, name: str) -> tuple[dict[str, Any], str, torch.Tensor]:
+    """The dict that holds a parameter or buffer of this dotted name, its key there, and the tensor."""
+    parent, _, key = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    container: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
+    return container, key, container[key]
+
+
 def check_device(device: Any, field: str = "device") -> None:
     """Checks that work can be done on a device; None is left to be chosen.
 

@@ -39,15 +39,24 @@ class StoredNames:
             as they stand than renamed.
     """
 
-    def __init__(self, model: "PreTrainedModel", tensors: Iterable[str], stored: Iterable[str], layers: Iterable[str]):
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tensors: Iterable[str],
+        stored: Iterable[str],
+        layers: Iterable[str],
+        conversions: list | None = None,
+    ) -> None:
         """
         Args:
             model: the model, or its skeleton.
             tensors: names of the model's tensors, with a `weight` for every linear layer.
             stored: names of the tensors in the files.
             layers: the packed layers in the files, whose tensors are not fused.
+            conversions: transformers' rules; None takes those of the model's class.
         """
-        conversions, layers = get_model_conversion_mapping(model), set(layers)
+        conversions = get_model_conversion_mapping(model) if conversions is None else conversions
+        layers = set(layers)
         stored = {*stored, *(f"{layer}.{SENTINEL}" for layer in layers)}
         renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
         converters = [step for step in conversions if isinstance(step, WeightConverter)]

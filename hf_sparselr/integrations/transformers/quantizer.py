@@ -9,24 +9,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from ...compression.convolutions import restore_convolutions
+from ...compression.empty_layer import empty_packed_layer
 from ...compression.experts import fuse_experts
-from ...compression.linear_layers import weight_shape
 from ...compression.model_structure import linear_layers
 from ...compression.plan import plan_layers
 from ...compression.report import Report
 from ...config.sparselr_config import QUANT_METHOD, SparseLRConfig
 from ...data.origin import Origin
-from ...format.checkpoint import SENTINEL, Entry, FormatError, group_layers, layer_rank, read_headers
-from ...format.checkpoint_hierarchy import PREFIX, read_shape
+from ...format.checkpoint import SENTINEL, FormatError, group_layers, read_headers
 from ...format.seal import METADATA, room
 from ...format.staging import Staging
-from ...nn.hierarchical import HierarchicalLowRank
-from ...nn.linear import SparseLRLinear, packed_layers
+from ...nn.linear import packed_layers
 from ...nn.shared_input import link_shared_inputs
 from ...utils.modules import check_device
 from ...utils.public_names import hub_id
@@ -94,7 +91,8 @@ class SparseLRQuantizer(HfQuantizer):
         layers = linear_layers(model)
         packed, names = check_checkpoint(model, self.quantization_config, entries)
         for name, parts in packed.items():
-            model.set_submodule(name, _empty_layer(model, name, layers[name], parts))
+            dtype = _stored_dtype(model, name, layers[name].weight.dtype)
+            model.set_submodule(name, empty_packed_layer(layers[name], parts, dtype))
         # The zero-element `weight` entries are for readers without this package.
         sentinels = {*packed, *group_layers(entries)}
         model._keys_to_ignore_on_load_unexpected |= {rf"{re.escape(name)}\.{SENTINEL}$" for name in sentinels}
@@ -190,23 +188,6 @@ def attach(model: nn.Module, config: SparseLRConfig, report: Report) -> nn.Modul
     model.name_or_path = None  # PEFT names the base of an adapter after it: not the dense model (see `hub`)
     model.add_model_tags(["sparselr", "compressed"])
     return model
-
-
-def _empty_layer(model: nn.Module, name: str, dense: nn.Module, parts: dict[str, Entry]) -> SparseLRLinear:
-    dtype = _stored_dtype(model, name, dense.weight.dtype)
-    layer = SparseLRLinear(
-        *reversed(weight_shape(dense)),
-        nonzeros=parts["values"].shape[0],
-        rank=layer_rank(parts),
-        bias=dense.bias is not None,
-        transposed=isinstance(dense, Conv1D),
-        device="meta",
-        dtype=dtype,
-    )
-    hierarchy = read_shape(parts, *weight_shape(dense))
-    if hierarchy is not None:
-        layer.hierarchy = HierarchicalLowRank(hierarchy, f"{PREFIX}.row_order" in parts, "meta", dtype)
-    return layer
 
 
 def _stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,273 @@
+"""The folder of an unfinished run: its finished blocks, and a manifest that says which run they belong to.
+
+It lies inside the output folder, which holds no checkpoint until the run is complete. Every file is written under
+another name, flushed to the disk and renamed, the manifest after the block that it names. So a kill at any moment
+leaves whole blocks. A later run with the same arguments takes them over; it only repeats their forward passes.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..utils.world import ALONE, World
+from .report import plain
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing stops two runs in one folder
+    fcntl = None
+
+NAME = ".sparselr-run"
+MANIFEST = "manifest.json"
+VERSION = 1  # of the manifest
+
+logger = logging.getLogger("hf_sparselr")
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A block in the folder.
+
+    Attributes:
+        name: of the block in the model.
+        checksum: CRC-32 of its tensors, in the order of their names.
+        row, layer_rows, dense: for the report, see `block.BlockResult`.
+    """
+
+    name: str
+    checksum: int
+    row: dict
+    layer_rows: list[dict]
+    dense: dict[str, str]
+
+
+class RunFolder:
+    """A context manager. An error before the first block is finished removes the folder.
+
+    Args:
+        output_dir: the output folder; made if it is missing.
+        identity: everything that decides about the result, as JSON values.
+        overwrite: discard an unfinished run with another identity.
+        world: the processes that share the work; the first one writes.
+
+    Attributes:
+        finished: {name: block} that an earlier run, or this one, finished.
+
+    Raises:
+        ValueError: the folder holds an unfinished run with another identity, or one that still runs.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        identity: Mapping[str, Any],
+        overwrite: bool = False,
+        world: World = ALONE,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.path = self.output_dir / NAME
+        self.identity = plain(dict(identity))
+        self._overwrite, self._world = overwrite, world
+        self.finished: dict[str, FinishedBlock] = {}
+
+    def __enter__(self) -> "RunFolder":
+        self._made: list[Path] = []
+        self._lock: Any = None
+        if self._world.first:
+            self._open()
+        self.finished = self._world.of_first(self.finished)
+        return self
+
+    def _open(self) -> None:
+        self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path)
+        try:
+            self._read()
+            for left in self.path.glob("*.partial"):
+                left.unlink()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not self._world.first:
+            return
+        self._lock.close()
+        if error is None or not self.finished:
+            self._remove(made=error is not None)
+            return
+        advice = (
+            f"{len(self.finished)} finished blocks are kept in {self.path}: the same call goes on after them. Delete "
+            "that folder to give the run up"
+        )
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(advice) from error
+        logger.warning(advice)
+
+    def file(self, name: str) -> Path:
+        """Where the tensors of a finished block are."""
+        return self.path / f"{name}.safetensors"
+
+    def store(
+        self, name: str, block: nn.Module, row: dict, layer_rows: list[dict], dense: dict[str, str], shared: Set[int]
+    ) -> None:
+        """Stores a finished block, unless it is stored.
+
+        Args:
+            shared: ids of tensors that other parts of the model share, which are left out.
+        """
+        if name not in self.finished and self._world.first:
+            self._store(name, block, row, layer_rows, dense, shared)
+        self.finished[name] = self._world.of_first(self.finished.get(name))
+
+    def _store(
+        self, name: str, block: nn.Module, row: dict, layer_rows: list[dict], dense: dict[str, str], shared: Set[int]
+    ) -> None:
+        tensors = {
+            inner: tensor.detach().cpu().contiguous()
+            for inner, tensor in block.state_dict(keep_vars=True).items()
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in shared
+        }
+        with full_disk_named(self.output_dir), _renamed(self.file(name)) as beside:
+            save_file(tensors, beside)
+        self.finished[name] = FinishedBlock(name, _checksum(tensors), plain(row), plain(layer_rows), dense)
+        self._write()
+
+    def _read(self) -> None:
+        path = self.path / MANIFEST
+        if not path.is_file():
+            self._write()
+            return
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        differences = _differences(self.identity, stored["identity"])
+        if stored["version"] != VERSION or differences:
+            if not self._overwrite:
+                raise ValueError(
+                    f"output_dir={str(self.output_dir)!r} holds an unfinished run with other arguments: "
+                    f"{'; '.join(differences) or 'of another version of this package'}. Pass the same ones to go on "
+                    "with it, another folder, or overwrite=True to discard it"
+                )
+            for file in self.path.glob("*.safetensors"):
+                file.unlink()
+            self._write()
+            return
+        blocks = [FinishedBlock(**entry) for entry in stored["blocks"]]
+        self.finished = {block.name: block for block in blocks if self._is_whole(block)}
+
+    def _is_whole(self, block: FinishedBlock) -> bool:
+        try:
+            with safe_open(self.file(block.name), framework="pt") as reader:
+                tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
+                whole = _checksum(tensors) == block.checksum
+        except (OSError, SafetensorError):
+            whole = False
+        if not whole:
+            logger.warning("%s is damaged: the block is compressed again", self.file(block.name))
+        return whole
+
+    def _write(self) -> None:
+        blocks = [asdict(block) for block in self.finished.values()]
+        text = json.dumps({"version": VERSION, "identity": self.identity, "blocks": blocks}, indent=1)
+        with full_disk_named(self.output_dir), _renamed(self.path / MANIFEST) as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
+
+    def _remove(self, made: bool) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        for path in self._made if made else ():
+            try:
+                path.rmdir()
+            except OSError:  # something else is in it by now
+                return
+
+
+@contextmanager
+def full_disk_named(output_dir: Path) -> Iterator[None]:
+    """Tells of a disk that is full what to do about it.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+        if not full:
+            raise
+        free = shutil.disk_usage(output_dir).free
+        raise OSError(
+            errno.ENOSPC,
+            f"output_dir={str(output_dir)!r}: the disk is full ({free:,} bytes are free). Free some and start the run "
+            "again with the same arguments: it goes on after the last finished block",
+        ) from error
+
+
+@contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
+    """Another name to write to; after it the file is on the disk, and has its own name."""
+    beside = path.with_name(f"{path.name}.partial")
+    try:
+        yield beside
+        _flush(beside)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> Any:
+    """A file that is locked while this process has it open.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    file = (path / "lock").open("w")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise ValueError(f"output_dir={str(path.parent)!r}: another process is compressing into it") from error
+    return file
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
+    return total
+
+
+def _differences(mine: Any, stored: Any, name: str = "") -> list[str]:
+    """Values that differ, as text."""
+    if isinstance(mine, dict) and isinstance(stored, dict):
+        keys = sorted(mine.keys() | stored.keys())
+        return [
+            line
+            for key in keys
+            for line in _differences(mine.get(key), stored.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if mine == stored else [f"{name}={mine!r} (there: {stored!r})"]
