@@ -118,7 +118,9 @@ class _Subject:
         texts = read_files(args.last_word, f"--last-word {args.last_word}")
         return passages(texts, self.tokenizer, args.passages, args.seq_len)
 
-    def config(self, args: argparse.Namespace, calibration: str, refine: str, seed: int, **fields) -> SparseLRConfig:
+    def config(
+        self, args: argparse.Namespace, calibration: str, refine: str, seed: int, **fields: Any
+    ) -> SparseLRConfig:
         source = self.calibrations[calibration]
         given = isinstance(source, torch.Tensor)
         options = {"effort": "published"} if refine == "published" else {}
