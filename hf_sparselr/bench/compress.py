@@ -1,23 +1,31 @@
 """Compresses blocks of a preset shape with seeded synthetic weights, and prints seconds and peak memory by phase.
 
     hf-sparselr bench compress --preset llama-3-8b --blocks 2 --sparsity 2:4 --rank 64 [--textbook] [--profile]
+    hf-sparselr bench compress --preset llama-3-8b --blocks 2 --processes 1 2 4
 
 The real pipeline runs on the real number of tokens. One more block is compressed first, as a warm-up, and not counted.
-"solve" contains "factorisation", "ADMM" and "refit".
+"solve" contains "factorisation", "ADMM" and "refit". With `--processes` each number of processes, one a GPU, compresses
+the same model; the seconds of the whole model are extrapolated from the blocks.
 """
 
 import argparse
 import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from ..compression.distributed import joined
 from ..compression.report import table
 from ..config.sparselr_config import SparseLRConfig
 from ..entrypoints.compress import compress
 from ..format.patterns import from_text
+from ..utils.world import World
 from .presets import PRESETS
 
 VOCABULARY = 4096
@@ -36,13 +44,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--textbook", action="store_true", help="also solve the first block's layers as published")
     parser.add_argument("--profile", action="store_true", help="share and rate of the matrix products")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, nargs="+", metavar="N", help="numbers of processes to compare")
     parser.add_argument("--json", metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
+    if args.processes:
+        _compare(args)
+        return
+    with joined(args.device) as world:
+        _measure(args, world)
+
+
+def _measure(args: argparse.Namespace, world: World) -> None:
     refine = None if args.refine == "none" else args.refine
     report = _compress(args, args.blocks + 1, refine=refine, effort=args.effort)
+    if not world.first:
+        return
     result: dict[str, Any] = {"settings": report.settings, "blocks": report.blocks, "layers": report.layers}
     print(_phases(report.blocks[1:]))
     print(_layers(report))
@@ -59,6 +78,50 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    """Runs this command once for each number of processes, and prints the speed-ups."""
+    results = {count: _with_processes(args, count) for count in args.processes}
+    whole = PRESETS[args.preset]["num_hidden_layers"]
+    rows = [("processes", "seconds a block", "solve", "TM", f"{whole} blocks", "times as fast", "peak GB", "objective")]
+    first, *_ = results.values()
+    for count, result in results.items():
+        blocks = result["blocks"][1:]
+        seconds = sum(block["seconds"] for block in blocks) / len(blocks)
+        phases = [sum(block["phases"].get(name, 0) for block in blocks) / len(blocks) for name in ("solve", "TM")]
+        total = result["blocks"][0]["seconds"] + seconds * (whole - 1)
+        if count == args.processes[0]:
+            reference = seconds
+        peak = max((peak for block in blocks for peak in block["peaks"].values()), default=0)
+        ratio = sum(r["objective"] / one["objective"] for r, one in zip(result["layers"], first["layers"], strict=True))
+        rows.append(
+            (
+                str(count),
+                *(f"{value:.2f}" for value in (seconds, *phases)),
+                f"{total:.0f}",
+                f"{reference / seconds:.2f}",
+                f"{peak / 1e9:.2f}" if peak else "-",
+                f"{ratio / len(result['layers']):.6f}",
+            )
+        )
+    print(table(rows))
+    print("objective: that of the layers relative to the first row's, mean; peak: of one GPU")
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def _with_processes(args: argparse.Namespace, count: int) -> dict[str, Any]:
+    """The JSON result of this command in so many processes."""
+    options = {**vars(args), "set": json.dumps(args.set), "refine": args.refine}
+    kept = ("preset", "blocks", "samples", "seq_len", "sparsity", "rank", "refine", "effort", "set", "device")
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "result.json")
+        given = [part for name in kept for part in (f"--{name.replace('_', '-')}", str(options[name]))]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+        command = [sys.executable, *launcher, "-m", "hf_sparselr", "bench", "compress", *given, "--json", file]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def synthetic_model(preset: str, blocks: int, device: str, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
@@ -93,7 +156,7 @@ def _compress(args: argparse.Namespace, blocks: int, refine: str | None, effort:
         device=args.device,
         **args.set,
     )
-    return compress(synthetic_model(args.preset, blocks, args.device), config).sparselr_report
+    return compress(synthetic_model(args.preset, blocks, args.device), config, distributed=True).sparselr_report
 
 
 def _phases(blocks: list[dict]) -> str:

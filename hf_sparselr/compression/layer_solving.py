@@ -1,7 +1,8 @@
 """Solve the layers of a block: each becomes S + B A, on inputs that already passed the solved layers before it.
 
-Several processes share the rows of every layer if the method can do that, else the layers of a group. They always share
-the experts of a stack.
+Several processes share the rows of large layers if the method can do that, else the layers of a group. They always
+share the experts of a stack. One of them solves a group of small layers that belong together: exchanges would take
+longer than they save.
 """
 
 import logging
@@ -29,6 +30,8 @@ from .report import layer_line
 from .working_linear import WorkingLinear
 
 logger = logging.getLogger("hf_sparselr")
+
+SHARED_ROWS = 2**24  # weights of a group from which its rows are worth sharing
 
 
 def solve_layers(
@@ -127,23 +130,21 @@ def _decompose(
         pairs = zip(layers, weights, strict=True)
         return [precomputed.decomposition(layer.name, weight) for layer, weight in pairs]
     method, options = METHODS[config.method], config.method_options
-    hierarchical = any(layer.hierarchy for layer in layers)
-    if hierarchical or (world.size > 1 and not method.shares_rows(options)):
+    together = method.shares_rows(options)
+    if any(layer.hierarchy for layer in layers) or (world.size > 1 and not together):
         own = {
             number: _decompose_alone(layer, weight, gram, config)
             for number, (layer, weight) in enumerate(zip(layers, weights, strict=True))
             if number % world.size == world.rank
         }
         return [world.copy_of(own.get(n), n % world.size, gram.matrix.device) for n in range(len(layers))]
-    return method.solve_group(
-        weights,
-        gram,
-        [layer.pattern for layer in layers],
-        [layer.rank for layer in layers],
-        options,
-        config.seed,
-        world if world.size > 1 else None,
-    )
+    sharing = world if sum(weight.numel() for weight in weights) >= SHARED_ROWS else ALONE
+    results = None
+    if sharing.size > 1 or world.first:
+        patterns, ranks = [layer.pattern for layer in layers], [layer.rank for layer in layers]
+        shared = {"world": sharing} if together else {}
+        results = method.solve_group(weights, gram, patterns, ranks, options, config.seed, **shared)
+    return results if sharing.size > 1 else world.copy_of(results, 0, gram.matrix.device)
 
 
 def _decompose_alone(layer: Layer, weight: torch.Tensor, gram: ScaledGram, config: SparseLRConfig) -> Decomposition:

@@ -167,6 +167,11 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
     assert not list((tmp_path / "unfinished").glob("[!.]*"))  # but perhaps a run that can go on
 
 
+def test_3basil_shares_rows_in_its_fast_form() -> None:
+    assert METHODS["3basil"].shares_rows(Options()) and not METHODS["3basil"].shares_rows(Options(form="textbook"))
+    assert not METHODS["oats"].shares_rows(METHODS["oats"].options())
+
+
 def test_batches_are_spread_in_turns() -> None:
     batches = [{"input_ids": torch.tensor([[n]])} for n in range(7)]
     shares = [spread(batches, 2, World(rank, 3)) for rank in range(3)]
