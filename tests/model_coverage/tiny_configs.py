@@ -85,7 +85,7 @@ def _shrunk(config: tf.PreTrainedConfig, sizes: Sizes, ids: dict[int, int]) -> t
     """Args: ids: {token id: its small one}, of the configs shrunk so far, to which new ones are added."""
     factor = _factor(config, sizes)
     fields = {field.name: field for field in dataclasses.fields(config)}
-    values = {}
+    values, layers = {}, getattr(config, "num_hidden_layers", None)
     for name, field in fields.items():
         if name.startswith("_") or name in ("id2label", "label2id", "problem_type", "dtype", "use_cache"):
             continue
@@ -96,6 +96,10 @@ def _shrunk(config: tf.PreTrainedConfig, sizes: Sizes, ids: dict[int, int]) -> t
             values[name] = _sections(old, sizes)
         elif old is not None and _is_given(field, old):
             values[name] = _small(name, old, sizes, factor, ids)
+            if isinstance(old, list | tuple) and len(old) == layers > sizes.layers:  # one entry a layer
+                values[name] = type(old)(values[name][: sizes.layers])
+    if "vocab_size" in fields and vars(config).get("vocab_size") is None:
+        values["vocab_size"] = VOCAB
     if "pad_token_id" in fields and values.get("pad_token_id") is None:
         values["pad_token_id"] = 0
     return type(config)(**values)
