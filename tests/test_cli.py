@@ -149,7 +149,32 @@ def test_inspect_prints_tables(home, capsys):
     out = capsys.readouterr().out
     assert 'sparsity: "2:4"' in out
     assert "model.layers.1.mlp.down_proj" in out
+    assert "100% of the linear weights in the blocks are packed\n" in out
     assert f"{inspect_checkpoint(home / 'packed').totals['model']['packed']:,}" in out
+
+
+def test_inspect_says_how_much_is_packed_and_what_is_not(tmp_path, capsys):
+    config = SparseLRConfig(
+        sparsity="2:4",
+        rank=2,
+        refine=None,
+        targets=["q_proj", "up_proj"],
+        calibration=torch.arange(64).view(4, 16),
+        num_samples=4,
+        seq_len=16,
+        method_options=json.loads(SOLVER),
+    )
+    compress(build("llama"), config).save_pretrained(tmp_path)
+    found = inspect_checkpoint(tmp_path)
+    packed = sum(math.prod(layer["shape"]) for layer in found.layers)
+    assert found.coverage["packed"] == packed
+    assert found.coverage["total"] == packed + sum(found.coverage["dense"].values())
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"warning: only {packed / found.coverage['total']:.0%} of the linear weights" in out
+    assert "dense stayed model.layers.0.mlp.gate_proj" in out
+    (tmp_path / "sparselr_report.json").unlink()
+    assert inspect_checkpoint(tmp_path).coverage is None
 
 
 def test_inspect_reads_shards_and_finds_shapes_without_factors(home, tmp_path):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -51,12 +52,31 @@ def log_coverage(found: dict, reasons: dict[str, str]) -> None:
         found: from `coverage`.
         reasons: {layer name: why it stayed dense}, as far as known.
     """
-    share = found["packed"] / max(found["total"], 1)
-    line = f"{share:.0%} of the linear weights in the blocks became packed"
-    if share >= LEAST:
-        logger.info(line)
-        return
+    if share_of(found) >= LEAST:
+        logger.info(share_line(found))
+    else:
+        logger.warning(f"only {share_line(found)}; dense stayed {dense_names(found, reasons)}")
+
+
+def is_coverage(found: Any) -> bool:
+    """Whether an object, such as one from a report's file, is a result of `coverage` with weights in it."""
+    if not isinstance(found, dict) or not isinstance(found.get("dense"), dict):
+        return False
+    numbers = [found.get("packed"), found.get("total"), *found["dense"].values()]
+    return all(type(number) is int and number >= 0 for number in numbers) and 0 < found["total"] >= found["packed"]
+
+
+def share_of(found: dict) -> float:
+    return found["packed"] / max(found["total"], 1)
+
+
+def share_line(found: dict) -> str:
+    return f"{share_of(found):.0%} of the linear weights in the blocks are packed"
+
+
+def dense_names(found: dict, reasons: dict[str, str]) -> str:
+    """The names of what stayed dense, the largest first, with the reasons that are known."""
     largest = sorted(found["dense"], key=found["dense"].__getitem__, reverse=True)
     shown = [f"{name} ({reasons[name]})" if name in reasons else name for name in largest[:SHOWN]]
     more = f", ... ({len(largest)} in all)" if len(largest) > SHOWN else ""
-    logger.warning(f"only {line}; dense stayed {', '.join(shown)}{more}")
+    return ", ".join(shown) + more

@@ -4,12 +4,13 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..compression.report import rank_cell, table
+from ..compression.coverage import LEAST, dense_names, is_coverage, share_line, share_of
+from ..compression.report import FILE_NAME, Report, rank_cell, table
 from ..config.sparselr_config import QUANT_METHOD, SparseLRConfig
 from ..format.checkpoint import (
     CONFIG,
@@ -45,6 +46,9 @@ class Inspection:
             bytes (packed, with factors and bias), dense_bytes (weight and bias in the same dtype).
         totals: {"layers", "rest", "model"}, each {"packed": bytes, "dense": bytes}; the rest of the model is stored
             as it was.
+        coverage: {"packed", "total": numbers of weights of the linear layers in the blocks, "dense": {name of a layer
+            that stayed dense: its weights}}, from the report beside the checkpoint; None without it.
+        dense: {name of a layer that stayed dense: why}, as far as known.
         save_id: of the save that wrote the files, None where they have none.
         verified: the bytes of all tensors were read and are those that were saved.
     """
@@ -54,6 +58,8 @@ class Inspection:
     settings: dict
     layers: list[dict]
     totals: dict[str, dict[str, int]]
+    coverage: dict | None = None
+    dense: dict[str, str] = field(default_factory=dict)
     save_id: str | None = None
     verified: bool = False
 
@@ -61,7 +67,15 @@ class Inspection:
         settings = [f"  {name}: {json.dumps(value)}" for name, value in self.settings.items()]
         head = [f"{self.path}: sparse plus low-rank, format version {self.format_version}", *settings]
         end = ["", "verified: every tensor is as it was saved"] if self.verified else []
-        return "\n".join([*head, "", self._layer_table(), "", self._totals_table(), *end])
+        return "\n".join([*head, "", self._layer_table(), "", self._totals_table(), *self._coverage_lines(), *end])
+
+    def _coverage_lines(self) -> list[str]:
+        if self.coverage is None:
+            return []
+        line = share_line(self.coverage)
+        if self.coverage["dense"]:
+            line += f"; dense stayed {dense_names(self.coverage, self.dense)}"
+        return ["", f"warning: only {line}" if share_of(self.coverage) < LEAST else line]
 
     def _layer_table(self) -> str:
         rows = [("layer", "shape", "pattern", "nonzeros", "zeros", "rank", "dtype", "bytes", "dense bytes")]
@@ -125,8 +139,17 @@ def inspect_checkpoint(path: str | os.PathLike, verify: bool = False) -> Inspect
         "model": {"packed": packed + rest, "dense": dense + rest},
     }
     save_id = next((seal.save for seal in seals.values() if seal), None)
+    found, reasons = _coverage(directory, len(layers))
     version, settings = config.format_version, config.to_dict()
-    return Inspection(os.fspath(path), version, settings, layers, totals, save_id, verify)
+    return Inspection(os.fspath(path), version, settings, layers, totals, found, reasons, save_id, verify)
+
+
+def _coverage(directory: Path, layers: int) -> tuple[dict | None, dict[str, str]]:
+    """From the report, if it is of as many layers and says so."""
+    report = Report.load(directory)
+    if report is None or len(report.layers) != layers or not is_coverage(report.coverage):
+        return None, {}
+    return report.coverage, report.dense
 
 
 def _verify(files: list[str], stored: Mapping[str, Mapping[str, Entry]], layers: list[dict], config) -> None:
@@ -148,7 +171,7 @@ def _directory(path: str) -> Path:
         return Path(path)
     if hub_id(path) is None:
         raise FileNotFoundError(f"{path}: no such folder, and no Hub id")
-    return Path(snapshot_download(path, allow_patterns=[CONFIG, "model*.safetensors", _INDEX]))
+    return Path(snapshot_download(path, allow_patterns=[CONFIG, FILE_NAME, "model*.safetensors", _INDEX]))
 
 
 def _json(file: Path) -> dict:

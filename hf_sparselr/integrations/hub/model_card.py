@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ...compression.coverage import dense_names, is_coverage, share_line
 from ...compression.report import Report, cell, rank_cell, shape_cell
 from ...config.sparselr_config import SparseLRConfig
 from ...format.patterns import NM
@@ -181,7 +182,7 @@ def _sections(config: SparseLRConfig, report: Report, repo_id: str | None, loade
         f"## Compression\n\n{_table([('Setting', 'Value'), *_settings(config, report)])}",
     ]
     if report.sizes:
-        sections.append(f"## Size\n\n{_sizes(report.sizes)}{_coverage(report.coverage)}")
+        sections.append(f"## Size\n\n{_sizes(report.sizes)}{_coverage(report.coverage, report.dense)}")
     if report.perplexity:
         rows = [(_text(name), _number(value)) for name, value in report.perplexity.items()]
         sections.append(f"## Perplexity\n\n{_table([('Model', 'Perplexity'), *rows])}")
@@ -264,12 +265,12 @@ def _sizes(sizes: dict[str, int | None]) -> str:
     return _table(rows)
 
 
-def _coverage(found: dict) -> str:
-    """The share of the blocks' linear weights that is packed, as a paragraph; empty where it is not known."""
-    packed, total = (found.get(key) if isinstance(found, dict) else None for key in ("packed", "total"))
-    if not isinstance(packed, int) or not isinstance(total, int) or total <= 0:
+def _coverage(found: dict, reasons: dict) -> str:
+    """The share of the blocks' linear weights that is packed and the names of the rest; empty where it is not known."""
+    if not is_coverage(found):
         return ""
-    return f"\n\n{packed / total:.0%} of the linear weights in the blocks are packed; the others are dense."
+    rest = f" Dense stayed {_text(dense_names(found, reasons))}." if found["dense"] else ""
+    return f"\n\n{share_line(found)}.{rest}"
 
 
 def _layers(layers: list[dict]) -> str:

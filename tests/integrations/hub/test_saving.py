@@ -117,13 +117,22 @@ def test_body():
 
 
 @pytest.mark.parametrize(
-    ("coverage", "line"), [({"packed": 3, "total": 4}, "75% of the linear weights"), ({}, ""), ([1], "")]
+    ("coverage", "line"),
+    [
+        ({"packed": 3, "total": 4, "dense": {"a.b": 1}}, "75% of the linear weights in the blocks are packed. Dense"),
+        ({"packed": 4, "total": 4, "dense": {}}, "100% of the linear weights in the blocks are packed."),
+        ({"packed": 3, "total": 4, "dense": {"a": "1"}}, ""),
+        ({"packed": 5, "total": 4, "dense": {}}, ""),
+        ({}, ""),
+        ([1], ""),
+    ],
 )
 def test_the_card_says_how_much_is_packed(coverage, line):
     report = full_report()
-    report.coverage = coverage
+    report.coverage, report.dense = coverage, {"a.b": "why"}
     text = model_card(small_config(), report, "me/x", "mit", "LlamaForCausalLM").text
     assert (line in text) and ("linear weights in the blocks" in text) == bool(line)
+    assert ("Dense stayed a.b (why)." in text) == ("Dense" in line)
 
 
 def test_card_without_report():
