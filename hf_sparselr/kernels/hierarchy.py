@@ -30,6 +30,7 @@ from .reference import autocast_dtype
 from .tensor_cache import TensorCache
 
 FEW_ROWS = 16
+_FEW_COLUMNS = 4
 _PRODUCTS: TensorCache[Any] = TensorCache()  # of `bind_few`
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -110,8 +111,7 @@ def _product(
     x = pad_to(rows, len(rows), shape.padded[1]).unflatten(1, (segments, -1)).transpose(0, 1)
     seen = _by_segment(x, A.unflatten(1, (segments, -1)).transpose(0, 1))
     passed = _pass_to_siblings(shape, seen)
-    outputs = x @ leaf_blocks(shape, leaves).mT
-    outputs = torch.baddbmm(outputs, passed.to(outputs), B.unflatten(0, (segments, -1)).mT.to(outputs))
+    outputs = _answers(x, leaf_blocks(shape, leaves), passed, B.unflatten(0, (segments, -1)))
     return outputs.transpose(0, 1).flatten(1)[:, : shape.out_features]
 
 
@@ -121,6 +121,15 @@ def _by_segment(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         pairs = zip(x.unbind(), blocks.unbind(), strict=True)
         return torch.stack([F.linear(part, block) for part, block in pairs])
     return x @ blocks.mT
+
+
+def _answers(x: torch.Tensor, leaves: torch.Tensor, passed: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """Every leaf's product and that of its rows of B: (segments, rows, leaf rows)."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] <= _FEW_COLUMNS:
+        outputs = leaves @ x.mT  # weights at the left are read twice as fast
+        return torch.baddbmm(outputs, B.to(outputs), passed.mT.to(outputs)).mT
+    outputs = x @ leaves.mT
+    return torch.baddbmm(outputs, passed.to(outputs), B.mT.to(outputs))
 
 
 def _pass_to_siblings(shape: HierarchyShape, seen: torch.Tensor) -> torch.Tensor:
