@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers import tiny
+from helpers.hub_server import HubServer, run_client
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -82,6 +83,24 @@ def test_classes_without_a_head_and_shards_read_it(packed, tmp_path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     hidden = body(input_ids=tiny.IDS)[0]
     torch.testing.assert_close(load(tmp_path).lm_head(hidden), packed[1])
+
+
+OVER_THE_HUB = """
+import torch
+from transformers import AutoModelForCausalLM
+here = AutoModelForCausalLM.from_pretrained({folder!r})
+here.push_to_hub("me/hss")
+there = AutoModelForCausalLM.from_pretrained("me/hss").state_dict()
+print(all(torch.equal(there[name], tensor) for name, tensor in here.state_dict().items()), len(there))
+"""
+
+
+def test_it_goes_over_the_hub(packed, tmp_path) -> None:
+    folder = packed[0]
+    with HubServer() as hub:
+        out = run_client(hub, tmp_path, OVER_THE_HUB.format(folder=str(folder)))
+        assert out.split() == ["True", str(len(load(folder).state_dict()))]
+        assert b"B A is hierarchical" in hub.repos["me/hss"]["README.md"]
 
 
 def test_a_hierarchy_that_is_lost_or_split_otherwise_is_refused(packed, tmp_path) -> None:
