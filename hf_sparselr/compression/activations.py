@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..config.sparselr_config import SparseLRConfig
+from ..utils.disk_tensors import on_disk
 from ..utils.modules import move_to_device
 from ..utils.precision import arithmetic
 from ..utils.world import ALONE, World
@@ -21,6 +22,7 @@ class Workplace:
         device: the compute device.
         activation_device: where hidden states and arguments of all windows wait.
         activation_dtype: of the hidden states.
+        on_disk: hidden states wait in files.
         precision: of the products in forward passes, see `TMOptions.precision`.
         world: the processes that share the work, each with some of the windows.
     """
@@ -30,6 +32,7 @@ class Workplace:
     activation_dtype: torch.dtype
     precision: str
     world: World = ALONE
+    on_disk: bool = False
 
     @classmethod
     def of(cls, block: nn.Module, config: SparseLRConfig, world: World = ALONE) -> "Workplace":
@@ -42,14 +45,18 @@ class Workplace:
             torch.bfloat16 if precision == "bf16" else torch.float32,
             precision,
             world,
+            config.activations == "disk",
         )
 
     def keep(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """Hidden states, moved to the device and dtype in which they wait."""
-        return [
-            batch.to(self.activation_device, self.activation_dtype if batch.is_floating_point() else None)
-            for batch in hidden
-        ]
+        return [self._kept(batch) for batch in hidden]
+
+    def _kept(self, batch: torch.Tensor) -> torch.Tensor:
+        dtype = self.activation_dtype if batch.is_floating_point() else batch.dtype
+        if not self.on_disk:
+            return batch.to(self.activation_device, dtype)
+        return on_disk(batch.to(dtype))
 
     def keep_calls(self, calls: list[Call]) -> list[Call]:
         """Arguments, moved to the device of the hidden states, so that no pass waits for them."""

@@ -224,9 +224,9 @@ class Fields:
     activations: str = field(
         default="device",
         metadata=about(
-            Choice(("device", "host")),
+            Choice(("device", "host", "disk")),
             '"device" keeps the hidden states of all windows beside the block at work; "host" keeps them in main '
-            "memory and moves one batch at a time",
+            'memory and moves one batch at a time; "disk" keeps them in files of the temporary folder (TMPDIR)',
             stored=False,
         ),
     )

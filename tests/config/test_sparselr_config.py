@@ -231,7 +231,7 @@ INVALID = [
     ("overrides", [], TypeError, "{regex: {sparsity, rank, skip}}"),
     ("overrides", "q_proj", TypeError, "{regex: {sparsity, rank, skip}}"),
     ("on_incompatible", "warn", ValueError, "'error', 'skip'"),
-    ("activations", "disk", ValueError, "'device', 'host'"),
+    ("activations", "tape", ValueError, "'device', 'host', 'disk'"),
     ("method_options", "fast", TypeError, "a dict or hf_sparselr.solvers.threebasil.method.Options"),
     ("method_options", TMOptions(), TypeError, "a dict or hf_sparselr.solvers.threebasil.method.Options"),
     ("tm", 20, TypeError, "a dict or hf_sparselr.config.options.TMOptions"),

@@ -75,6 +75,14 @@ def test_refinement_streams(target, llama, tmp_path):
     assert content(tmp_path / "True") == content(tmp_path / "False")
 
 
+@pytest.mark.parametrize("activations", ["host", "disk"])
+def test_hidden_states_may_wait_elsewhere(activations, llama, tmp_path):
+    changes = {"refine": "tm", "tm": {"passes": 1, "target": "mean"}}
+    run(llama, tmp_path / "here", **changes)
+    run(llama, tmp_path / "there", activations=activations, **changes)
+    assert content(tmp_path / "there") == content(tmp_path / "here")
+
+
 def test_a_snapshot_of_links_is_read(llama, whole, tmp_path):
     snapshot = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
     snapshot.mkdir(parents=True)
