@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from ..config.sparselr_config import SparseLRConfig
 from ..data.model_inputs import Sample, make_batches
@@ -30,6 +29,7 @@ from .measuring import dense_groups
 from .model_structure import Stacks, find_stacks, shared_tensors
 from .plan import Layer, reachable_plan
 from .precomputed import Precomputed
+from .progress import Progress
 from .report import Report
 from .restored_block import restore_block
 from .run_folder import RunFolder
@@ -69,6 +69,7 @@ def run(
     source: BlockSource | None = None,
     folder: RunFolder | None = None,
     world: World = ALONE,
+    progress: Progress | None = None,
 ) -> Report:
     """Compresses the blocks of a model.
 
@@ -81,6 +82,7 @@ def run(
         source: where the weights of the blocks are; None: in the model.
         folder: stores finished blocks before the sink takes them, and has those of an earlier run.
         world: the processes that share the work; all have the same arguments, and hand the same blocks to their sinks.
+        progress: told of every block.
 
     Returns:
         The report, without `sizes`.
@@ -89,7 +91,7 @@ def run(
         ValueError: NaN or Inf in a weight or in a layer's inputs, naming the layer; stacks that no sample reaches.
     """
     started = time.perf_counter()
-    source = source or BlockSource(model)
+    source, progress = source or BlockSource(model), progress or Progress()
     if not source.streamed:
         _check_weights(model, plan)
     report = Report(config.to_dict())
@@ -110,7 +112,8 @@ def run(
         plan, report.allocation = allocate(config, plan, groups)
         shared = shared_tensors(model)
         work = _Run(model, plan, config, survey, batches, kept_back, precomputed, source, folder, shared, world)
-        bar = transformers_logging.tqdm(total=sum(map(len, segments)), desc="Compressing blocks", unit="block")
+        earlier = set(folder.finished) if folder is not None else set()
+        progress.start(sum(map(len, segments)), len(earlier))
         for name, result in _compressed_blocks(work, segments):
             report.layers += result.layer_rows
             report.blocks.append(result.row)
@@ -119,8 +122,8 @@ def run(
                 folder.store(name, result.block, result.row, result.layer_rows, result.dense, shared)
             _set_modes(result.block, name, modes)
             sink(name, result.block)
-            bar.update()
-        bar.close()
+            progress.block(result.row, result.layer_rows, name in earlier)
+        progress.blocks_done()
     finally:
         _set_modes(model, "", modes)
     report.seconds = time.perf_counter() - started

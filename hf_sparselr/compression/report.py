@@ -14,6 +14,8 @@ FILE_NAME = "sparselr_report.json"
 
 logger = logging.getLogger("hf_sparselr")
 
+_PHASES = ("capture and Gram", "solve", "TM", "propagation")  # of a block
+
 # Types of the fields in a report file; a field with a value of another type is left out.
 _TYPES = {
     "settings": dict,
@@ -192,31 +194,50 @@ def layer_line(row: dict) -> str:
 
 
 def plot(report: Report, directory: str | Path) -> Path:
-    """Draws the relative error of every layer, a line a kind of layer, to `sparselr_report.png`.
+    """Draws `sparselr_report.png`: the relative error of every layer, a line a kind of layer, and the seconds of every
+    block by phase.
 
     Raises:
         ImportError: matplotlib is not installed (the `plot` extra).
     """
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    errors, seconds = figure.subplots(2, sharex=True)
+    _draw_errors(errors, report)
+    _draw_seconds(seconds, report)
+    errors.set_title(f"{report.settings['method']}, {settings_line(report.settings)}")
+    path = Path(directory) / "sparselr_report.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _draw_errors(axes: Any, report: Report) -> None:
     kinds: dict[str, list[tuple[int, float]]] = {}
     for index, block in enumerate(report.blocks):
         for row in report.layers:
             if row["name"].startswith(f"{block['name']}."):
                 kind = row["name"].removeprefix(f"{block['name']}.")
                 kinds.setdefault(kind, []).append((index, row["relative_error"]))
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
     for kind, points in kinds.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=kind)
-    axes.set(xlabel="block", ylabel="relative error of the layer's output", yscale="log")
-    axes.set_title(f"{report.settings['method']}, {settings_line(report.settings)}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(ylabel="relative error of the layer's output", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
-    path = Path(directory) / "sparselr_report.png"
-    figure.savefig(path, dpi=150)
-    return path
+
+
+def _draw_seconds(axes: Any, report: Report) -> None:
+    """Phases that a solver measured lie inside "solve", and are not drawn."""
+    names = [name for name in _PHASES if any(name in block["phases"] for block in report.blocks)]
+    below = [0.0] * len(report.blocks)
+    for name in names:
+        heights = [block["phases"].get(name, 0.0) for block in report.blocks]
+        axes.bar(range(len(heights)), heights, bottom=below, label=name)
+        below = [low + height for low, height in zip(below, heights, strict=True)]
+    axes.set(xlabel="block", ylabel="seconds")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize="small", ncols=2)
 
 
 def _fits(name: str, value: Any) -> bool:

@@ -28,6 +28,7 @@ from .model_structure import find_stacks
 from .pipeline import run
 from .plan import Layer, usable_plan
 from .precomputed import Precomputed
+from .progress import FILE_NAME, Progress
 from .report import Report
 from .run_folder import RunFolder
 from .samples import Samples, warn_of_few_tokens
@@ -74,7 +75,7 @@ def _compress(
     world: World,
 ) -> Report:
     base = precomputed.reference if precomputed else model
-    dense_bytes = _bytes(model)
+    dense_bytes, progress = _bytes(model), _progress(folder, world)
     calibration = world.of_first(samples.calibration(base))
     teacher = None
     if "distill" in config.refine_steps:  # the model is replaced block by block, so its teacher is a copy
@@ -88,16 +89,17 @@ def _compress(
     blocks = [name for stack in find_stacks(model).values() for name in stack]
     with linear_convolutions(model, plan):
         warn_of_few_tokens(calibration, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
-        report = run(model, plan, config, calibration, source.finish, precomputed, source, folder, world)
+        report = run(model, plan, config, calibration, source.finish, precomputed, source, folder, world, progress)
     fuse_experts(model)  # those of which none was packed
     report.dense |= reasons
     report.coverage = coverage(model, blocks)
     log_coverage(report.coverage, report.dense)
     if teacher is not None:
-        distill_in_memory(model, teacher, calibration, samples, report, world)
+        distill_in_memory(model, teacher, calibration, samples, report, world, progress)
     report.base_model = base.config.name_or_path or None
     report.base_on_hub = loaded_from_hub(base.config) is not None
     report.sizes = {"dense": dense_bytes, "packed": _bytes(model)}
+    progress.end(report.seconds)
     return report
 
 
@@ -108,13 +110,16 @@ def distill_in_memory(
     samples: Samples,
     report: Report,
     world: World = ALONE,
+    progress: Progress | None = None,
 ) -> None:
     """Distils a packed model from the dense one.
 
     Args:
         calibration: the calibration samples; the dense model writes others beside them, if the config asks for that.
         world: the processes that train together.
+        progress: told of every pass.
     """
+    progress = progress or Progress()
     config = samples.config
     device = work_device(config.device, model.device)
     options = _distill_options(config, device)
@@ -130,6 +135,7 @@ def distill_in_memory(
         def on_pass(loss: float) -> None:
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}")
+            progress.distill(bar.n, loss)
 
         report.distill = distill(
             model,
@@ -154,6 +160,13 @@ def distill_in_memory(
 def _distill_options(config: SparseLRConfig, device: torch.device) -> DistillOptions:
     """The config's, with a precision that the device has."""
     return replace(config.distill, precision=available(config.distill.precision, device))
+
+
+def _progress(folder: RunFolder | None, world: World) -> Progress:
+    """Writes beside the run folder, which the first process does."""
+    if folder is None or not world.first:
+        return Progress()
+    return Progress(folder.output_dir / FILE_NAME, goes_on=bool(folder.finished))
 
 
 def _bytes(model: PreTrainedModel) -> int:

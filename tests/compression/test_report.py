@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import tiny
 
-from hf_sparselr.compression.report import FILE_NAME, Report
+import hf_sparselr
+from hf_sparselr.compression.report import FILE_NAME, Report, plot
 from hf_sparselr.utils.public_names import hub_id, public_source
 
 ROW = {
@@ -134,3 +136,22 @@ def test_every_field_of_a_report_is_in_its_file(tmp_path):
     assert (again.coverage, again.dense) == (report.coverage, report.dense)
     runtime = {"base_on_hub", "from_file"}
     assert set(report.public()) == {field.name for field in dataclasses.fields(Report)} - runtime
+
+
+def test_the_plot_has_errors_by_layer_and_seconds_by_phase(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    subplots = figure.Figure.subplots
+    monkeypatch.setattr(
+        figure.Figure, "subplots", lambda *args, **kwargs: drawn.extend(axes := subplots(*args, **kwargs)) or axes
+    )
+    model = hf_sparselr.compress(tiny.build("llama"), tiny.settings())
+    assert plot(model.sparselr_report, tmp_path).stat().st_size > 10_000
+    errors, seconds = drawn
+    assert {line.get_label() for line in errors.get_lines()} >= {"self_attn.q_proj", "mlp.down_proj"}
+    assert all(len(line.get_xdata()) == 2 for line in errors.get_lines())
+    labels = [text.get_text() for text in seconds.get_legend().get_texts()]
+    assert labels == ["capture and Gram", "solve", "propagation"]
+    total = sum(bar.get_height() for bar in seconds.patches)
+    blocks = model.sparselr_report.blocks
+    assert 0 < total <= sum(block["seconds"] for block in blocks)

@@ -231,3 +231,23 @@ def test_an_interrupt_says_how_to_go_on(llama, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.import_module("hf_sparselr.entrypoints.compress"), "compress", raise_stop)
     assert main(["compress", llama, "--output", str(tmp_path / "b"), "--stream", "yes"]) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+def test_the_log_of_a_run(llama, tmp_path, monkeypatch):
+    changes = {"refine": "tm", "tm": {"passes": 1}}
+    stopped(monkeypatch, 1, llama, tmp_path, **changes)
+    run(llama, tmp_path, **changes)
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "block", "start", "block", "block", "block", "end"]
+    assert [line["finished"] for line in lines if line["event"] == "start"] == [0, 1]
+    blocks = [line for line in lines[3:] if line["event"] == "block"]
+    assert [(line["done"], line["blocks"], line["restored"]) for line in blocks] == [
+        (1, 3, True),
+        (2, 3, False),
+        (3, 3, False),
+    ]
+    rows = json.loads((tmp_path / "sparselr_report.json").read_text())["blocks"]
+    assert [line["name"] for line in blocks] == [row["name"] for row in rows]
+    assert [line["loss"] for line in blocks] == [row["tm"]["loss_after"] for row in rows]
+    assert blocks[0]["remaining"] is None and blocks[1]["remaining"] == pytest.approx(blocks[1]["seconds"])
+    assert all(line["host_memory"] > 1e7 and line["gpu_memory"] is None for line in blocks)
