@@ -86,8 +86,11 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         self._made: list[Path] = []
         self._lock: Any = None
-        if self._world.first:
-            self._open()
+        try:
+            if self._world.first:
+                self._open()
+        except OSError as error:
+            raise self._told(error) from error
         self.finished = self._world.of_first(self.finished)
         return self
 
@@ -109,6 +112,12 @@ class RunFolder:
         self._lock.close()
         if error is None or not self.finished:
             self._remove(made=error is not None)
+        if error is None:
+            return
+        told = self._told(error)
+        if told is not error:
+            raise told from error
+        if not self.finished:
             return
         advice = (
             f"{len(self.finished)} finished blocks are kept in {self.path}: the same call goes on after them. Delete "
@@ -117,6 +126,17 @@ class RunFolder:
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(advice) from error
         logger.warning(advice)
+
+    def _told(self, error: BaseException) -> BaseException:
+        """The error, or for a disk that is full one that says what to do."""
+        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
+            return error
+        free = shutil.disk_usage(self.output_dir if self.output_dir.exists() else self.output_dir.parent).free
+        return OSError(
+            errno.ENOSPC,
+            f"output_dir={str(self.output_dir)!r}: the disk is full ({free:,} bytes are free). Free some, and start "
+            "the run again with the same arguments: it goes on after the last finished block",
+        )
 
     def file(self, name: str) -> Path:
         """Where the tensors of a finished block are."""
@@ -142,7 +162,7 @@ class RunFolder:
             for inner, tensor in block.state_dict(keep_vars=True).items()
             if isinstance(tensor, torch.Tensor) and id(tensor) not in shared
         }
-        with full_disk_named(self.output_dir), _renamed(self.file(name)) as beside:
+        with _renamed(self.file(name)) as beside:
             save_file(tensors, beside)
         self.finished[name] = FinishedBlock(name, _checksum(tensors), plain(row), plain(layer_rows), dense)
         self._write()
@@ -182,7 +202,7 @@ class RunFolder:
     def _write(self) -> None:
         blocks = [asdict(block) for block in self.finished.values()]
         text = json.dumps({"version": VERSION, "identity": self.identity, "blocks": blocks}, indent=1)
-        with full_disk_named(self.output_dir), _renamed(self.path / MANIFEST) as beside:
+        with _renamed(self.path / MANIFEST) as beside:
             beside.write_text(text + "\n", encoding="utf-8")
 
     def _remove(self, made: bool) -> None:
@@ -192,27 +212,6 @@ class RunFolder:
                 path.rmdir()
             except OSError:  # something else is in it by now
                 return
-
-
-@contextmanager
-def full_disk_named(output_dir: Path) -> Iterator[None]:
-    """Tells of a disk that is full what to do about it.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
-        if not full:
-            raise
-        free = shutil.disk_usage(output_dir).free
-        raise OSError(
-            errno.ENOSPC,
-            f"output_dir={str(output_dir)!r}: the disk is full ({free:,} bytes are free). Free some and start the run "
-            "again with the same arguments: it goes on after the last finished block",
-        ) from error
 
 
 @contextmanager

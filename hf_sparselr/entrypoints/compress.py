@@ -11,7 +11,7 @@ from ..compression.block_source import BlockSource, StreamedBlocks
 from ..compression.distributed import check_placement, joined
 from ..compression.plan import plan_layers
 from ..compression.run import compress_in_memory
-from ..compression.run_folder import RunFolder, full_disk_named
+from ..compression.run_folder import RunFolder
 from ..compression.samples import Samples
 from ..config.sparselr_config import SparseLRConfig
 from ..data.origin import Origin
@@ -117,8 +117,7 @@ def _compress(
             report = compress_in_memory(dense, plan, config, samples, source=source, folder=folder, world=world)
             attach(dense, config.stored(), report)
         if world.first:
-            with full_disk_named(folder.output_dir):
-                save(dense, output_dir, processors, source and source.state_dict(), max_shard_size)
+            save(dense, output_dir, processors, source and source.state_dict(), max_shard_size)
         world.wait()
     if streamed:
         dense = type(skeleton).from_pretrained(output_dir, **_trust(load_kwargs))

@@ -46,5 +46,5 @@ def _reserve(descriptor: int, size: int) -> None:
             raise
         folder = tempfile.gettempdir()
         raise OSError(
-            errno.ENOSPC, f"activations='disk': no {size:,} bytes are free in {folder!r}; set TMPDIR to another folder"
+            f"activations='disk': no {size:,} bytes are free in {folder!r}; set TMPDIR to another folder"
         ) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
+from helpers.streamed import SHARDS, content, dense, run
 from transformers import AutoModelForCausalLM
 
 from hf_sparselr import compress
@@ -16,33 +17,6 @@ from hf_sparselr.compression import pipeline
 from hf_sparselr.compression.run_folder import NAME, RunFolder
 from hf_sparselr.entrypoints import streaming
 from hf_sparselr.integrations.transformers import lazy_loading
-
-TIMES = ("seconds", "phases")
-SHARDS = "30KB"
-
-
-def content(folder: Path) -> dict:
-    """The files of a folder, the report without times."""
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    files["sparselr_report.json"] = without_times(json.loads(files["sparselr_report.json"]))
-    files.pop("run.jsonl", None)
-    return files
-
-
-def without_times(value):
-    if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
-    return [without_times(item) for item in value] if isinstance(value, list) else value
-
-
-def dense(family: str, folder: Path, **changes) -> str:
-    """A checkpoint of a tiny model in bfloat16, in several files."""
-    tiny.build(family, torch.bfloat16, **changes).save_pretrained(folder, max_shard_size="40KB")
-    return str(folder)
-
-
-def run(name: str, output: Path, stream: bool = True, **changes):
-    return compress(name, tiny.settings(**changes), output, stream=stream, max_shard_size=SHARDS)
 
 
 @pytest.fixture(scope="module")
