@@ -6,6 +6,8 @@ the compressed model's and never stored.
 """
 
 import copy
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +30,7 @@ from ..utils.world import ALONE, World
 from .capture import instance_forwards, model_inputs
 from .model_structure import Stacks, find_stacks
 from .padding import MASKS
-from .training_loop import Groups, Training, restore, shared_steps, snapshot, train
+from .training_loop import Groups, Training, is_large, restore, shared_steps, snapshot, train
 from .working_linear import WorkingLinear, trainable
 
 if TYPE_CHECKING:
@@ -81,10 +83,11 @@ def distill(
     seed: int,
     device: torch.device,
     on_pass: Callable[[float], None] = lambda loss: None,
-    kept_back: list[Sample] | None = None,
+    kept_back: dict[str, list[Sample]] | None = None,
     world: World = ALONE,
 ) -> dict:
-    """Trains a packed model in place; its tensors keep their dtypes, devices and support.
+    """Trains a packed model in place, and leaves its best state in it, if need be the start; its tensors keep their
+    dtypes, devices and support.
 
     Args:
         model: with `SparseLRLinear` layers.
@@ -92,43 +95,86 @@ def distill(
         batches: model inputs.
         seed: of the order of the steps.
         on_pass: called after every pass with its mean loss.
-        kept_back: batches that are not trained on. The result is kept only if it is better on them than the start.
-            None judges it on the first of `batches`.
+        kept_back: {kind of text: batches that are not trained on}. They choose the best state: the one with the least
+            mean over the kinds of loss / loss of the start, among those that are worse than the start for no kind.
+            None judges by the first of `batches`.
         world: the processes that train the same model, each on its own batches.
 
     Returns:
-        losses (nats a prediction, one a pass), loss_before, loss_after (on the judging batches), passes, seconds.
+        losses (nats a prediction, one a pass), kept_back ({kind: losses of the start and after every pass}), best_pass
+        (0: the start), loss_before, loss_after (means over the kinds, of the models as they are stored), passes,
+        seconds.
     """
     started = time.perf_counter()
     layers = packed_layers(model)
     dtypes = {name: tensor.dtype for name, tensor in named_tensors(model)}
     few = max(1, JUDGING_WINDOWS // (rows(batches[0]) * world.size)) if batches else 0
-    judging = (kept_back or []) if world.any(bool(kept_back)) else batches[:few]
+    judging = {kind: own for kind, own in (kept_back or {}).items() if world.any(bool(own))}
     with _original_places(model), eval_mode(model), _checkpointing(model, options.checkpointing):
         try:
             groups = _unpack(model, layers, device, options)
             parameters = [parameter for group in groups.values() for parameter in group]
-            start = snapshot(parameters)
-            before = _mean_loss(model, teacher, judging, options, device, world)
-            losses = _train(model, teacher, groups, batches, options, seed, on_pass, world).losses
-            _round(model, dtypes)
-            after = _mean_loss(model, teacher, judging, options, device, world)
-            if not after < before:  # NaN included
-                restore(parameters, start)
-                after = before
+            start = snapshot(parameters, "cpu" if is_large(parameters) else None)
+            scale = Scale(model, teacher, judging or {"trained on": batches[:few]}, options, device, world)
+            training = _train(model, teacher, groups, batches, options, seed, on_pass, scale.weigh, world)
+            best, history = training.best_pass, scale.history
+            if best:
+                _round(model, dtypes)
+                if not scale.weigh() < 1:
+                    restore(parameters, start)
+                    best = 0
+            after = scale.history[-1] if best else history[0]
         finally:
             _pack(model, layers)
     return {
-        "losses": losses,
-        "loss_before": before,
-        "loss_after": after,
-        "passes": len(losses),
+        "losses": training.losses,
+        "kept_back": {kind: [losses[kind] for losses in history] for kind in judging},
+        "best_pass": best,
+        "loss_before": statistics.fmean(history[0].values()),
+        "loss_after": statistics.fmean(after.values()),
+        "passes": len(training.losses),
         "seconds": time.perf_counter() - started,
     }
 
 
+class Scale:
+    """Weighs states of a model against its state when the scale was made.
+
+    Args:
+        judging: {kind of text: batches}.
+
+    Attributes:
+        history: {kind: loss} of every state that was weighed and has finite losses, that one first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        judging: dict[str, list[Sample]],
+        options: DistillOptions,
+        device: torch.device,
+        world: World,
+    ) -> None:
+        def losses() -> dict[str, float]:
+            return {kind: _mean_loss(model, teacher, own, options, device, world) for kind, own in judging.items()}
+
+        self._losses = losses
+        self.history = [losses()]
+
+    def weigh(self) -> float:
+        """The mean over the kinds of loss / loss of the start; the largest quotient if one is above 1; NaN without a
+        finite loss."""
+        first, last = self.history[0], self._losses()
+        if not all(map(math.isfinite, last.values())):
+            return math.nan
+        self.history.append(last)
+        shares = [last[kind] / max(first[kind], torch.finfo(torch.float64).tiny) for kind in first]
+        return max(shares) if max(shares) > 1 else statistics.fmean(shares)
+
+
 def _train(
-    model, teacher, groups: Groups, batches, options: DistillOptions, seed: int, on_pass, world: World
+    model, teacher, groups: Groups, batches, options: DistillOptions, seed: int, on_pass, judge, world: World
 ) -> Training:
     counts = {id(batch): count for batch, count in zip(batches, predictions(teacher, batches, options), strict=True)}
     device = next(model.parameters()).device
@@ -142,7 +188,7 @@ def _train(
         return add_gradients(model, teacher, batch, size, options)
 
     steps = _steps(batches, list(counts.values()), options.batch_size, world)
-    return train(model, groups, steps, size, backward, options, BETAS, seed, on_pass, keep_best=False, world=world)
+    return train(model, groups, steps, size, backward, options, BETAS, seed, on_pass, judge, world)
 
 
 def add_gradients(

@@ -34,7 +34,7 @@ from .report import Report
 from .restored_block import restore_block
 from .run_folder import RunFolder
 from .survey import Survey, survey_blocks
-from .training_loop import hold_back
+from .training_loop import keep_back
 
 Sink = Callable[[str, nn.Module], None]  # (dotted name of the block, finished block)
 
@@ -266,11 +266,10 @@ def _needs_dense_stream(config: SparseLRConfig) -> bool:
 
 def _batches(samples: list[Sample], config: SparseLRConfig, world: World) -> tuple[list[Sample], int]:
     """Batches of all samples, and how many at the end hold those that are kept back from refinement."""
-    size, trained = _micro_batch(config, world), len(samples)
-    if config.refine_steps:
-        trained -= hold_back(samples)
-    kept_back = make_batches(samples[trained:], size)
-    return make_batches(samples[:trained], size) + kept_back, len(kept_back)
+    size = _micro_batch(config, world)
+    trained, judging = keep_back(samples) if config.refine_steps else (samples, [])
+    kept_back = make_batches(judging, size)
+    return make_batches(trained, size) + kept_back, len(kept_back)
 
 
 def _micro_batch(config: SparseLRConfig, world: World) -> int:

@@ -1,10 +1,12 @@
 """The report of a compression run: one row a layer, one row a block, printed and saved as JSON."""
 
+import contextlib
 import json
 import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..format.staging import write_text
@@ -45,9 +47,11 @@ class Report:
         coverage: {"packed": weights in packed layers, "total": weights of all linear layers and experts in the blocks,
             "dense": {name of a layer or parameter that stayed dense: its weights}}.
         allocation: measurements and choices of a non-uniform allocation, {} for a uniform one.
-        distill: losses (a pass), loss_before, loss_after, passes, seconds; None without distillation.
-        blocks: a dict a block: name, tm (loss_before, loss_after, ...; None without refinement), seconds, phases
-            ({phase: seconds}), peaks ({phase: bytes on the GPU}).
+        distill: what `distill` returned: losses, kept_back, best_pass, loss_before, loss_after, ...; None without
+            distillation.
+        blocks: a dict a block: name, tm (what `match_block` returned: loss_before, loss_after, train_loss,
+            kept_back_loss, ...; None without refinement), seconds, phases ({phase: seconds}), peaks ({phase: bytes on
+            the GPU}).
         sizes: bytes of the model dense and packed, {"dense": ..., "packed": ...}.
         base_model: the dense model's name, as it was given.
         base_on_hub: it was loaded from the Hub. Only then it is written to files.
@@ -125,7 +129,52 @@ class Report:
                     cell(row, "seconds", ".2f"),
                 )
             )
-        return "\n".join([table(rows), *([self.allocation_line()] if self.allocation else [])])
+        return "\n".join(
+            [table(rows), *([self.allocation_line()] if self.allocation else []), *self.refinement_lines()]
+        )
+
+    def refinement_lines(self) -> list[str]:
+        """What refinement did, on which text, a line a step; none where a report file lacks it."""
+        lines = []
+        for describe in (self._matching, self._distillation):
+            with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
+                lines += describe()
+        return lines
+
+    def _matching(self) -> list[str]:
+        found = [row["tm"] for row in self.blocks if row["tm"] and row["tm"]["loss_before"] > 0]
+        if not found:
+            return []
+        judged = [row["loss_after"] / row["loss_before"] for row in found]
+        trained = [row["train_loss"][row["best_pass"] - 1] for row in found if row["best_pass"]]
+        apart = all(row["kept_back_loss"] for row in found)
+        windows = "windows that were kept back" if apart else "the trained windows (too few to keep some back)"
+        line = (
+            f"transformer matching: the squared error of a block's output on {windows} is {fmean(judged):.2f} of that "
+            f"before ({min(judged):.2f} to {max(judged):.2f})"
+        )
+        if trained and apart:
+            line += f", on trained windows {fmean(trained):.2f}"
+        if len(trained) < len(found):
+            line += f"; {len(found) - len(trained)} of {len(found)} blocks got no better and stayed as they were"
+        return [line]
+
+    def _distillation(self) -> list[str]:
+        if not self.distill:
+            return []
+        best, losses = self.distill["best_pass"], self.distill["losses"]
+        kept_back = self.distill["kept_back"].items()
+        judged = " and ".join(f"{each[0]:.4f} to {each[best]:.4f} on {kind} text" for kind, each in kept_back)
+        where = f"{judged}, on windows that were kept back"
+        if not judged:
+            before, after = self.distill["loss_before"], self.distill["loss_after"]
+            where = f"{before:.4f} to {after:.4f} on trained windows (too few to keep some back)"
+        state = f"of pass {best} of {len(losses)}" if best else "from before: no pass made it better"
+        trained = f" (training loss {losses[best - 1]:.4f})" if best else ""
+        return [
+            f"distillation: the divergence from the dense model, in nats a prediction, goes from {where}; the state is "
+            f"that {state}{trained}"
+        ]
 
     def allocation_line(self) -> str:
         """The choices of a non-uniform allocation, in a line; its name alone where a report file lacks them."""

@@ -32,9 +32,11 @@ from .progress import FILE_NAME, Progress
 from .report import Report
 from .run_folder import RunFolder
 from .samples import Samples, warn_of_few_tokens
-from .training_loop import hold_back
+from .training_loop import keep_back
 
 logger = logging.getLogger("hf_sparselr")
+
+CALIBRATION, SELF_WRITTEN = "calibration", "self-written"  # kinds of text, as reports name them
 
 
 def compress_in_memory(
@@ -125,10 +127,12 @@ def distill_in_memory(
     options = _distill_options(config, device)
     phases = PhaseTimer(device)
     with phases("distillation"), on_device(teacher, device, options):
-        count = len(calibration) - hold_back(calibration)
-        kept_back = calibration[count:]
-        trained = calibration[:count] + world.of_first(samples.for_distillation(teacher))
-        size = math.gcd(config.batch_size, options.batch_size) if takes_batches(teacher, trained[0]) else 1
+        trained, judging = {}, {}
+        kinds = {CALIBRATION: calibration, SELF_WRITTEN: world.of_first(samples.for_distillation(teacher))}
+        for kind, windows in kinds.items():
+            trained[kind], judging[kind] = keep_back(windows)
+        every = [sample for windows in trained.values() for sample in windows]
+        size = math.gcd(config.batch_size, options.batch_size) if takes_batches(teacher, every[0]) else 1
         size = even_batch(size, options.batch_size, world)
         bar = transformers_logging.tqdm(total=options.passes, desc="Distilling", unit="pass")
 
@@ -140,12 +144,12 @@ def distill_in_memory(
         report.distill = distill(
             model,
             teacher,
-            world.share(make_batches(trained, size)),
+            world.share(make_batches(every, size)),
             options,
             config.seed,
             device,
             on_pass,
-            world.share(make_batches(kept_back, size)),
+            {kind: world.share(make_batches(windows, size)) for kind, windows in judging.items()},
             world,
         )
         bar.close()

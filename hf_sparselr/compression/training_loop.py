@@ -21,6 +21,7 @@ from ..utils.world import ALONE, World
 Groups = dict[str, list[nn.Parameter]]
 
 SMALL_GRADIENT = 2**20  # entries: smaller gradients are summed over processes as one
+MOST_MISSES = 3  # passes without a gain, after which training ends
 
 
 @dataclass
@@ -29,10 +30,12 @@ class Training:
 
     Attributes:
         losses: the mean loss of every pass that ended with a finite one.
-        best_pass: the best of these passes, from 1; 0 where there is none.
+        judged: the loss of the state after every such pass, on the judging windows, relative to that of the start.
+        best_pass: the pass whose state is left, from 1; 0 where the start is.
     """
 
     losses: list[float] = field(default_factory=list)
+    judged: list[float] = field(default_factory=list)
     best_pass: int = 0
 
 
@@ -46,13 +49,13 @@ def train(
     betas: tuple[float, float],
     seed: int,
     on_pass: Callable[[float], None],
-    keep_best: bool,
-    judge: Callable[[], float] | None = None,
+    judge: Callable[[], float],
     world: World = ALONE,
 ) -> Training:
-    """Trains parameters of a module in place with Adam and a cosine schedule.
+    """Trains parameters of a module in place with Adam and a cosine schedule, and leaves their best state.
 
-    A pass without a finite loss is the last one.
+    A pass that ends no better than the best state is undone, and step sizes are halved. The third such pass, or
+    one without a finite loss, is the last.
 
     Args:
         groups: {"S", "factors", "vectors": parameters}, on one device. No other parameter gets a gradient.
@@ -62,16 +65,18 @@ def train(
         betas: of Adam.
         seed: of the order of the steps.
         on_pass: called after every pass with its mean loss.
-        keep_best: leave the state after the best pass. Otherwise the last one stays.
-        judge: the loss of a state, by which the best pass is chosen; None takes the mean loss of the pass.
+        judge: the loss of the present state relative to that of the start, by which the best state is chosen.
         world: the processes that train the same parameters; each has its own batches of every step.
     """
     parameters = [parameter for group in groups.values() for parameter in group]
     device = parameters[0].device
-    optimizer, schedule = make_optimizer(groups, options, options.passes * len(steps), betas)
+    optimizer = make_optimizer(groups, options, betas)
+    schedule = Schedule(optimizer, options.passes * len(steps), options.final_lr)
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros((), device=device)
-    result, best, least = Training(), None, math.inf
+    # Needed only if nothing helps, so a large copy waits in main memory.
+    best = snapshot(parameters, "cpu" if is_large(parameters) else None)
+    result, least, misses = Training(), 1.0, 0
 
     sizes = [size(batches) for batches in steps]
 
@@ -90,17 +95,56 @@ def train(
                 run(steps[index], sizes[index])
                 schedule.step()
             mean = world.total(total, device) / len(steps)
-            if not math.isfinite(mean):
+            judged = judge() if math.isfinite(mean) else mean
+            if not math.isfinite(judged):  # Adam's moments are then spoilt, too
                 break
-            loss = judge() if judge and keep_best else mean
-            if loss < least:
-                result.best_pass, least = number, loss
-                best = snapshot(parameters) if keep_best else None
             result.losses.append(mean)
+            result.judged.append(judged)
             on_pass(mean)
-    if best is not None:
-        restore(parameters, best)
+            if judged < least:
+                best = snapshot(parameters)
+                result.best_pass, least = number, judged
+                continue
+            misses += 1
+            if misses == MOST_MISSES:
+                break
+            restore(parameters, best)
+            schedule.halve()
+    restore(parameters, best)
     return result
+
+
+class Schedule:
+    """Adam's step sizes: a cosine from those given to `final` times these over all steps.
+
+    Args:
+        optimizer: with step sizes as tensors where a captured step reads them.
+        steps: of the whole training.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, final: float) -> None:
+        self._groups = [(group, float(group["lr"])) for group in optimizer.param_groups]
+        self._steps, self._final, self._done, self._factor = steps, final, 0, 1.0
+
+    def step(self) -> None:
+        """Sets the step sizes of the next step."""
+        self._done += 1
+        self._set()
+
+    def halve(self) -> None:
+        """Halves all step sizes from now on."""
+        self._factor /= 2
+        self._set()
+
+    def _set(self) -> None:
+        progress = min(self._done / self._steps, 1.0)
+        share = self._final + (1 - self._final) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group, first in self._groups:
+            rate = first * share * self._factor
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
 def is_large(parameters: Iterable[nn.Parameter]) -> bool:
@@ -109,9 +153,9 @@ def is_large(parameters: Iterable[nn.Parameter]) -> bool:
 
 
 def make_optimizer(
-    groups: Groups, options: TMOptions | DistillOptions, steps: int, betas: tuple[float, float]
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam, and a cosine schedule from `lr` to `final_lr * lr` over all steps."""
+    groups: Groups, options: TMOptions | DistillOptions, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """Adam with the first step sizes."""
     rates = [
         {"params": parameters, "lr": options.lr * (options.factor_lr if name == "factors" else 1)}
         for name, parameters in groups.items()
@@ -121,13 +165,7 @@ def make_optimizer(
     on_cuda = device.type == "cuda"
     for group in rates if on_cuda else ():
         group["lr"] = torch.tensor(group["lr"], device=device)  # a captured step reads it
-    optimizer = torch.optim.Adam(rates, betas=betas, fused=on_cuda, capturable=on_cuda)
-
-    def cosine(step: int) -> float:
-        progress = min(step / steps, 1.0)
-        return options.final_lr + (1 - options.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+    return torch.optim.Adam(rates, betas=betas, fused=on_cuda, capturable=on_cuda)
 
 
 @contextmanager
@@ -195,9 +233,12 @@ def restore(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
         parameter.data.copy_(value)
 
 
-def hold_back(windows: list[Any]) -> int:
-    """How many windows at the end of a list refinement does not train on, but is judged by: a sixteenth, of 8 or more.
+def keep_back(windows: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Windows to train on, and windows that are kept back to judge by: a sixteenth of 8 or more, evenly spread.
 
     The loss on trained windows falls also where the model gets worse on others.
     """
-    return max(1, len(windows) // 16) if len(windows) >= 8 else 0
+    count = max(1, len(windows) // 16) if len(windows) >= 8 else 0
+    chosen = {(2 * index + 1) * len(windows) // (2 * count) for index in range(count)}
+    trained = [window for index, window in enumerate(windows) if index not in chosen]
+    return trained, [windows[index] for index in sorted(chosen)]

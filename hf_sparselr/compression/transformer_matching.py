@@ -15,7 +15,7 @@ from ..config.options import TMOptions
 from ..utils.precision import arithmetic, available
 from ..utils.world import ALONE, World
 from .capture import Call, replay
-from .training_loop import is_large, restore, shared_steps, snapshot, train
+from .training_loop import Training, is_large, shared_steps, train
 from .working_linear import trainable
 
 # The paper names no betas. With Adam's usual 0.999 the large first gradients would damp all of the few hundred steps.
@@ -42,7 +42,7 @@ def match_block(
     fixed: frozenset[str] = frozenset(),
     world: World = ALONE,
 ) -> dict:
-    """Trains a block whose layers are `WorkingLinear`, in place, and leaves its best state in it.
+    """Trains a block whose layers are `WorkingLinear`, in place, and leaves its best state in it, if need be the start.
 
     Args:
         block: on the compute device, in FP32.
@@ -57,35 +57,31 @@ def match_block(
         world: the processes that train the same block, each on its own batches.
 
     Returns:
-        loss_before, loss_after (mean squared errors on the judging batches), best_pass (0: the start), passes, seconds.
+        loss_before, loss_after (mean squared errors on the judging batches), train_loss (the mean of every pass) and
+        kept_back_loss (after every pass; empty with `kept_back` = 0), both relative to loss_before, best_pass (0: the
+        start), passes, seconds.
     """
     started = time.perf_counter()
     groups = trainable(block, fixed)
-    parameters = [parameter for group in groups.values() for parameter in group]
-    # Needed only if all goes wrong, so a large copy waits in main memory.
-    start = snapshot(parameters, "cpu" if is_large(parameters) else None)
     batches = list(zip(inputs, targets, calls, strict=True))
     trained = batches[: len(batches) - kept_back]
     apart = world.any(kept_back > 0)
     judging = batches[len(trained) :] if apart else trained
 
-    def judge() -> float:
+    def loss() -> float:
         return mean_squared_error(block, judging, options.precision, world)
 
-    before = after = judge()
-    best_pass, passes = 0, 0
+    before, training = loss(), Training()
     if before > 0:
-        training = _train(block, groups, trained, options, seed, before, on_pass, judge if apart else None, world)
-        best_pass, passes = training.best_pass, len(training.losses)
-        after = judge()
-    if not after < before:  # NaN included
-        restore(parameters, start)
-        after, best_pass = before, 0
+        training = _train(block, groups, trained, options, seed, before, on_pass, lambda: loss() / before, world)
+    best = training.best_pass
     return {
         "loss_before": before,
-        "loss_after": after,
-        "best_pass": best_pass,
-        "passes": passes,
+        "loss_after": before * training.judged[best - 1] if best else before,
+        "train_loss": training.losses,
+        "kept_back_loss": training.judged if apart else [],
+        "best_pass": best,
+        "passes": len(training.losses),
         "seconds": time.perf_counter() - started,
     }
 
@@ -119,9 +115,8 @@ def _train(block, groups, batches, options: TMOptions, seed: int, scale: float, 
         BETAS,
         seed,
         on_pass,
-        keep_best=True,
-        judge=judge,
-        world=world,
+        judge,
+        world,
     )
 
 

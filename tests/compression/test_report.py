@@ -11,6 +11,7 @@ from helpers import tiny
 
 import hf_sparselr
 from hf_sparselr.compression.report import FILE_NAME, Report, plot
+from hf_sparselr.entrypoints.compress import compress
 from hf_sparselr.utils.public_names import hub_id, public_source
 
 ROW = {
@@ -155,3 +156,41 @@ def test_the_plot_has_errors_by_layer_and_seconds_by_phase(tmp_path, monkeypatch
     total = sum(bar.get_height() for bar in seconds.patches)
     blocks = model.sparselr_report.blocks
     assert 0 < total <= sum(block["seconds"] for block in blocks)
+
+
+def test_refinement_says_by_which_windows_it_was_judged() -> None:
+    tm = {"loss_before": 2.0, "loss_after": 1.0, "train_loss": [0.8, 0.4], "kept_back_loss": [0.9, 0.5], "best_pass": 2}
+    left = {**tm, "loss_after": 2.0, "best_pass": 0}
+    distill = {"losses": [0.3, 0.2], "loss_before": 0.5, "loss_after": 0.4, "best_pass": 1}
+    kept_back = {"calibration": [0.4, 0.25, 0.26], "self-written": [0.6, 0.55, 0.5]}
+    report = Report({}, blocks=[{"tm": tm}, {"tm": left}], distill={**distill, "kept_back": kept_back})
+    matching, distillation = report.refinement_lines()
+    assert "windows that were kept back is 0.75 of that before (0.50 to 1.00), on trained windows 0.40" in matching
+    assert "1 of 2 blocks got no better" in matching
+    assert "0.4000 to 0.2500 on calibration text and 0.6000 to 0.5500 on self-written text, on windows" in distillation
+    assert "of pass 1 of 2 (training loss 0.3000)" in distillation
+    assert str(report).splitlines()[-2:] == [matching, distillation]
+    few = Report(
+        {}, blocks=[{"tm": {**tm, "kept_back_loss": []}}], distill={**distill, "kept_back": {}, "best_pass": 0}
+    )
+    assert all("too few" in line for line in few.refinement_lines())
+    assert "no pass made it better" in few.refinement_lines()[1]
+
+
+@pytest.mark.parametrize("tm", [None, {}, {"loss_before": "x"}, {"loss_before": 1.0}, 3])
+@pytest.mark.parametrize("distill", [None, {}, {"losses": 1}, {"losses": [], "best_pass": 4, "kept_back": {"a": []}}])
+def test_refinement_of_any_content_prints(tm, distill) -> None:
+    assert Report({}, blocks=[{"tm": tm}, {}], distill=distill).refinement_lines() == []
+
+
+def test_a_run_reports_training_and_kept_back_losses() -> None:
+    windows = tiny.IDS.repeat(3, 1)[:, :16]
+    own = {"passes": 2, "self_samples": 8, "self_len": 12}
+    config = tiny.settings(calibration=windows, num_samples=12, seq_len=16, refine="tm+distill", distill=own)
+    report = compress(tiny.build("llama"), config).sparselr_report
+    for row in report.blocks:
+        assert len(row["tm"]["train_loss"]) == len(row["tm"]["kept_back_loss"]) == row["tm"]["passes"]
+    assert set(report.distill["kept_back"]) == {"calibration", "self-written"}
+    first = [losses[0] for losses in report.distill["kept_back"].values()]
+    assert report.distill["loss_before"] == pytest.approx(sum(first) / 2)
+    assert len(report.refinement_lines()) == 2

@@ -239,6 +239,7 @@ def _settings(config: SparseLRConfig, report: Report) -> list[tuple[str, str]]:
         ("Calibration", f"{calibration}, {config.num_samples} windows of up to {config.seq_len} tokens"),
         ("Seed", str(config.seed)),
     ]
+    rows += [("Judged", _text(line)) for line in report.refinement_lines()]
     rows += [(f"Override {_code(name)}", _code(json.dumps(value))) for name, value in config.overrides.items()]
     if report.allocation:
         rows.append(("Allocation", _text(report.allocation_line())))

@@ -116,6 +116,14 @@ def test_body():
         assert part in text
 
 
+def test_the_card_says_by_which_text_refinement_was_judged():
+    report = full_report()
+    kept_back = {"calibration": [0.4, 0.25], "self-written": [0.6, 0.5]}
+    report.distill = {"losses": [0.3], "loss_before": 0.5, "loss_after": 0.4, "best_pass": 1, "kept_back": kept_back}
+    text = model_card(small_config(), report, "me/x", "mit", "LlamaForCausalLM").text
+    assert "goes from 0.4000 to 0.2500 on calibration text and 0.6000 to 0.5000 on self-written text" in text
+
+
 @pytest.mark.parametrize(
     ("coverage", "line"),
     [

@@ -1,0 +1,85 @@
+"""The loop that transformer matching and distillation share, on a small least-squares problem."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_sparselr.compression.training_loop import keep_back, train
+from hf_sparselr.config.options import TMOptions
+
+
+class Pull(nn.Module):
+    """A vector that is pulled to a target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(3))
+
+
+def pulled(judge, passes: int, steps: int = 2, **options):
+    """Trains towards (1, 1, 1): what was done, the vector, and its values after every pass."""
+    model, seen = Pull(), []
+
+    def backward(batch: float, size: float) -> torch.Tensor:
+        loss = (model.place - 1).square().sum() / size
+        loss.backward()
+        return loss.detach()
+
+    def judged() -> float:
+        seen.append(model.place.detach().clone())
+        return judge(len(seen), model.place.detach())
+
+    groups = {"S": [model.place], "factors": [], "vectors": []}
+    batches = [[1.0]] * steps
+    chosen = TMOptions(passes=passes, **{"lr": 0.01, "final_lr": 1.0, **options})
+    done = train(model, groups, batches, len, backward, chosen, (0.9, 0.9), 0, lambda _: None, judged)
+    return done, model.place.detach(), seen
+
+
+def test_the_best_judged_state_is_left() -> None:
+    shares = [0.9, 0.5, 0.7, 0.6]
+    done, place, seen = pulled(lambda number, _: shares[number - 1], passes=4)
+    assert done.best_pass == 2 and torch.equal(place, seen[1])
+    assert done.judged == shares and len(done.losses) == 4
+
+
+@pytest.mark.parametrize("loss", [1.0, 1.5, math.inf])
+def test_the_start_is_left_where_nothing_helps(loss: float) -> None:
+    done, place, seen = pulled(lambda *_: loss, passes=10)
+    assert done.best_pass == 0 and torch.equal(place, torch.zeros(3))
+    assert len(seen) == (3 if math.isfinite(loss) else 1)  # the third pass without a gain is the last
+
+
+def test_a_pass_without_a_gain_is_undone_and_step_sizes_are_halved() -> None:
+    done, _, seen = pulled(lambda number, _: [0.9, 0.95, 0.8, 0.99, 0.7][number - 1], passes=5)
+    moves = [seen[0], seen[1] - seen[0], seen[2] - seen[0], seen[3] - seen[2], seen[4] - seen[2]]
+    sizes = [float(move.abs().mean()) for move in moves]
+    # Under a constant gradient Adam moves by the step size: 0.01 in each of the two steps of a pass.
+    assert sizes == pytest.approx([0.02, 0.02, 0.01, 0.01, 0.005], rel=0.03)
+    assert done.best_pass == 5
+
+
+def test_training_ends_with_its_third_miss() -> None:
+    done, place, seen = pulled(lambda number, _: [0.9, 0.95, 0.8, 0.81, 0.82, 0.1][number - 1], passes=6)
+    assert len(done.judged) == len(seen) == 5
+    assert done.best_pass == 3 and torch.equal(place, seen[2])
+
+
+@pytest.mark.parametrize(("final", "last"), [(1.0, 0.01), (0.2, 0.002)])
+def test_step_sizes_follow_a_cosine(final: float, last: float) -> None:
+    _, _, seen = pulled(lambda number, _: 1 / (1 + number), passes=5, steps=1, final_lr=final)
+    moves = [float((b - a).mean()) for a, b in zip([torch.zeros(3), *seen], seen, strict=False)]
+    expected = [0.01 * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / 5))) for step in range(5)]
+    assert moves == pytest.approx(expected, rel=0.03)
+    assert moves[0] > moves[-1] > last or final == 1
+
+
+@pytest.mark.parametrize(("count", "kept"), [(7, 0), (8, 1), (31, 1), (32, 2), (128, 8)])
+def test_windows_are_kept_back_all_over_the_list(count: int, kept: int) -> None:
+    trained, judging = keep_back(list(range(count)))
+    assert sorted([*trained, *judging]) == list(range(count)) and trained == sorted(trained)
+    assert len(judging) == kept
+    gaps = [b - a for a, b in zip([-count // (2 * kept), *judging], judging, strict=False)] if kept else []
+    assert all(abs(gap - count / kept) <= 1 for gap in gaps)
