@@ -133,6 +133,7 @@ def _candidates(model: tf.PreTrainedModel) -> dict[str, list[Maker]]:
         "grid_thw": [_constant(grid)],
         "image_grid_hw": [_constant(grid[:, 1:])],
         "image_grid_hws": [_constant(grid[:, 1:])],
+        "image_attention_mask": [_constant(torch.ones(1, LENGTH, 1, dtype=torch.long))],
         "image_sizes": [_constant(torch.tensor([[size, size]]))],
         "spatial_shapes": [_constant(torch.tensor([[side, side]]))],
         "pixel_attention_mask": [
@@ -153,7 +154,7 @@ _IMAGE = ("pixel_values", "pixel_values_videos", "pixel_values_images", "flatten
 _SOUND = ("input_features", "input_values")
 _IMAGE_EXTRAS = (
     "image_grid_thw", "grid_thw", "image_grid_hw", "image_grid_hws", "image_sizes", "spatial_shapes",
-    "pixel_attention_mask", "pixel_mask", "high_res_pixel_values", "image_position_ids",
+    "image_attention_mask", "pixel_attention_mask", "pixel_mask", "high_res_pixel_values", "image_position_ids",
 )  # fmt: skip
 _SOUND_EXTRAS = ("input_features_mask", "feature_attention_mask", "padding_mask")
 

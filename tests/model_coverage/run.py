@@ -12,13 +12,14 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import transformers as tf
 from transformers.models.auto import modeling_auto as auto
@@ -30,6 +31,8 @@ from .table import write_table
 TIME_LIMIT = 100  # seconds a type
 MEMORY = 10 * 2**30  # bytes of address space a type, beyond those that the libraries take
 
+Pair = tuple[str, str]  # task class, model type
+
 _CLASSES = {  # task class: mappings of transformers that list its types; the first that has a type gives its class
     "causal-lm": ("CAUSAL_LM",),
     "encoder": ("MASKED_LM", "TEXT_ENCODING"),
@@ -39,6 +42,31 @@ _CLASSES = {  # task class: mappings of transformers that list its types; the fi
     "speech": ("SPEECH_SEQ_2_SEQ", "CTC", "AUDIO_CLASSIFICATION"),
     "vision-language": ("IMAGE_TEXT_TO_TEXT",),
 }
+
+
+class Run(NamedTuple):
+    """A type whose process runs."""
+
+    pair: Pair
+    folder: Path
+    start: float
+
+    @property
+    def outcome(self) -> Path:
+        return self.folder / "outcome.json"
+
+    @property
+    def step(self) -> Path:
+        return self.folder / "step.txt"
+
+    def result(self, otherwise: str) -> dict:
+        """What the process wrote; if it did not end, the step at which it was is an accident."""
+        seconds = round(time.monotonic() - self.start, 1)
+        step = self.step.read_text(encoding="utf-8") if self.step.exists() else "build"
+        if self.outcome.exists():
+            return {**json.loads(self.outcome.read_text(encoding="utf-8")), "seconds": seconds}
+        outcome = "no tiny model" if step == "build" else "accident"
+        return {"outcome": outcome, "step": step, "error": otherwise, "where": "", "seconds": seconds}
 
 
 def types_of(task: str) -> dict[str, str]:
@@ -72,34 +100,47 @@ def sampled(tasks: list[str], limit: int | None, seed: int = 0) -> list[tuple[st
 
 def try_in_fork(task: str, model_type: str, time_limit: int = TIME_LIMIT) -> dict:
     """The outcome of one type: a dict as `try_type` gives it, an accident if the process dies or takes too long."""
+    return next(try_in_forks([(task, model_type)], 1, time_limit))[1]
+
+
+def try_in_forks(pairs: Iterable[Pair], jobs: int, time_limit: int = TIME_LIMIT) -> Iterator[tuple[Pair, dict]]:
+    """Outcomes as they come, of so many types at a time. No threads: libraries forbid forks beside them."""
+    waiting, running = iter(pairs), {}
     with TemporaryDirectory() as folder:
-        path, start, late = Path(folder) / "outcome.json", time.monotonic(), False
-        child = os.fork()
-        if not child:
-            _work(task, model_type, path, folder)
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
-            if late := time.monotonic() - start > time_limit:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                break
+        while True:
+            while len(running) < jobs and (pair := next(waiting, None)):
+                run = Run(pair, Path(folder) / "-".join(pair), time.monotonic())
+                run.folder.mkdir()
+                child = os.fork()
+                if not child:
+                    _work(run)
+                running[child] = run
+            if not running:
+                return
             time.sleep(0.05)
-        seconds = round(time.monotonic() - start, 1)
-        if path.exists() and (text := path.read_text(encoding="utf-8")):
-            return {**json.loads(text), "seconds": seconds}
-    error = f"no answer after {time_limit} s" if late else "the process died"
-    return {"outcome": "accident", "step": "any", "error": error, "where": "", "seconds": seconds}
+            for child, run in list(running.items()):
+                late = time.monotonic() - run.start > time_limit
+                if late:
+                    os.kill(child, signal.SIGKILL)
+                if os.waitpid(child, 0 if late else os.WNOHANG) != (0, 0):
+                    del running[child]
+                    yield run.pair, run.result(f"no answer after {time_limit} s" if late else "the process died")
+                    shutil.rmtree(run.folder)
 
 
-def _work(task: str, model_type: str, path: Path, folder: str) -> None:
+def _work(run: Run) -> None:
     """Runs in the child and ends it."""
     try:
         with open(os.devnull, "r+", encoding="utf-8") as null:
             for number in range(3):
                 os.dup2(null.fileno(), number)
-        os.environ["TMPDIR"] = folder
+        os.environ["TMPDIR"] = str(run.folder)
         resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY,) * 2)
-        outcome = try_type(CONFIG_MAPPING[model_type], getattr(tf, types_of(task)[model_type]))
-        path.write_text(json.dumps(outcome), encoding="utf-8")
+        task, name = run.pair
+        outcome = try_type(CONFIG_MAPPING[name], getattr(tf, types_of(task)[name]), run.step.write_text)
+        written = run.outcome.with_suffix(".part")
+        written.write_text(json.dumps(outcome), encoding="utf-8")
+        written.rename(run.outcome)
     finally:
         os._exit(0)
 
@@ -128,16 +169,11 @@ def main() -> None:
     tf.utils.logging.set_verbosity_error()
     tf.utils.logging.disable_progress_bar()
 
-    def one(pair: tuple[str, str]) -> None:
-        outcome = try_in_fork(*pair)
-        with lock:
-            known.setdefault(pair[0], {})[pair[1]] = outcome
+    with contextlib.suppress(KeyboardInterrupt):
+        for (task, name), outcome in try_in_forks(chosen, arguments.jobs):
+            known.setdefault(task, {})[name] = outcome
             arguments.outcomes.write_text(json.dumps(known, indent=1), encoding="utf-8")
-            print(*pair, outcome["outcome"], outcome.get("step", ""), outcome.get("error", ""), flush=True)
-
-    lock = threading.Lock()
-    with contextlib.suppress(KeyboardInterrupt), ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(one, chosen))
+            print(task, name, outcome["outcome"], outcome.get("step", ""), outcome.get("error", ""), flush=True)
     if arguments.table:
         totals = {task: len(types_of(task)) for task in _CLASSES}
         write_table(arguments.table, known, totals)

@@ -25,8 +25,12 @@ Draw = Callable[[int], dict[str, torch.Tensor]]
 Built = tuple[Callable[[], tf.PreTrainedModel], Draw]
 
 
-def try_type(config_class: type[tf.PreTrainedConfig], model_class: type[tf.PreTrainedModel]) -> dict[str, Any]:
-    """Takes a tiny random model of a type through all steps.
+def try_type(
+    config_class: type[tf.PreTrainedConfig],
+    model_class: type[tf.PreTrainedModel],
+    on_step: Callable[[str], Any] = lambda name: None,
+) -> dict[str, Any]:
+    """Takes a tiny random model of a type through all steps; `on_step` is told the name of each that begins.
 
     Returns:
         "outcome": "passes", "refused", "accident" or "no tiny model"; of the last three "step", "error", "where".
@@ -39,6 +43,7 @@ def try_type(config_class: type[tf.PreTrainedConfig], model_class: type[tf.PreTr
     result: dict[str, Any] = {"outcome": "passes", "impossible": [], "inputs": sorted(draw(0))}
     state: dict[str, Any] = {"draw": draw, "folder": tempfile.TemporaryDirectory()}
     for step in STEPS:
+        on_step(step.__name__)
         try:
             model = make() if step is compress else state["model"]
             step(model, state)

@@ -27,9 +27,11 @@ class Sizes:
     image: int = IMAGE
     scaled: bool = False  # widths are divided by a common factor instead, which keeps their ratios
 
+    expand: int = 1  # width of all heads together, in hidden sizes
+
     @property
     def head(self) -> int:
-        return self.hidden // self.heads
+        return self.expand * self.hidden // self.heads
 
 
 WAYS = (
@@ -38,6 +40,7 @@ WAYS = (
     Sizes(scaled=True),
     Sizes(layers=4),
     Sizes(image=64, kv_heads=4),
+    Sizes(heads=8, kv_heads=8, expand=2),
     Sizes(hidden=256, heads=2, kv_heads=1),
     Sizes(scaled=True, image=64, layers=4),
 )
@@ -50,7 +53,7 @@ def rules(sizes: Sizes) -> list[tuple[str, int | None]]:
         (r"vocab(ulary)?_size|codebook_size|num_embeddings|num_embeds|vocab_offset", VOCAB),
         (r"(max|n)_?(source|target)_positions|max_pos_emb", 32),
         (r"position_embeddings$|n_positions|n_ctx|context_length|max_length|max_seq_len", 128),
-        (r"sliding_window|local_attention|attention_window|^(attention_)?chunk_size|block_size", 16),
+        (r"sliding_window|local_attention|attention_window|context_size|^(attention_)?chunk_size|block_size", 16),
         (r"image_size|img_size|crop_size|resolution$|^image_embedding_size", sizes.image),
         (r"^patch_size$|spatial_patch_size", 8),
         (r"window_size$", 2),
@@ -60,17 +63,19 @@ def rules(sizes: Sizes) -> list[tuple[str, int | None]]:
         (r"n_group$|topk_group|^num_expert_group", 1),
         (r"first_k_dense|num_dense_layers|moe_layer_start", 1),
         (r"(num|n)_.*shared_experts", 1),
-        (r"experts$", 4),
-        (r"layers?$|^depth$|(num|n)_blocks?$|num_.*layers_|blocks_per|^num_layers|n_layers", sizes.layers),
+        (r"experts$|expert_num$", 4),
+        (r"num_filters|groups$", 8),
+        (r"kpool$", 2),
+        (r"per_block$|layers?$|^depth$|(num|n)_blocks?$|num_.*layers_|blocks_per|^num_layers|n_layers", sizes.layers),
         (r"^depths$|stage_numb_of_layers", 1),
         (r"(?<!d_)heads?$", sizes.heads),
-        (r"rope_head_dim|index_head_dim|^d_kv$|head_(dim|size)$|d_head$|^dim_head$|^rotary_dim$", sizes.head),
         (r"qk_head_dim", 2 * sizes.head),
+        (r"rope_head_dim|index_head_dim|^d_kv$|head_(dim|size)$|d_head$|^dim_head$|^rotary_dim$", sizes.head),
         (r"lora_rank|state_size|d_state|time_step_rank|_rank$", 32),
-        (r"groups$", sizes.hidden),
         (r"query_pre_attn_scalar", sizes.head),
         (r"intermediate|ffn|mlp_dim|mlp_hidden|^d_?ff$|feed_forward|d_inner|feedforward", 2 * sizes.hidden),
-        (r"hidden|d_model|embd$|embed_dim|emb_dim|embedding_(size|dim)|^dim$|width|proj.*_(dim|size)", sizes.hidden),
+        (r"hidden|d_(model|latents)|embd$|emb(ed|edding)?_dim|embedding_size|^dim$|width", sizes.hidden),
+        (r"proj.*_(dim|size)", sizes.hidden),
         (r"(conv|output|out|lru|d)_(dim|channels|width|size|hidden_size)|channels_list|channel_list", sizes.hidden),
         (r"_dim$|^dim", sizes.hidden),
     ]  # fmt: skip
@@ -89,7 +94,10 @@ def _shrunk(config: tf.PreTrainedConfig, sizes: Sizes, ids: dict[int, int]) -> t
     for name, field in fields.items():
         if name.startswith("_") or name in ("id2label", "label2id", "problem_type", "dtype", "use_cache"):
             continue
-        old = vars(config).get(name)
+        try:
+            old = getattr(config, name, None)
+        except RuntimeError:  # another value in every layer
+            continue
         if isinstance(old, tf.PreTrainedConfig):
             values[name] = _shrunk(old, sizes, ids)
         elif isinstance(old, dict) and old:
@@ -146,8 +154,9 @@ def _small(name: str, value: Any, sizes: Sizes, factor: int, ids: dict[int, int]
 def _small_list(name: str, value: list | tuple, sizes: Sizes, factor: int, ids: dict[int, int]) -> Any:
     if value and all(isinstance(item, str) for item in value):
         many = len(value) > sizes.layers and name.endswith(("types", "type", "pattern"))
-        return list(value)[: sizes.layers] if many else value
-    if re.search(r"ind(ex|ices|exes)|feature_layer|_layers$|attention_blocks|layers_block", name):
+        kinds = list(dict.fromkeys(value))  # the layers that stay are of as many kinds as possible
+        return [*kinds, *value[len(kinds) :]][: sizes.layers] if many else value
+    if re.search(r"ind(ex|ices|exes)|feature_layer|(?<!num)(?<!of)_layers$|attention_blocks|layers_block", name):
         kept = [item for item in value if isinstance(item, int) and -sizes.layers <= item < sizes.layers]
         return type(value)(kept or [sizes.layers - 1] * bool(value))
     if not _numbers(value):
@@ -178,8 +187,10 @@ def _capped(name: str, value: int, sizes: Sizes, factor: int) -> int:
 
 
 def _sections(value: dict, sizes: Sizes) -> dict:
-    """A dict with the sections of a rotary embedding scaled to the small heads."""
+    """A dict without the entries of layers that are gone, and with rotary sections scaled to the small heads."""
     value = copy.deepcopy(value)
+    if all(str(key).isdecimal() for key in value):  # by the indices of layers
+        value = {key: item for key, item in value.items() if int(key) < sizes.layers}
     for inner in (value, *(item for item in value.values() if isinstance(item, dict))):
         section = inner.get("mrope_section")
         if section:
