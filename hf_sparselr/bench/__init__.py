@@ -12,6 +12,7 @@ COMMANDS = {
     "forms": "flat against hierarchical low-rank parts of single layers at equal bytes",
     "model-forms": "flat against hierarchical low-rank parts in a whole model at equal bytes",
     "kernels": "speed of compressed layers against dense ones",
+    "experts": "speed of packed experts against the grouped product of dense ones",
     "host": "time that a call of a compressed layer takes the host",
     "generate": "speed and memory of a compressed model's text generation against the dense one's",
 }

@@ -88,9 +88,10 @@ def random_layer(
     dtype: torch.dtype,
     device: torch.device,
     hierarchy: dict | None = None,
+    seed: int = 0,
 ) -> SparseLRLinear:
     """A packed layer with weights of N(0, 1 / in), on `device`; `hierarchy`: options, or None for flat factors."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, device=device)

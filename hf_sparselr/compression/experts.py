@@ -1,11 +1,12 @@
 """Experts: 3-D parameters become stacks of 2-D linear layers before the block loop, which then knows no experts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from ..nn.packed_experts import ExpertStack, run_eagerly
+from ..nn.packed_experts import IMPLEMENTATIONS, ExpertStack
 from .convolutions import convolutions_as_layers
 from .model_structure import find_stacks, linear_layers
 
@@ -20,16 +21,20 @@ def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str, int]]
     for blocks in find_stacks(model).values():
         for block_name, block in blocks.items():
             for name, module in block.named_modules(prefix=block_name):
-                counts = {
-                    value
-                    for key, value in vars(module).items()
-                    if "experts" in key and type(value) is int and value > 1
-                }
-                for key, parameter in module.named_parameters(recurse=False):
-                    count = next((count for count in counts if _holds(parameter, count)), None)
-                    if count is not None:
-                        found[f"{name}.{key}"] = (module, key, count)
+                found |= {f"{name}.{key}": (module, key, count) for key, count in weights_of_experts(module).items()}
     return found
+
+
+def weights_of_experts(module: nn.Module) -> dict[str, int]:
+    """The parameters of a module that hold the weights of experts: {name: number of experts}."""
+    counts = {value for key, value in vars(module).items() if "experts" in key and type(value) is int and value > 1}
+    fitting = (
+        (key, count)
+        for key, parameter in module.named_parameters(recurse=False)
+        for count in counts
+        if _holds(parameter, count)
+    )
+    return dict(fitting)
 
 
 def _holds(parameter: nn.Parameter, experts: int) -> bool:
@@ -57,17 +62,55 @@ def unfuse_experts(model: nn.Module, names: Iterable[str], transposed: Iterable[
 
     Args:
         transposed: the parameters that hold weights as (in, out), beside those whose module says so.
+
+    Raises:
+        ValueError: the model runs its experts by an implementation that needs the parameters.
     """
     wanted, transposed = {name.rpartition(".")[0] for name in names}, set(transposed)
     for name, (module, key, experts) in expert_parameters(model).items():
         if name in wanted:
-            parameter = getattr(module, key)
-            turned = getattr(module, "is_transposed", False) or name in transposed
-            layers = _layers(parameter, experts, turned)
-            delattr(module, key)
-            shape = stack_shape(parameter, experts)
-            setattr(module, key, ExpertStack(layers, shape, parameter.ndim == 2, turned))
-            run_eagerly(module)
+            check_implementation(module)
+            unfuse(module, key, experts, name in transposed)
+
+
+def unfuse(module: nn.Module, key: str, experts: int, transposed: bool = False) -> None:
+    """Puts an `ExpertStack` in the place of a parameter of a module. It shares the weights."""
+    parameter = getattr(module, key)
+    turned = getattr(module, "is_transposed", False) or transposed
+    layers, shape = _layers(parameter, experts, turned), stack_shape(parameter, experts)
+    delattr(module, key)
+    setattr(module, key, ExpertStack(layers, shape, parameter.ndim == 2, turned))
+
+
+def check_implementation(module: nn.Module) -> None:
+    """That a module runs its experts in a way that packed experts can take part in.
+
+    Raises:
+        ValueError: it does not.
+    """
+    chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if chosen not in IMPLEMENTATIONS:
+        allowed = " or ".join(f'"{name}"' for name in IMPLEMENTATIONS if name)
+        raise ValueError(f'experts_implementation="{chosen}": packed experts run by {allowed}')
+
+
+@contextmanager
+def one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Inside, the modules with stacks run their own loops over experts, which need the least memory."""
+    configs = {}
+    for module in model.modules():
+        if any(isinstance(child, ExpertStack) for child in module.children()):
+            config = getattr(module, "config", None)
+            if hasattr(config, "_experts_implementation_internal"):
+                configs[id(config)] = config
+    chosen = {key: config._experts_implementation_internal for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._experts_implementation_internal = "eager"
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation_internal = chosen[key]
 
 
 def stack_shape(parameter: nn.Parameter, experts: int) -> tuple[int, int, int]:

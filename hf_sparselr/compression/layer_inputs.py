@@ -15,6 +15,7 @@ from .activations import Workplace
 from .capture import Call, replay
 from .linear_layers import weight_shape
 from .padding import real_rows
+from .routing import routed_rows
 
 MOST_ENTRIES = 2**28  # of the Gram matrices of experts at a time, 1 GiB
 
@@ -123,11 +124,12 @@ def gram_of_inputs(
 @torch.no_grad()
 def grams_of_experts(
     block: nn.Module, group: LayerGroup, hidden: list[torch.Tensor], calls: list[Call], place: Workplace
-) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """(layer, H (in, in), number of its tokens) of the experts of a stack, in order.
+) -> Iterator[tuple[str, torch.Tensor, int, float]]:
+    """(layer, H (in, in), number of its tokens, their share of all) of the experts of a stack, in order.
 
     An expert sees few tokens. H is X^T X of its own ones and as many tokens as it has inputs at the mean over all
-    experts: the fewer its own, the nearer is H to the mean's.
+    experts: the fewer its own, the nearer is H to the mean's. Where a layer follows another one of its expert, tokens
+    are weighted by the router (see `routing`).
     """
     width = weight_shape(block.get_submodule(group.layers[0]))[1]
     share = max(1, MOST_ENTRIES // width**2)
@@ -143,7 +145,8 @@ def grams_of_experts(
             pooled.rows = sum(each.rows for each in grams.values())
         for layer in part:
             own = grams.pop(layer)
-            yield layer, own.gram.add_(pooled.gram, alpha=width / max(pooled.rows, 1)), own.rows
+            rows = max(pooled.rows, 1)
+            yield layer, own.gram.add_(pooled.gram, alpha=width / rows), own.rows, own.rows / rows
 
 
 def _accumulate(
@@ -153,15 +156,17 @@ def _accumulate(
     calls: list[Call],
     place: Workplace,
 ) -> None:
-    """Adds the inputs of layers, those of all processes, to their accumulators in one pass over all batches."""
+    """Adds the inputs of a stack's layers, those of all processes, to their accumulators in one pass."""
 
     def collect(accumulator: GramAccumulator) -> Callable[[torch.Tensor], None]:
         return lambda x: accumulator.add(x.bfloat16() if place.precision == "bf16" else x)
 
     hooks = {layer: collect(accumulator) for layer, accumulator in accumulators.items()}
-    for batch, call in zip(hidden, calls, strict=True):
-        with hooked(block, hooks), arithmetic(place.device, place.precision):
-            replay(block, batch, call)
+    with routed_rows(block, stack_of(block, next(iter(hooks))), hooks) as (routed, prepared), hooked(block, prepared):
+        for batch, call in zip(hidden, calls, strict=True):
+            routed.masks = call.masks
+            with arithmetic(place.device, place.precision):
+                replay(block, batch, call)
     for accumulator in {id(each): each for each in accumulators.values()}.values():
         place.world.sum_(accumulator.gram)
         accumulator.rows = int(place.world.total(accumulator.rows, place.device))

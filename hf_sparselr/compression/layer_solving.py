@@ -114,8 +114,8 @@ def _problems(
             gram = gram_of_inputs(block, group, hidden, calls, place)
         yield group.layers, gram, {}
         return
-    for layer, gram, tokens in grams_of_experts(block, group, hidden, calls, place):
-        yield [layer], gram, {"tokens": tokens}
+    for layer, gram, tokens, share in grams_of_experts(block, group, hidden, calls, place):
+        yield [layer], gram, {"tokens": tokens, "share": share}
 
 
 def _decompose(

@@ -97,7 +97,7 @@ def _groups_of_block(
     layers = layers_of(name, block, plan)
     for group in group_by_input(block, list(layers), hidden, calls, place):
         if group.experts:
-            for layer, gram, _ in grams_of_experts(block, group, hidden, calls, place):
+            for layer, gram, *_ in grams_of_experts(block, group, hidden, calls, place):
                 name_of = layers[layer].name
                 with naming(name_of):
                     scaled = ScaledGram(gram, config.damping)

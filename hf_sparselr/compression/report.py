@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +14,7 @@ from ..format.staging import write_text
 from ..utils.public_names import hub_id, public_source
 
 FILE_NAME = "sparselr_report.json"
+FEW_TOKENS = 0.1  # of an even share, below which an expert is named
 
 logger = logging.getLogger("hf_sparselr")
 
@@ -42,7 +44,8 @@ class Report:
     Attributes:
         settings: the config as stored in config.json.
         layers: a dict a layer: name, shape, pattern, rank, sparsity (share of zeros), relative_error
-            (tr(E H E^T) / tr(W H W^T) on the calibration inputs, before refinement), iterations, seconds, ...
+            (tr(E H E^T) / tr(W H W^T) on the calibration inputs, before refinement), iterations, seconds, ...; of
+            an expert's layer tokens (that its router sent there) and share (of all tokens of the stack).
         dense: {planned layer that stayed dense: why}.
         coverage: {"packed": weights in packed layers, "total": weights of all linear layers and experts in the blocks,
             "dense": {name of a layer or parameter that stayed dense: its weights}}.
@@ -129,9 +132,9 @@ class Report:
                     cell(row, "seconds", ".2f"),
                 )
             )
-        return "\n".join(
-            [table(rows), *([self.allocation_line()] if self.allocation else []), *self.refinement_lines()]
-        )
+        allocation = [self.allocation_line()] if self.allocation else []
+        lines = [table(rows), self.experts_line(), *allocation, *self.refinement_lines()]
+        return "\n".join(filter(None, lines))
 
     def refinement_lines(self) -> list[str]:
         """What refinement did, on which text, a line a step; none where a report file lacks it."""
@@ -176,6 +179,19 @@ class Report:
             f"that {state}{trained}"
         ]
 
+    def experts_line(self) -> str:
+        """The layers of experts that saw fewer than a tenth of an even share of the tokens, in a line; "" without."""
+        rows = [row for row in self.layers if _is_number(row.get("tokens")) and _is_number(row.get("share"))]
+        stacks = Counter(map(_stack, rows))
+        few = [row for row in rows if row["share"] * stacks[_stack(row)] < FEW_TOKENS]
+        if not few:
+            return ""
+        few = sorted(few, key=lambda row: row["tokens"])
+        shown = (
+            f"{cell(row, 'name')} ({row['tokens']}, error {cell(row, 'relative_error', '.3f')})" for row in few[:4]
+        )
+        return f"{len(few)} of {len(rows)} layers of experts saw few calibration tokens: {', '.join(shown)}"
+
     def allocation_line(self) -> str:
         """The choices of a non-uniform allocation, in a line; its name alone where a report file lacks them."""
         try:
@@ -196,6 +212,15 @@ class Report:
             f"{line}; {parameters['allocated']:,} parameters kept, {parameters['uniform']:,} if uniform; summed error "
             f"of trial solves {error['allocated']:.5f}, {error['uniform']:.5f} if uniform"
         )
+
+
+def _stack(row: dict) -> str:
+    """The stack of experts that a layer's row is in."""
+    return str(row.get("name")).rpartition(".")[0]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def cell(row: dict, key: str, spec: str = "") -> str:

@@ -22,7 +22,7 @@ from .coverage import coverage, log_coverage
 from .distillation import check_logits, copy_sharing_blocks, distill, on_device, takes_batches
 from .distributed import even_batch
 from .expert_products import watch_experts
-from .experts import fuse_experts, unfuse_experts
+from .experts import fuse_experts, one_expert_at_a_time, unfuse_experts
 from .linear_layers import weight_shape
 from .model_structure import find_stacks
 from .pipeline import run
@@ -88,14 +88,20 @@ def _compress(
     transposed, unusable = watch_experts(model, plan, calibration[0])
     plan, reasons = usable_plan(plan, unusable, config)
     unfuse_experts(model, plan, transposed)
+    if precomputed:
+        reference = copy_sharing_blocks(precomputed.reference, find_stacks(precomputed.reference))
+        unfuse_experts(reference, plan, transposed)
+        precomputed = replace(precomputed, reference=reference)
     blocks = [name for stack in find_stacks(model).values() for name in stack]
-    with linear_convolutions(model, plan):
+    with linear_convolutions(model, plan), one_expert_at_a_time(model):
         warn_of_few_tokens(calibration, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
         report = run(model, plan, config, calibration, source.finish, precomputed, source, folder, world, progress)
     fuse_experts(model)  # those of which none was packed
     report.dense |= reasons
     report.coverage = coverage(model, blocks)
     log_coverage(report.coverage, report.dense)
+    if line := report.experts_line():
+        logger.warning("%s; pass more samples, or other ones", line)
     if teacher is not None:
         distill_in_memory(model, teacher, calibration, samples, report, world, progress)
     report.base_model = base.config.name_or_path or None

@@ -14,6 +14,7 @@ from ..format.bitmask import unpack
 from ..format.checkpoint import PAYLOAD
 from ..integrations.transformers.adapters import reject_adapters
 from ..nn.linear import SparseLRLinear, packed_layers
+from ..nn.packed_experts import ExpertStack
 from ..nn.pointwise import PointwiseConvolution
 
 BASE, ADAPTER = "base", "adapter"
@@ -39,7 +40,7 @@ def export_portable(
 
     Raises:
         TypeError, ValueError: not a compressed model, adapters around its layers, weights that are not in memory, or
-            no low-rank factors, or a hierarchical low-rank part, which no LoRA can hold.
+            no low-rank factors, or packed experts or a hierarchical low-rank part, which no LoRA can hold.
     """
     layers = _check(model)
     base, adapter = Path(directory) / BASE, Path(directory) / ADAPTER
@@ -59,6 +60,12 @@ def _check(model: PreTrainedModel) -> dict[str, SparseLRLinear]:
         raise ValueError(
             f"{hierarchical[0]} has a hierarchical low-rank part, which a LoRA adapter cannot hold: dequantize() and "
             "save the model, or compress it with low_rank='flat'"
+        )
+    stacks = [name for name, module in model.named_modules() if isinstance(module, ExpertStack)]
+    if stacks:
+        raise ValueError(
+            f"{stacks[0]} holds packed experts, one parameter of the dense model, where a LoRA has no layers: "
+            "dequantize() and save the model"
         )
     if not any(layer.rank for layer in layers.values()):
         raise ValueError("the model holds no compressed layer with low-rank factors: dequantize() and save it")

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from ..compression.convolutions import LEAF, linear_convolutions, put_linear
 from ..compression.distillation import copy_sharing_blocks
+from ..compression.experts import compressible_layers
 from ..compression.linear_layers import dense_weight, weight_shape
-from ..compression.model_structure import find_stacks, linear_layers
+from ..compression.model_structure import find_stacks
 from ..compression.plan import Layer, plan_layers
 from ..compression.precomputed import Factors, Precomputed
 from ..compression.run import compress_in_memory
@@ -213,16 +214,17 @@ def _found(
             f"{dense[0]} has an adapter, but is no layer that is compressed (see targets, ignore and overrides): it "
             "cannot keep it"
         )
-    return {name: _found_layer(model, factors, config, layer) for name, layer in plan.items()}
+    layers = compressible_layers(model)
+    return {name: _found_layer(layers[name], factors, config, layer) for name, layer in plan.items()}
 
 
-def _found_layer(model: PreTrainedModel, factors: dict[str, Factors], config: SparseLRConfig, layer: Layer) -> Layer:
+def _found_layer(module: nn.Module, factors: dict[str, Factors], config: SparseLRConfig, layer: Layer) -> Layer:
     name, own = layer.name, config.override_of(layer.name)
     rank = len(factors[name][0]) if name in factors else 0
     asked = own.get("rank", config.rank)
     if _asked(config, own, "rank") and rank != asked:
         raise ValueError(f"{name}: rank={asked} was asked for, but its adapter has rank {rank}")
-    mask = dense_weight(model.get_submodule(name)) != 0
+    mask = dense_weight(module) != 0
     kept = int(mask.sum())
     if not _asked(config, own, "sparsity"):
         return Layer(name, Unstructured.keeping(kept, mask.numel()), rank)
@@ -239,7 +241,8 @@ def _found_config(config: SparseLRConfig, model: PreTrainedModel, plan: dict[str
     found = copy.deepcopy(config)
     found.method, found.method_options = PRECOMPUTED, METHODS[PRECOMPUTED].options()
     if not _asked(config, {}, "sparsity"):
-        shapes = {name: weight_shape(model.get_submodule(name)) for name in plan}
+        layers = compressible_layers(model)
+        shapes = {name: weight_shape(layers[name]) for name in plan}
         kept = sum(layer.pattern.kept(shapes[name]) for name, layer in plan.items())
         found.sparsity = 1 - kept / sum(map(math.prod, shapes.values()))
     if not _asked(config, {}, "rank"):
@@ -248,9 +251,10 @@ def _found_config(config: SparseLRConfig, model: PreTrainedModel, plan: dict[str
 
 
 def _check_reference(reference: PreTrainedModel, model: PreTrainedModel, plan: dict[str, Layer]) -> None:
-    theirs = {name: weight_shape(layer) for name, layer in linear_layers(reference).items()}
+    theirs = {name: weight_shape(layer) for name, layer in compressible_layers(reference).items()}
+    layers = compressible_layers(model)
     for name in plan:
-        shape = weight_shape(model.get_submodule(name))
+        shape = weight_shape(layers[name])
         if theirs.get(name) != shape:
             raise ValueError(
                 f"reference={reference.config.name_or_path!r} is not the dense model: {name} is {shape} in the model, "

@@ -1,12 +1,12 @@
 """The experts of a mixture as 2-D linear layers, in the place of one 3-D parameter.
 
 transformers holds the weights of all experts of a block in parameters such as `gate_up_proj` (experts, out, in). The
-module takes `self.gate_up_proj[expert]` for a product. Here an `ExpertStack` takes the parameter's place. Its entries
-are linear layers, dense or packed, and the product of an entry is the layer's own. So the module's own code, with all
-its biases, gates and scalings, runs unchanged.
+module takes `self.gate_up_proj[expert]` for a product, or transformers takes the whole parameter for a grouped one.
+Here an `ExpertStack` takes the parameter's place. Its entries are linear layers, dense or packed, and the product of an
+entry is the layer's own. So the module's own code, with all its biases, gates and scalings, runs unchanged, and so do
+transformers' implementations "grouped_mm" and "batched_mm". In these two, packed experts on a GPU take one launch.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,6 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..kernels import PackedWeight
+from ..kernels.experts import grouped_product, selected_product
+from .linear import SparseLRLinear
+
+_GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+_PRODUCTS = "they take part in products x W only, of single experts, selected or grouped"
 _MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
 
 
@@ -42,8 +48,10 @@ class ExpertStack(nn.Module):
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self._modules.values())
 
-    def __getitem__(self, expert: int | torch.Tensor) -> "ExpertWeight":
-        """The weight of one expert, for a product with it."""
+    def __getitem__(self, expert: int | torch.Tensor) -> "ExpertWeight | SelectedWeights":
+        """The weight of one expert for products with it, or those that an index (rows,) selects for a batch."""
+        if isinstance(expert, torch.Tensor) and expert.ndim == 1:
+            return SelectedWeights(self, expert)
         return ExpertWeight(self._modules[str(int(expert))])
 
     def view(self, *shape: Any) -> "ExpertStack":
@@ -52,6 +60,77 @@ class ExpertStack(nn.Module):
         if len(sizes) != 3 or any(size not in (-1, own) for size, own in zip(sizes, self.shape, strict=True)):
             raise TypeError(f"packed experts {tuple(self.shape)} cannot be viewed as {sizes}")
         return self
+
+    def transpose(self, *dims: int) -> "ExpertStack":
+        """The stack itself: in whichever order a parameter holds weights, the product is that of the layers."""
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, ends = getattr(func, "__name__", str(func)), (kwargs or {}).get("offs")
+        if len(args) > 1 and isinstance(args[1], cls):
+            inputs, stack = args[:2]
+            if name in _GROUPED and ends is not None:
+                return stack.multiply(inputs, ends)
+            if name == "bmm":  # (experts, rows, in)
+                ends = torch.arange(1, len(stack) + 1, dtype=torch.int32, device=inputs.device) * inputs.shape[1]
+                return stack.multiply(inputs.flatten(0, 1), ends).unflatten(0, inputs.shape[:2])
+        raise TypeError(f"{name} of packed experts: {_PRODUCTS}")
+
+    def multiply(self, inputs: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """The products of all experts with their rows.
+
+        Args:
+            inputs: (rows, in), in the order of the experts.
+            ends: integer (experts,), for each expert the first row after its own. Rows after the last give zeros, or
+                anything on a GPU.
+
+        Returns:
+            (rows, out).
+        """
+        if self.is_packed and len(inputs):
+            out = grouped_product(inputs, self._weights, ends, self._modules["0"].kernel)
+            if out is not None:
+                return out
+        parts, start = [], 0
+        for layer, end in zip(self, ends.tolist(), strict=True):
+            if end > start:
+                parts.append(layer(inputs[start:end]))
+                start = end
+        if start < len(inputs) or not parts:
+            like = parts[0] if parts else self._modules["0"](inputs[:0])
+            parts.append(like.new_zeros(len(inputs) - start, like.shape[1]))
+        return torch.cat(parts)
+
+    def select(self, inputs: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """The product of every row with the weight of an expert.
+
+        Args:
+            inputs: (rows, in).
+            experts: int64 (rows,), the expert of each row.
+
+        Returns:
+            (rows, out).
+        """
+        if self.is_packed and len(inputs):
+            out = selected_product(inputs, self._weights, experts, self._modules["0"].kernel)
+            if out is not None:
+                return out
+        ordered, order = torch.sort(experts)
+        ends = torch.searchsorted(ordered, torch.arange(len(self), device=ordered.device), right=True, out_int32=True)
+        out = self.multiply(inputs[order], ends)
+        return torch.empty_like(out).index_copy(0, order, out)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether every entry is a packed layer, and a call of it nothing but its product."""
+        return all(type(layer) is SparseLRLinear and not _is_watched(layer) for layer in self)
+
+    @property
+    def _weights(self) -> list[PackedWeight]:
+        return [layer.packed_weight for layer in self]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,6 +142,17 @@ class ExpertStack(nn.Module):
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.shape)}"
+
+
+def _is_watched(layer: SparseLRLinear) -> bool:
+    """Whether a call of a layer is more than the product with S + B A: hooks, a hierarchical part, another forward."""
+    return bool(
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_hooks
+        or layer.hierarchy is not None
+        or "forward" in vars(layer)
+    )
 
 
 def _reference(layer: nn.Module) -> torch.Tensor:
@@ -87,6 +177,15 @@ class WatchedStack:
     def __getitem__(self, expert: int | torch.Tensor) -> "WatchedWeight":
         return WatchedWeight(self, self.weights[int(expert)], False)
 
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") != "bmm" or len(args) < 2 or not isinstance(args[1], cls):
+            raise TypeError(f"{getattr(func, '__name__', func)} of the weights of experts is no product x W")
+        args[1].uses.add(True)
+        return torch.bmm(args[0], args[1].weights.to(args[0].dtype))
+
 
 class WatchedWeight:
     """One weight of a `WatchedStack`; `transposed`: an odd number of times."""
@@ -106,6 +205,8 @@ class WatchedWeight:
 
     def to(self, *args: Any, **kwargs: Any) -> "WatchedWeight":
         return self
+
+    float = to
 
     @classmethod
     def __torch_function__(
@@ -139,8 +240,15 @@ class ExpertWeight:
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> "ExpertWeight":
-        """Itself: the layer computes in the dtype of its input, on its own device."""
+        """Itself: the layer computes in its own dtype, on its own device. The product has the dtype of the input."""
         return self
+
+    float = to
+
+    def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(rows, in) to (rows, out), in the dtype of the inputs."""
+        dtype = _reference(self.layer).dtype
+        return self.layer(inputs) if inputs.dtype == dtype else self.layer(inputs.to(dtype)).to(inputs.dtype)
 
     @classmethod
     def __torch_function__(
@@ -149,18 +257,33 @@ class ExpertWeight:
         kwargs = kwargs or {}
         if func is F.linear and isinstance(args[1], cls):
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            product = args[1].layer(args[0])
+            product = args[1].multiply(args[0])
             return product if bias is None else product + bias
         if func in _MATMULS and isinstance(args[1], cls) and not isinstance(args[0], cls):
-            return args[1].layer(args[0])
-        raise TypeError(
-            f"{getattr(func, '__name__', func)} of an expert's weight: packed experts take part in products x W only"
-        )
+            return args[1].multiply(args[0])
+        raise TypeError(f"{getattr(func, '__name__', func)} of a packed expert: {_PRODUCTS}")
 
 
-def run_eagerly(experts: nn.Module) -> None:
-    """Lets an experts module run its own loop: other implementations need the 3-D parameters."""
-    config = getattr(experts, "config", None)
-    if getattr(config, "_experts_implementation", "eager") != "eager":
-        experts.config = copy.copy(config)
-        experts.config._experts_implementation = "eager"
+class SelectedWeights:
+    """Weights of experts, one for each row of a batch: `stack[ids]`."""
+
+    def __init__(self, stack: ExpertStack, experts: torch.Tensor) -> None:
+        self.stack, self.experts = stack, experts
+
+    def transpose(self, *dims: int) -> "SelectedWeights":
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """`bmm` of (rows, 1, in) and the weights, or of the weights and (rows, in, 1)."""
+        left, right = args[:2] if len(args) > 1 else (None, None)
+        if getattr(func, "__name__", "") == "bmm" and isinstance(right, cls) and left.shape[1] == 1:
+            return right.stack.select(left[:, 0], right.experts)[:, None]
+        if getattr(func, "__name__", "") == "bmm" and isinstance(left, cls) and right.shape[2] == 1:
+            return left.stack.select(right[:, :, 0], left.experts)[:, :, None]
+        raise TypeError(f"{getattr(func, '__name__', func)} of packed experts: {_PRODUCTS}")
+
+
+IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")  # of experts, that form products x W with the stacks

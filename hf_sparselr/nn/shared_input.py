@@ -18,6 +18,7 @@ from torch import nn
 from ..kernels import packed_linears
 from ..kernels.launch_config import NATIVE_ROWS
 from .linear import SparseLRLinear
+from .packed_experts import ExpertStack
 
 MOST_MISSES = 3  # calls in which a group was no group: an interrupted run may be one
 
@@ -101,6 +102,8 @@ def _gone() -> None:
 def link_shared_inputs(model: nn.Module) -> None:
     """Lets the packed layers of a model find out which of them share their input."""
     for module in model.modules():
+        if isinstance(module, ExpertStack):  # experts have inputs of their own
+            continue
         widths = defaultdict(list)
         for child in module.children():
             if isinstance(child, SparseLRLinear):

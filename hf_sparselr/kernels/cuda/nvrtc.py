@@ -28,7 +28,7 @@ def load_function(source: str, name: str, defines: tuple[str, ...], device: int,
     """A kernel's handle, a CUfunction, on a device.
 
     Args:
-        source: a file beside this one.
+        source: a file beside this one, or several with "+" between, which are compiled as one.
         name: of the kernel, extern "C".
         defines: "NAME" or "NAME=VALUE".
         shared: bytes of dynamic shared memory that it is launched with.
@@ -47,7 +47,8 @@ def load_function(source: str, name: str, defines: tuple[str, ...], device: int,
 @functools.cache
 def _module(source: str, defines: tuple[str, ...], device: int) -> ctypes.c_void_p:
     """Loaded for good: one for each combination of defines that a model needs."""
-    text = importlib.resources.files(__package__).joinpath(source).read_text(encoding="utf-8")
+    files = map(importlib.resources.files(__package__).joinpath, source.split("+"))
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     major, minor = torch.cuda.get_device_capability(device)
     options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{define}" for define in defines))
     library = _nvrtc()

@@ -27,7 +27,7 @@ def supports(weight: PackedWeight, index: SupportIndex) -> bool:
     """Whether there is such a kernel for a weight here."""
     values, ins = weight.values, weight.in_features
     aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (values, weight.A) if tensor is not None)
-    room = index.pairs or _shared_memory(8, 16, index.densest) <= _SHARED
+    room = index.pairs or shared_memory(8, 16, index.densest) <= _SHARED
     fits = values.element_size() == 2 and ins % 8 == 0 and ins < 2**16 and aligned and room
     return fits and values.is_cuda and drives() and _compiles(values.get_device())
 
@@ -48,10 +48,10 @@ def _compiles(device: int) -> bool:
 
 def kind_of(weight: PackedWeight, index: SupportIndex) -> tuple:
     """The properties that weights must share to share a launch."""
-    return index.pairs, index.per_block, weight.A is None, weight.bias is None, _in_fours(weight)
+    return index.pairs, index.per_block, weight.A is None, weight.bias is None, in_fours(weight)
 
 
-def _in_fours(weight: PackedWeight) -> bool:
+def in_fours(weight: PackedWeight) -> bool:
     """Whether B u is one more product of the tensor cores: rows of B can be read four entries at a time, in BF16."""
     whole = weight.A is not None and weight.rank % 4 == 0 and weight.B.data_ptr() % 8 == 0
     return whole and weight.values.dtype == torch.bfloat16
@@ -70,14 +70,14 @@ def bind_mma(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -
     batch = 8 * tiles
     densest, shared = max(index.densest for index in indices), 4 * config.warps * batch * config.rows
     if not indices[0].pairs:
-        shared = max(shared, _shared_memory(config.warps, config.rows, densest))
+        shared = max(shared, shared_memory(config.warps, config.rows, densest))
     defines = [f"WEIGHTS={len(weights)}", f"ROWS={config.rows}", f"WARPS={config.warps}", f"TILES={tiles}"]
     defines += [f"RESIDENT={config.resident}", f"AHEAD={config.ahead}"]
-    defines += ["PAIRS"] if indices[0].pairs else [f"STRIDE={_stride(densest)}"]
+    defines += ["PAIRS"] if indices[0].pairs else [f"STRIDE={stride_of(densest)}"]
     if indices[0].per_block and not indices[0].pairs:
         defines.append(f"PER_BLOCK={indices[0].per_block}")
     defines += ["HALF"] * (one.values.dtype == torch.float16) + ["BIAS"] * (one.bias is not None)
-    defines += ["RANK"] * low_rank + ["FOURS"] * _in_fours(one)
+    defines += ["RANK"] * low_rank + ["FOURS"] * in_fours(one)
     outs, ranks = [weight.out_features for weight in weights], [weight.rank for weight in weights]
     places = [0, *accumulate(-(-rows * rank // 8) * 8 for rank in ranks)]  # of each weight in u
     blocks = list(accumulate(-(-out // config.rows) for out in outs))
@@ -122,10 +122,10 @@ def bind_mma(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -
     return fused_product
 
 
-def _stride(densest: int) -> int:
+def stride_of(densest: int) -> int:
     """Bytes of shared memory for the values of a row's step: at any multiple of two bytes, read to one beyond."""
     return -(-(2 * densest + 16) // 16) * 16
 
 
-def _shared_memory(warps: int, rows: int, densest: int) -> int:
-    return _TABLE + warps * _STAGES * rows * _stride(densest) + _BEYOND
+def shared_memory(warps: int, rows: int, densest: int) -> int:
+    return _TABLE + warps * _STAGES * rows * stride_of(densest) + _BEYOND

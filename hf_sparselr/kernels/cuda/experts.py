@@ -1,0 +1,166 @@
+"""The products of experts with their rows of x on the tensor cores, by `experts.cu`: one launch for all experts."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..gpu import ready
+from ..launch import COUNTERS, DriverLaunch, Varying, scratch
+from ..packed_weight import PackedWeight
+from ..support_index import index_of
+from . import small_batch
+from .nvrtc import load_function
+from .small_batch import in_fours, stride_of
+
+# x (rows, in) in the order of the experts, and for each expert the first row after its own, to (rows, out).
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_SOURCE = "small_batch.cu+experts.cu"
+_DEEP, _KEPT, _TAKEN = 4, 80, 144  # as in the source
+
+
+@dataclass(frozen=True)
+class Config:
+    """How to launch the products.
+
+    Attributes:
+        rows, warps, resident, ahead: as of "mma" in `launch_config.LaunchConfig`.
+        tiles: of eight rows of x that a block takes at a time.
+        samples: rows of x of a block that takes many, or 0.
+        parts, across: with `samples`, tiles of 16 rows of S of a warp, and warps beside each other along the rows of x.
+    """
+
+    rows: int = 16
+    warps: int = 8
+    resident: int = 3
+    ahead: int = 4
+    tiles: int = 1
+    samples: int = 0
+    parts: int = 0
+    across: int = 1
+
+
+class ExpertTable:
+    """What the kernels know of the weights of a stack's experts. Holds none of their memory.
+
+    Args:
+        weights: that `supports` takes.
+    """
+
+    def __init__(self, weights: Sequence[PackedWeight]) -> None:
+        one = weights[0]
+        indices = [index_of(weight.mask, weight.in_features) for weight in weights]
+        self.experts, self.outs, self.ins = len(weights), one.out_features, one.in_features
+        self.pairs, self.per_block = indices[0].pairs, indices[0].per_block
+        self.blocks, self.densest = indices[0].shape[1], max(index.densest for index in indices)
+        self.ranks = [weight.rank for weight in weights]
+        self.in_fours = all(map(in_fours, weights))
+        self.low_rank, self.bias = one.A is not None, one.bias is not None
+        self.dtype, self.device = one.values.dtype, one.values.device
+        whole = all(weight.A is None or (weight.rank % 4 == 0 and weight.B.data_ptr() % 8 == 0) for weight in weights)
+        self.takes_many = self.pairs and whole
+        self._bound: dict[tuple[Config, str], Product] = {}
+        entries = []
+        for weight, index in zip(weights, indices, strict=True):
+            tensors = index.words(weight.mask), weight.values, index.starts, index.offsets, weight.B, weight.bias
+            pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (*tensors, None)]
+            A = 0 if weight.A is None else weight.A.data_ptr()
+            entries.append([*pointers, self.outs, weight.rank, 0, index.nonzeros, 0, A])
+        self.entries = torch.tensor(entries, dtype=torch.int64).to(self.device)
+        self._tables = [tensor for index in indices for tensor in (index.padded, index.starts, index.offsets)]
+
+    def grouped(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """The products of rows in the order of their experts; `ends`: int32, the first row after each expert's."""
+        config = best_config(len(x) / self.experts, self.takes_many)
+        way = "" if config.samples or len(x) >= self.experts else "BY_ROW"
+        return self.bind(config, way)(x, ends)
+
+    def selected(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The products of rows in any order; `ids`: int64, the expert of each row."""
+        return self.bind(best_config(1, False), "BY_ID")(x, ids)
+
+    def bind(self, config: Config, way: str = "") -> Product:
+        """The launch of a configuration; it takes any number of rows, and any number for each expert.
+
+        Args:
+            way: by which blocks find their rows, see the source.
+        """
+        product = self._bound.get((config, way))
+        if product is None:
+            product = self._bound[config, way] = self._bind(config, way)
+        return product
+
+    def _bind(self, config: Config, way: str) -> Product:
+        many = config.samples > 0
+        defines = [f"ROWS={config.rows}", f"WARPS={config.warps}", f"RESIDENT={config.resident}", "WEIGHTS=1"]
+        defines += [f"AHEAD={config.ahead}", f"TILES={config.tiles}", *filter(None, [way])]
+        defines += ["PAIRS"] if self.pairs else [f"STRIDE={stride_of(self.densest)}"]
+        if self.per_block and not self.pairs:
+            defines.append(f"PER_BLOCK={self.per_block}")
+        defines += ["HALF"] * (self.dtype == torch.float16) + ["BIAS"] * self.bias
+        defines += ["RANK"] * self.low_rank + ["FOURS"] * self.in_fours
+        if many:
+            defines += ["MANY", f"SAMPLES={config.samples}", f"PARTS={config.parts}", f"ACROSS={config.across}"]
+        load = functools.partial(load_function, _SOURCE, defines=tuple(defines), device=self.device.index)
+        # Varying: x, u, y, the ends of the experts' rows.
+        widest = max(self.ranks)
+        arguments = [Varying(0, None), Varying(1, None), Varying(2, None), self.entries, Varying(3, None)]
+        arguments += [self.experts, self.ins, self.blocks, widest]
+        small, block = 32 * config.warps * config.tiles * config.rows, (32 * config.warps,)
+        height = 16 * config.parts * config.warps // config.across if many else config.rows
+        shared = small
+        if many:
+            shared = _DEEP * (height * _KEPT + config.samples * _TAKEN)
+        elif not self.pairs:
+            shared = max(small, small_batch.shared_memory(config.warps, config.rows, self.densest))
+        overlaps = self.low_rank and torch.cuda.get_device_capability(self.device) >= (9, 0)
+        name = "experts_pairs" if many else "experts"
+        main = DriverLaunch(load(name, shared=shared), (1,), block, shared, arguments, overlaps)
+        first = None
+        if self.low_rank:
+            first = DriverLaunch(load("experts_low_rank", shared=small), (1,), block, small, arguments)
+        bands, factors = -(-self.outs // height), -(-widest // config.rows)
+        device, experts, outs = self.device.index, self.experts, self.outs
+
+        def product(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+            x, where, rows = ready(x), where.contiguous(), len(x)
+            y = x.new_empty(rows, outs)
+            u: int | torch.Tensor = 0
+            units = experts + rows // config.samples if many else rows if way else experts
+            if first is not None:
+                size = rows * widest
+                start = scratch(device, COUNTERS + 4 * size)
+                u = torch.empty(size, dtype=torch.float32, device=x.device) if start is None else start + COUNTERS
+                first(x, u, y, where, grid=(units, factors, 1) if many else (factors, units, 1))
+            main(x, u, y, where, grid=(units, bands, 1) if many else (bands, units, 1))
+            return y
+
+        return product
+
+
+def best_config(rows: float, takes_many: bool) -> Config:
+    """The configuration for so many rows an expert.
+
+    Args:
+        takes_many: whether "experts_pairs" takes the weights.
+    """
+    if rows <= 4:
+        return Config(tiles=1)
+    if rows <= 12:
+        return Config(tiles=2, ahead=1)
+    if rows <= 32 or not takes_many:
+        return Config(tiles=4, ahead=1, resident=2)
+    return Config(resident=1, tiles=4, ahead=1, samples=128, parts=4, across=2)
+
+
+def supports(weights: Sequence[PackedWeight]) -> bool:
+    """Whether there are such kernels for the weights of a stack: alike in all but their ranks and values."""
+    kinds = set()
+    for weight in weights:
+        index = index_of(weight.mask, weight.in_features)
+        kind = index.pairs, index.per_block, weight.A is None, weight.bias is None
+        kinds.add((*kind, weight.out_features, weight.in_features, weight.values.dtype, weight.values.device))
+    natively = (small_batch.supports(weight, index_of(weight.mask, weight.in_features)) for weight in weights)
+    return len(kinds) == 1 and weights[0].out_features > 0 and all(natively)
