@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from ..gpu import ready
 from ..launch import COUNTERS, DriverLaunch, Varying, scratch
 from ..packed_weight import PackedWeight
-from ..support_index import index_of
+from ..support_index import SupportIndex, index_of
+from ..triton.experts import bind_densify_experts
 from . import small_batch
 from .nvrtc import load_function
 from .small_batch import in_fours, stride_of
@@ -29,6 +31,7 @@ class Config:
         rows, warps, resident, ahead: as of "mma" in `launch_config.LaunchConfig`.
         tiles: of eight rows of x that a block takes at a time.
         samples: rows of x of a block that takes many, or 0.
+        unpack: S + B A of all experts is written first, for torch's grouped product.
         parts, across: with `samples`, tiles of 16 rows of S of a warp, and warps beside each other along the rows of x.
     """
 
@@ -40,6 +43,7 @@ class Config:
     samples: int = 0
     parts: int = 0
     across: int = 1
+    unpack: bool = False
 
 
 class ExpertTable:
@@ -62,24 +66,18 @@ class ExpertTable:
         whole = all(weight.A is None or (weight.rank % 4 == 0 and weight.B.data_ptr() % 8 == 0) for weight in weights)
         self.takes_many = self.pairs and whole
         self._bound: dict[tuple[Config, str], Product] = {}
-        entries = []
-        for weight, index in zip(weights, indices, strict=True):
-            tensors = index.words(weight.mask), weight.values, index.starts, index.offsets, weight.B, weight.bias
-            pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (*tensors, None)]
-            A = 0 if weight.A is None else weight.A.data_ptr()
-            entries.append([*pointers, self.outs, weight.rank, 0, index.nonzeros, 0, A])
-        self.entries = torch.tensor(entries, dtype=torch.int64).to(self.device)
+        self.entries = table_entries(weights, indices)
         self._tables = [tensor for index in indices for tensor in (index.padded, index.starts, index.offsets)]
 
     def grouped(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """The products of rows in the order of their experts; `ends`: int32, the first row after each expert's."""
-        config = best_config(len(x) / self.experts, self.takes_many)
-        way = "" if config.samples or len(x) >= self.experts else "BY_ROW"
+        config = best_config(len(x) / self.experts, self.takes_many, not self.bias)
+        way = "" if config.samples or config.unpack or len(x) >= self.experts else "BY_ROW"
         return self.bind(config, way)(x, ends)
 
     def selected(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The products of rows in any order; `ids`: int64, the expert of each row."""
-        return self.bind(best_config(1, False), "BY_ID")(x, ids)
+        return self.bind(best_config(1, False, False), "BY_ID")(x, ids)
 
     def bind(self, config: Config, way: str = "") -> Product:
         """The launch of a configuration; it takes any number of rows, and any number for each expert.
@@ -89,8 +87,14 @@ class ExpertTable:
         """
         product = self._bound.get((config, way))
         if product is None:
-            product = self._bound[config, way] = self._bind(config, way)
+            product = self._bind_unpacked() if config.unpack else self._bind(config, way)
+            self._bound[config, way] = product
         return product
+
+    def _bind_unpacked(self) -> Product:
+        sizes = self.experts, self.outs, self.ins, self.blocks, max(self.ranks), self.per_block
+        densify = bind_densify_experts(self.entries, *sizes, self.dtype)
+        return lambda x, ends: F.grouped_mm(x, densify(ends).transpose(1, 2), offs=ends)
 
     def _bind(self, config: Config, way: str) -> Product:
         many = config.samples > 0
@@ -140,16 +144,30 @@ class ExpertTable:
         return product
 
 
-def best_config(rows: float, takes_many: bool) -> Config:
+def table_entries(weights: Sequence[PackedWeight], indices: Sequence[SupportIndex]) -> torch.Tensor:
+    """The structs `Weight` of the source: int64 (experts, 13), on the device of the weights. Holds none of their memory."""
+    entries = []
+    for weight, index in zip(weights, indices, strict=True):
+        tensors = index.words(weight.mask), weight.values, index.starts, index.offsets, weight.B, weight.bias, None
+        first = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        A = 0 if weight.A is None else weight.A.data_ptr()
+        entries.append([*first, weight.out_features, weight.rank, 0, index.nonzeros, 0, A])
+    return torch.tensor(entries, dtype=torch.int64).to(weights[0].values.device)
+
+
+def best_config(rows: float, takes_many: bool, unpacks: bool) -> Config:
     """The configuration for so many rows an expert.
 
     Args:
         takes_many: whether "experts_pairs" takes the weights.
+        unpacks: whether S may be unpacked for torch's grouped product, which adds no bias.
     """
     if rows <= 4:
         return Config(tiles=1)
     if rows <= 12:
         return Config(tiles=2, ahead=1)
+    if rows > 64 and unpacks and not takes_many:
+        return Config(unpack=True)
     if rows <= 32 or not takes_many:
         return Config(tiles=4, ahead=1, resident=2)
     return Config(resident=1, tiles=4, ahead=1, samples=128, parts=4, across=2)

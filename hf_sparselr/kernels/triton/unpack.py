@@ -23,7 +23,8 @@ _RANK = 64  # of A at a time
 
 
 @triton.jit
-def _densify(
+def unpack_band(
+    program,
     words,
     values,
     starts,
@@ -46,8 +47,9 @@ def _densify(
     LOW_RANK: tl.constexpr,
     ONE_STEP: tl.constexpr,
 ):
-    k = tl.program_id(0) % tiles * 256
-    top = tl.program_id(0) // tiles * BAND
+    """The rows and columns of a program: BAND rows, 256 columns."""
+    k = program % tiles * 256
+    top = program // tiles * BAND
     lane = tl.arange(0, 32 * WARPS)
     shift, below = column_bits(lane % 32)
     block = k // 64 + lane % 32 // 8
@@ -86,6 +88,36 @@ def _densify(
                 tile = tile.to(tl.float32) + total.to(tile.dtype).trans(1, 0).to(tl.float32)
             at = dense + row[:, None].to(tl.int64) * ins + column[None, :]
             tl.store(at, tile, mask=(row < outs)[:, None] & (column < ins)[None, :])
+
+
+@triton.jit
+def _densify(
+    words,
+    values,
+    starts,
+    offsets,
+    A,
+    B,
+    dense,
+    outs,
+    ins,
+    blocks,
+    rank,
+    tiles,
+    WARPS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BAND: tl.constexpr,
+    RANK: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    ONE_STEP: tl.constexpr,
+):
+    unpack_band(
+        tl.program_id(0), words, values, starts, offsets, A, B, dense, outs, ins, blocks, rank, tiles,
+        WARPS, STEPS, BAND, RANK, PER_BLOCK, PAIRS, EVEN, LOW_RANK, ONE_STEP,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -128,6 +160,16 @@ def _collect(
             place += kept >> j
 
 
+def unpacking(ins: int, rank: int) -> dict[str, int | bool]:
+    """Constants of `unpack_band` for so many columns and factors."""
+    steps = _STEPS_ADDING if rank else _STEPS
+    return {
+        "WARPS": _WARPS, "STEPS": steps, "BAND": _BAND if rank else steps * _WARPS, "EVEN": ins % 256 == 0,
+        "LOW_RANK": rank > 0, "ONE_STEP": rank <= _RANK, "RANK": min(_RANK, max(16, 1 << (rank - 1).bit_length())),
+        "num_warps": _WARPS, "num_stages": 1,
+    }  # fmt: skip
+
+
 def bind_densify(weight: PackedWeight) -> Callable[[], torch.Tensor]:
     """Makes S + B A as a new tensor (out, in); at rank 0, S.
 
@@ -140,19 +182,15 @@ def bind_densify(weight: PackedWeight) -> Callable[[], torch.Tensor]:
     mask, values, A, B, _, ins = weight
     index, rank = index_of(mask, ins), weight.rank
     outs, blocks = index.shape
-    steps = _STEPS_ADDING if rank else _STEPS
-    tiles, band = -(-ins // 256), _BAND if rank else steps * _WARPS
+    tiles = -(-ins // 256)
     A, B = (A, B) if rank else (values, values)
     dense = Varying(0, values.new_empty((1,)))
     arguments = (
         index.words(mask), values, index.starts, index.offsets, A, B, dense, outs, ins, blocks, rank, tiles,
     )  # fmt: skip
-    constants = {
-        "WARPS": _WARPS, "STEPS": steps, "BAND": band, "PER_BLOCK": index.per_block,
-        "PAIRS": can_pair(index, values), "EVEN": ins % 256 == 0, "LOW_RANK": rank > 0, "ONE_STEP": rank <= _RANK,
-        "RANK": min(_RANK, max(16, 1 << (rank - 1).bit_length())), "num_warps": _WARPS, "num_stages": 1,
-    }  # fmt: skip
-    launch = TritonLaunch(_densify, (tiles * -(-outs // band),), arguments, constants) if outs and ins else None
+    constants = unpacking(ins, rank) | {"PER_BLOCK": index.per_block, "PAIRS": can_pair(index, values)}
+    programs = tiles * -(-outs // constants["BAND"])
+    launch = TritonLaunch(_densify, (programs,), arguments, constants) if outs and ins else None
     dtype, device = values.dtype, values.device
 
     def densify() -> torch.Tensor:
