@@ -145,7 +145,7 @@ class ExpertTable:
 
 
 def table_entries(weights: Sequence[PackedWeight], indices: Sequence[SupportIndex]) -> torch.Tensor:
-    """The structs `Weight` of the source: int64 (experts, 13), on the device of the weights. Holds no memory of theirs."""
+    """The structs `Weight` of the source: int64 (experts, 13), on the device of the weights, without their memory."""
     entries = []
     for weight, index in zip(weights, indices, strict=True):
         tensors = index.words(weight.mask), weight.values, index.starts, index.offsets, weight.B, weight.bias, None
