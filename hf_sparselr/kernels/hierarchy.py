@@ -8,7 +8,8 @@ On CUDA up to `FEW_ROWS` rows take two Triton launches where nothing is differen
 products.
 """
 
-import contextlib
+from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ from .tensor_cache import TensorCache
 FEW_ROWS = 16
 _FEW_COLUMNS = 4
 _PRODUCTS: TensorCache[Any] = TensorCache()  # of `bind_few`
+_PLAIN = {torch.Tensor, torch.nn.Parameter}  # another subclass may stand for anything
+_weights = attrgetter(*FLOAT_PARTS, *ORDER_PARTS)
+_requires_grad, _dtype = attrgetter("requires_grad"), attrgetter("dtype")
+_pointer, _device = torch.Tensor.data_ptr, torch.Tensor.get_device
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -66,17 +71,21 @@ def hierarchical_product(inputs: torch.Tensor, hierarchy: Hierarchy, base: torch
 
 def multiply_few(rows: torch.Tensor, hierarchy: Hierarchy, base: torch.Tensor | None = None) -> torch.Tensor:
     """x L^T, plus `base`, of at most `FEW_ROWS` rows in two launches: (rows, in) and (rows, out) to (rows, out)."""
-    from .triton.hierarchy import Product, bind_few
+    weights = [tensor for tensor in _weights(hierarchy) if tensor is not None]
+    key = (hierarchy.shape, len(rows), base is None, rows.dtype, *map(_pointer, weights))
+    with _on_device_of(rows):
+        product = _PRODUCTS.get(key)
+        if product is None:
+            from .triton.hierarchy import bind_few
 
-    weights = [tensor for part in (*FLOAT_PARTS, *ORDER_PARTS) if (tensor := getattr(hierarchy, part)) is not None]
-    key = (hierarchy.shape, len(rows), base is None, rows.dtype, *map(torch.Tensor.data_ptr, weights))
-
-    def build() -> Product:
-        return bind_few(hierarchy, len(rows), base is not None)
-
-    with torch.cuda.device_of(rows) if rows.is_cuda else contextlib.nullcontext():
-        product = _PRODUCTS.get(key) or _PRODUCTS.put(key, build(), weights)
+            product = _PRODUCTS.put(key, bind_few(hierarchy, len(rows), base is not None), weights)
         return product(_aligned(rows), None if base is None else _aligned(base))
+
+
+def _on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    if not tensor.is_cuda or torch._C._cuda_getDevice() == tensor.get_device():
+        return nullcontext()
+    return torch.cuda.device_of(tensor)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -87,19 +96,22 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _takes_few(rows: torch.Tensor, hierarchy: Hierarchy, base: torch.Tensor | None) -> bool:
-    if not (rows.is_cuda and TRITON) or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+    if (
+        not (rows.is_cuda and TRITON and 0 < len(rows) <= FEW_ROWS)
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cuda")
+    ):
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad or jvp of torch.func
         return False
-    tensors = [rows, hierarchy.A, hierarchy.B, hierarchy.leaves, *([] if base is None else [base])]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    A, B, leaves = hierarchy.A, hierarchy.B, hierarchy.leaves
+    tensors = [rows, A, B, leaves] if base is None else [rows, A, B, leaves, base]
+    if torch.is_grad_enabled() and any(map(_requires_grad, tensors)):
         return False
-    readable = all(
-        type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cuda and tensor.dtype == rows.dtype
-        for tensor in tensors
-    )
-    as_stored = all(tensor.is_contiguous() for tensor in tensors[1:4])
-    return readable and as_stored and rows.dtype in _TRITON_DTYPES and 0 < len(rows) <= FEW_ROWS
+    if not _PLAIN.issuperset(map(type, tensors)) or set(map(_dtype, tensors)) != {rows.dtype}:
+        return False
+    as_stored = A.is_contiguous() and B.is_contiguous() and leaves.is_contiguous()
+    return as_stored and rows.dtype in _TRITON_DTYPES and set(map(_device, tensors)) == {rows.get_device()}
 
 
 def _product(

@@ -1,10 +1,14 @@
 """The hierarchical low-rank part of a packed layer, as a module."""
 
+from operator import itemgetter
+
 import torch
 from torch import nn
 
 from ..format.hierarchy import FLOAT_PARTS, ORDER_PARTS, Hierarchy, HierarchyShape
 from ..kernels.hierarchy import hierarchical_product
+
+_PARTS = itemgetter(*FLOAT_PARTS, *ORDER_PARTS)
 
 
 class HierarchicalLowRank(nn.Module):
@@ -40,7 +44,7 @@ class HierarchicalLowRank(nn.Module):
             setattr(self, part, frozen(part, dtype))
         self.ranks = frozen("ranks", torch.int32)
         for part in ORDER_PARTS:
-            setattr(self, part, frozen(part, torch.int32) if permuted else None)
+            self.register_parameter(part, frozen(part, torch.int32) if permuted else None)
         self._is_hf_initialized = True  # transformers must not draw random values for it
 
     @classmethod
@@ -60,6 +64,11 @@ class HierarchicalLowRank(nn.Module):
     @property
     def tensors(self) -> Hierarchy:
         """The module's own tensors."""
+        if not torch.compiler.is_compiling():
+            try:
+                return Hierarchy(self.shape, *_PARTS(self._parameters))  # faster than a Module's attributes
+            except KeyError:  # the copies of DataParallel have no parameters
+                pass
         return Hierarchy(self.shape, self.A, self.B, self.leaves, self.row_order, self.column_order)
 
     @property

@@ -55,17 +55,19 @@ class HierarchicalFit:
             gram = gram[orders[1]][:, orders[1]]
         self._gram = pad_to(gram, shape.padded[1], shape.padded[1])
         self._levels = range(1, shape.depth + 1)
+        self._beside = {level: swap_siblings(_blocks(self._gram, level, beside=False)) for level in self._levels}
         self._inverses = {level: swap_siblings(self._inverse(level)) for level in self._levels}
         self._leaf_inverse = swap_siblings(self._inverses[shape.depth])
         self._generator = torch.Generator().manual_seed(seed)
-        self._lefts: dict[int, torch.Tensor] = {}
-        self.reset()
+        # A sweep changes these in place, so that it can be replayed as a CUDA graph.
+        self._pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._leaves = gram.new_zeros(2**shape.depth, *shape.leaf)
+        self._total = gram.new_zeros(shape.padded)
 
     def reset(self) -> None:
         """L = 0. The bases stay."""
-        self._pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._leaves: torch.Tensor | None = None
-        self._total = self._gram.new_zeros(self.shape.padded)
+        for tensor in (self._leaves, self._total, *(right for _, right in self._pairs.values())):
+            tensor.zero_()
 
     def _inverse(self, level: int) -> torch.Tensor:
         """(G_JJ)^-1 of every column block, (2^l, columns, columns); columns beyond the matrix are the identity's."""
@@ -98,39 +100,40 @@ class HierarchicalFit:
 
     def _seen(self, residual: torch.Tensor, level: int, beside: bool) -> torch.Tensor:
         """D_I G_J of the blocks of a level, (2^l, rows, columns), without their own part."""
+        rows = residual.unflatten(0, (2**level, -1))
         columns = self._gram.unflatten(1, (2**level, -1)).transpose(0, 1)
-        if beside:
-            columns = swap_siblings(columns)
-        return residual.unflatten(0, (2**level, -1)) @ columns
+        if not beside:
+            return rows @ columns
+        pairs = rows[0::2] @ columns[1::2], rows[1::2] @ columns[0::2]
+        return torch.stack(pairs, dim=1).flatten(0, 1)
 
     def _fit_level(self, level: int, residual: torch.Tensor) -> None:
-        seen = self._seen(residual, level, beside=True)
-        inverse = self._inverses[level]
-        own = self._pairs.get(level)
-        if own is not None:
-            gram = swap_siblings(_blocks(self._gram, level, beside=False))
-            seen = seen + own[0] @ (own[1] @ gram)
-        left = self._lefts.get(level)
-        steps = 1
-        if left is None:
-            left, steps = self._sketch(seen, self.shape.ranks[level - 1]), START_STEPS
-        for _ in range(steps):
-            left = cholesky_qr_batch(seen @ (inverse @ (seen.mT @ left)))
-        right = (left.mT @ seen) @ inverse
-        change = left @ right if own is None else left @ right - own[0] @ own[1]
-        self._move(change, level, True, residual)
-        self._lefts[level], self._pairs[level] = left, (left, right)
+        seen, inverse = self._seen(residual, level, beside=True), self._inverses[level]
+        if level not in self._pairs:
+            self._pairs[level] = self._begin(level, seen)
+        own, right = self._pairs[level]
+        seen = seen + own @ (right @ self._beside[level])
+        left = _subspace_step(seen, inverse, own)
+        best = (left.mT @ seen) @ inverse
+        self._move(left @ best - own @ right, level, True, residual)
+        own.copy_(left)
+        right.copy_(best)
 
-    def _sketch(self, seen: torch.Tensor, rank: int) -> torch.Tensor:
-        """A random start, the same for a seed on every device."""
+    def _begin(self, level: int, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The left and right factors of a level before its first fit: from a random sketch, the same on every device,
+        and zero."""
+        rank = self.shape.ranks[level - 1]
         sketch = torch.randn(*seen.shape[::2], rank, generator=self._generator)
-        return torch.linalg.qr(seen @ sketch.to(seen)).Q
+        left = torch.linalg.qr(seen @ sketch.to(seen)).Q
+        for _ in range(START_STEPS - 1):
+            left = _subspace_step(seen, self._inverses[level], left)
+        return left, seen.new_zeros(len(seen), rank, seen.shape[2])
 
     def _fit_leaves(self, residual: torch.Tensor) -> None:
         level = self.shape.depth
         change = self._seen(residual, level, beside=False) @ self._leaf_inverse
         self._move(change, level, False, residual)
-        self._leaves = change if self._leaves is None else self._leaves + change
+        self._leaves += change
 
     def _move(self, change: torch.Tensor, level: int, beside: bool, residual: torch.Tensor) -> None:
         for matrix, sign in ((self._total, 1), (residual, -1)):
@@ -151,6 +154,11 @@ class HierarchicalFit:
             pairs.append((torch.stack([B for _, B in both]), torch.stack([A for A, _ in both])))
         leaves = self._leaves * alive.unflatten(0, (2**self.shape.depth, -1))[:, None]
         return _stacked(self.shape, pairs, leaves, self.orders)
+
+
+def _subspace_step(seen: torch.Tensor, inverse: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """Bases (2^l, rows, r) nearer to the leading singular vectors of X (G_JJ)^(1/2), for X = `seen` (G_JJ)^-1."""
+    return cholesky_qr_batch(seen @ (inverse @ (seen.mT @ left)))
 
 
 def settle(

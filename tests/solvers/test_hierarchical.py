@@ -227,3 +227,17 @@ def test_a_seed_gives_the_same_bits(name: str) -> None:
     weight, gram = problem(24, 40)
     first, second = (solve(name, weight, gram, Unstructured(0.5)).dense() for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("permutation", [None, "rcm"])
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), NM(2, 4)], ids=str)
+def test_the_gpu_replays_sweeps_and_reaches_the_same_error(pattern, permutation: str | None) -> None:
+    weight, shape, method = randn(64, 96, seed=3).float(), HierarchyShape(64, 96, (6, 3)), METHODS["3basil"]
+    inputs = randn(800, 96, seed=4).float()
+    found = []
+    for device in ("cpu", "cuda"):
+        W, gram = weight.to(device), ScaledGram((inputs.T @ inputs).to(device))
+        result = method.solve_hierarchical(W, gram, pattern, shape, permutation, method.options(), 0)
+        found.append(result.stats["objective"])
+    assert found[1] == pytest.approx(found[0], rel=0.15)  # as far apart as two seeds

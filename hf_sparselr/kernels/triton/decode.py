@@ -91,7 +91,7 @@ def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
         if project is None:
             us = [inputs] * len(ys)
         else:
-            us = _space(inputs, sizes, main)
+            us = space(inputs, sizes, main)
             project(inputs, *us)
         if total is None:
             main(inputs, *us, *ys)
@@ -105,7 +105,7 @@ def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
     return product
 
 
-def _space(inputs: torch.Tensor, sizes: list[int], launch: TritonLaunch) -> list:
+def space(inputs: torch.Tensor, sizes: list[int], launch: TritonLaunch) -> list:
     """FP32 memory for a launch, one buffer a size: addresses if the launch takes them, because tensors cost time."""
     if launch.takes_addresses:
         start = scratch(inputs.get_device(), COUNTERS + 4 * sum(sizes))

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ...format.hierarchy import Hierarchy
 from ..launch import TritonLaunch, Varying
-from .decode import can_overlap
+from .decode import can_overlap, space
 from .support import multiply
 
 
@@ -29,8 +29,8 @@ class Tile:
 
 
 TILES = {  # of A, and of B and the leaves
-    "one row": (Tile(8, 256), Tile(8, 256)),
-    "more rows": (Tile(16, 128, 4, 4), Tile(16, 128, 4, 4)),
+    "one row": (Tile(8, 256), Tile(8, 256, warps=2)),
+    "more rows": (Tile(32, 128, stages=4), Tile(16, 256, stages=4)),
 }
 
 
@@ -212,7 +212,7 @@ def bind_few(hierarchy: Hierarchy, count: int, based: bool) -> Product:
     out = shape.out_features
 
     def product(rows: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
-        seen = torch.empty((count, leaves, rank), dtype=torch.float32, device=rows.device)
+        (seen,) = space(rows, [count * leaves * rank], first)
         y = rows.new_empty((count, out))
         first(rows, seen)
         second(rows, seen, y if base is None else base, y)

@@ -44,11 +44,6 @@ class HierarchicalAdmm(Admm):
         super().restart(rho)
         self._fit.reset()
 
-    def _advance(self, steps: int) -> None:
-        for _ in range(steps):  # not as a CUDA graph: the fit replaces its tensors
-            self._step()
-        self._steps += steps
-
     def _step(self) -> None:
         E = subtract_product(self.L, self._correct(), self._factor, self.precision)
         with matmuls("highest"):  # the sweep multiplies by inverses, which rounded factors would spoil
