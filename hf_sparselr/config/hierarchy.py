@@ -25,7 +25,8 @@ class HierarchyOptions:
             `rank` at the first level, then less by `reduction`.
         reduction: the rank of a level divided by that of the next level inwards; 2 where None.
         smallest_leaf: layers whose leaves would have fewer rows or columns are split less often.
-        permutation: "rcm" (reverse Cuthill-McKee, needs SciPy) or None.
+        permutation: "rcm" (reverse Cuthill-McKee, needs SciPy; on every layer that was measured its error was within
+            3% of a random order's) or None.
     """
 
     depth: int | None = None

@@ -1,8 +1,8 @@
-"""The product with a hierarchical matrix, x (..., in) to (..., out), in two batched products for all levels.
+"""The product with a hierarchical matrix, x (..., in) to (..., out), as batched products.
 
-The leaves are the finest segments, so one batched product gives every level's right factor times every leaf's inputs. A
-level sums those of its blocks and hands them to the siblings. A second product multiplies by the left factors. A, B and
-the leaves are read once, whatever the depth. (format/hierarchy.py defines the tensors.)
+One batched product a level gives the right factors of its blocks times their inputs, which their siblings take. One
+more for all levels multiplies by the left factors, and one by the leaves. A, B and the leaves are read once, whatever
+the depth. (format/hierarchy.py defines the tensors.)
 
 On CUDA up to `FEW_ROWS` rows take two Triton launches where nothing is differentiated. torch.compile sees the batched
 products.
@@ -120,19 +120,28 @@ def _product(
     """(rows, in) to (rows, out), both in the order of positions."""
     segments = 2**shape.depth
     A, B = pad_factors(shape, A, B)
-    x = pad_to(rows, len(rows), shape.padded[1]).unflatten(1, (segments, -1)).transpose(0, 1)
-    seen = _by_segment(x, A.unflatten(1, (segments, -1)).transpose(0, 1))
-    passed = _pass_to_siblings(shape, seen)
+    rows = pad_to(rows, len(rows), shape.padded[1])
+    passed = _pass_to_siblings(shape, rows, A)
+    x = rows.unflatten(1, (segments, -1)).transpose(0, 1)
     outputs = _answers(x, leaf_blocks(shape, leaves), passed, B.unflatten(0, (segments, -1)))
     return outputs.transpose(0, 1).flatten(1)[:, : shape.out_features]
 
 
-def _by_segment(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """x (segments, rows, columns) times blocks (segments, ranks, columns), whose columns lie apart in A."""
-    if x.device.type == "cpu":  # where a batched product would copy such blocks
-        pairs = zip(x.unbind(), blocks.unbind(), strict=True)
-        return torch.stack([F.linear(part, block) for part, block in pairs])
-    return x @ blocks.mT
+def _pass_to_siblings(shape: HierarchyShape, rows: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """What every leaf gets from the siblings of its blocks, level by level: (2^depth, rows, sum of ranks)."""
+    levels = []
+    for level, span in enumerate(shape.spans, start=1):
+        seen = swap_siblings(_by_block(rows, A[span], 2**level))
+        levels.append(seen[:, None].expand(-1, 2 ** (shape.depth - level), -1, -1).flatten(0, 1))
+    return torch.cat(levels, dim=2)
+
+
+def _by_block(rows: torch.Tensor, A: torch.Tensor, blocks: int) -> torch.Tensor:
+    """(rows, in) times (ranks, in), each cut into blocks of columns: (blocks, rows, ranks)."""
+    x, parts = (matrix.unflatten(1, (blocks, -1)).transpose(0, 1) for matrix in (rows, A))
+    if x.device.type == "cpu":  # where a batched product would copy parts of A
+        return torch.stack([F.linear(x, part) for x, part in zip(x.unbind(), parts.unbind(), strict=True)])
+    return x @ parts.mT
 
 
 def _answers(x: torch.Tensor, leaves: torch.Tensor, passed: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -142,17 +151,3 @@ def _answers(x: torch.Tensor, leaves: torch.Tensor, passed: torch.Tensor, B: tor
         return torch.baddbmm(outputs, B.to(outputs), passed.mT.to(outputs)).mT
     outputs = x @ leaves.mT
     return torch.baddbmm(outputs, passed.to(outputs), B.mT.to(outputs))
-
-
-def _pass_to_siblings(shape: HierarchyShape, seen: torch.Tensor) -> torch.Tensor:
-    """Sums over the leaves of every block, given to the leaves of its sibling, level by level.
-
-    Args:
-        seen: (2^depth, rows, sum of ranks).
-    """
-    levels = []
-    for level, span in enumerate(shape.spans, start=1):
-        leaves = seen[:, :, span].unflatten(0, (2**level, -1))
-        sums = swap_siblings(leaves.sum(1, keepdim=True))
-        levels.append(sums.expand_as(leaves).flatten(0, 1))
-    return torch.cat(levels, dim=2)
