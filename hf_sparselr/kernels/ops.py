@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..utils.availability import TRITON
 from . import cpu
-from .bindings import binding_of
+from .bindings import Binding, Product, binding_of, tensors_of
 from .override import chosen_kernel
 from .packed_weight import PackedWeight, check_inputs
 from .reference import count_values, dense_weight, no_product, reference_linear
@@ -22,6 +22,7 @@ from .support_index import index_of
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _Optional = torch.Tensor | None
+_IN_C = ("C",)  # among the products of a binding
 
 
 @torch.library.custom_op("hf_sparselr::linear", mutates_args=())
@@ -82,12 +83,19 @@ def products(
     Raises:
         ValueError, TypeError: weights or inputs that do not fit together.
     """
+    if tensors is None:
+        tensors = tensors_of(weights)
     binding = binding_of(weights, tensors)
     if not binding.fits(inputs):
         for weight in weights:
             check_inputs(inputs, weight)
-    if inputs.is_cuda and kernel != "dense" and _uses_triton(inputs):
-        return _gpu().multiply(inputs, weights, binding, kernel)
+    if kernel != "dense" and inputs.numel():
+        if inputs.is_cpu:
+            count = inputs.numel() // binding.in_features
+            if product := _product_in_c(inputs, count, weights, binding, tensors):
+                return product(inputs, count, weights)
+        elif _uses_triton(inputs):
+            return _gpu().multiply(inputs, weights, binding, kernel)
     rows = inputs.reshape(-1, binding.in_features)
     outs = [_product(rows, weight, kernel) for weight in weights]
     return [out.view(*inputs.shape[:-1], out.shape[1]) for out in outs]
@@ -110,9 +118,29 @@ def _product(rows: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Ten
         return no_product(rows, weight)
     if kernel == "dense":
         return F.linear(rows, resident_weight(weight, unpacked), weight.bias)
-    if cpu.takes(weight, rows) and cpu.supports(rows.dtype) and cpu.prefers(weight, len(rows)):
-        return cpu.multiply(rows, weight)
     return reference_linear(rows, weight)
+
+
+def _product_in_c(
+    inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight], binding: Binding, tensors: list[torch.Tensor]
+) -> Product | None:
+    """The C kernel's product of weights, bound before or now; None where something else computes it."""
+    if not (cpu.prefers(inputs.dtype, rows) and cpu.takes((inputs, *tensors)) and cpu.supports(inputs.dtype)):
+        return None
+    if not all(map(torch.Tensor.is_contiguous, tensors)):
+        plain = [weight.contiguous() for weight in weights]
+        return functools.partial(_keeping, cpu.bind(plain), plain)
+    product = binding.products.get(_IN_C)
+    if product is None:
+        binding.products[_IN_C] = product = cpu.bind(weights)
+    return product
+
+
+def _keeping(
+    product: Product, plain: Sequence[PackedWeight], inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight]
+) -> list[torch.Tensor]:
+    """A product whose weights nothing else keeps alive."""
+    return product(inputs, rows, plain)
 
 
 def unpacked(weight: PackedWeight) -> torch.Tensor:

@@ -42,7 +42,7 @@ def _unpack(mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch
     """`unpack`, in C where nothing has to follow it: no second derivative, no compiler, no mode."""
     weight = PackedWeight(mask, values, None, None, None, in_features)
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if torch.is_grad_enabled() or watched or not cpu.takes(weight) or not cpu.supports(values.dtype):
+    if torch.is_grad_enabled() or watched or not cpu.takes((mask, values)) or not cpu.supports(values.dtype):
         if not watched:
             count_values(weight)
         return unpack(mask, values, in_features)

@@ -1,21 +1,26 @@
 """x S^T + (x A^T) B^T + bias on the CPU, and S in full: C, compiled on first use, as no torch operator reads S packed.
 
-All sums are in FP32, so that 16 bits cost a CPU without instructions for them no time. See `packed.c` for how.
+All sums are in FP32, so that 16 bits cost a CPU without instructions for them no time. `across.c` takes few rows,
+`along.c` many.
 """
 
 import ctypes
 import functools
 import importlib.resources
 import logging
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from ...utils.c_compiler import load
 from ...utils.precision import X86, multiplies_natively
+from ..bindings import Product
 from ..packed_weight import PackedWeight, check_count
 
 logger = logging.getLogger(__name__)
 
+_PARTS = ("values.c", "across.c", "along.c", "packed.c")
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 _KINDS = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
 _X86_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt")
 _ACROSS_ROWS = 16  # of x that C multiplies faster than oneDNN in BF16 where the CPU has instructions for it
@@ -29,39 +34,65 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in _KINDS and _library(_KINDS[dtype]) is not None
 
 
-def takes(weight: PackedWeight, *others: torch.Tensor) -> bool:
+def takes(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether everything is in memory that C reads: on the CPU, and no subclass, which may stand for anything."""
-    plain = (torch.Tensor, torch.nn.Parameter)
-    return all(t.device.type == "cpu" and type(t) in plain for t in (*weight.tensors, *others))
+    return all(tensor.is_cpu and type(tensor) in _PLAIN for tensor in tensors)
 
 
-def prefers(weight: PackedWeight, rows: int) -> bool:
-    """Whether `multiply` is faster than unpacking S for oneDNN."""
-    dtype = weight.values.dtype
+def prefers(dtype: torch.dtype, rows: int) -> bool:
+    """Whether the kernels are faster than unpacking S for oneDNN."""
     return dtype == torch.float32 or rows <= _ACROSS_ROWS or not multiplies_natively(dtype)
 
 
-def multiply(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """x S^T + (x A^T) B^T + bias, summed in FP32.
+class _Weight(ctypes.Structure):
+    """`Weight` of `values.c`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("mask", "values", "A", "B", "bias")),
+        *((name, ctypes.c_int64) for name in ("nonzeros", "outs", "ins", "rank")),
+    )
+
+    @classmethod
+    def of(cls, weight: PackedWeight) -> "_Weight":
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in weight[:5])
+        return cls(*pointers, weight.values.numel(), weight.out_features, weight.in_features, weight.rank)
+
+
+def bind(weights: Sequence[PackedWeight]) -> Product:
+    """The product of weights with the same input: x S^T + (x A^T) B^T + bias of each, summed in FP32.
 
     Args:
-        inputs: x (rows, in), FP32, BF16 or FP16, at least one row.
-        weight: checked, of the dtype of the inputs.
+        weights: checked, contiguous, of one width and dtype. Only their addresses are kept.
 
     Returns:
-        (rows, out), the dtype of the inputs.
-
-    Raises:
-        ValueError: the mask keeps another number of values than there are.
-        MemoryError: no memory for x in FP32.
+        A function of x (..., in) of the weights' dtype, its rows, at least one, and the weights, to (..., out) of each.
+        It raises ValueError if a mask keeps another number of values than there are, and MemoryError if there is no
+        memory for x in FP32.
     """
-    inputs, (mask, values, A, B, bias, ins) = inputs.contiguous(), weight.contiguous()
-    y = inputs.new_empty(inputs.shape[0], mask.shape[0])
-    _call(
-        "multiply", weight, (mask, values, A, B, bias, inputs, y),
-        (values.numel(), inputs.shape[0], mask.shape[0], ins, weight.rank),
-    )  # fmt: skip
-    return y
+    function, size = _library(_KINDS[weights[0].values.dtype]).multiply, len(weights)
+    array, outs = (_Weight * size)(*map(_Weight.of, weights)), [weight.out_features for weight in weights]
+    addresses = ctypes.c_void_p * size
+
+    def product(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
+        inputs, kept = inputs.contiguous(), ctypes.c_int64()
+        shape = inputs.shape[:-1]
+        ys = [inputs.new_empty((*shape, out)) for out in outs]
+        _check(
+            function(
+                array, size, inputs.data_ptr(), addresses(*(y.data_ptr() for y in ys)), rows,
+                _WIDE, torch.get_num_threads(), ctypes.byref(kept),
+            ),
+            kept, weights,
+        )  # fmt: skip
+        return ys
+
+    return product
+
+
+def multiply(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """`bind` and the product of one weight: x (..., in) to (..., out)."""
+    plain = (weight.contiguous(),)
+    return bind(plain)(inputs, inputs.shape[:-1].numel(), plain)[0]
 
 
 def unpack(weight: PackedWeight) -> torch.Tensor:
@@ -70,21 +101,20 @@ def unpack(weight: PackedWeight) -> torch.Tensor:
     Raises:
         ValueError: the mask keeps another number of values than there are.
     """
-    mask, values, *_, ins = weight.contiguous()
-    dense = values.new_empty(mask.shape[0], ins)
-    _call("unpack", weight, (mask, values, dense), (values.numel(), mask.shape[0], ins))
+    plain, kept = weight.contiguous(), ctypes.c_int64()
+    dense = plain.values.new_empty(plain.out_features, plain.in_features)
+    function = _library(_KINDS[dense.dtype]).unpack
+    size = torch.get_num_threads()
+    _check(function(_Weight.of(plain), dense.data_ptr(), _WIDE, size, ctypes.byref(kept)), kept, (plain,))
     return dense
 
 
-def _call(name: str, weight: PackedWeight, tensors: tuple, sizes: tuple[int, ...]) -> None:
-    kept = ctypes.c_int64()
-    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    function = getattr(_library(_KINDS[weight.values.dtype]), name)
-    failed = function(*pointers, *sizes, _WIDE, torch.get_num_threads(), ctypes.byref(kept))
+def _check(failed: int, kept: ctypes.c_int64, weights: Sequence[PackedWeight]) -> None:
+    """Raises what a function of C reports."""
     if failed == 1:
-        raise MemoryError(f"no memory to multiply by a packed layer of {sizes}")
+        raise MemoryError(f"no memory to multiply by a packed layer of {weights[0].in_features} inputs")
     if failed:
-        check_count(weight, kept.value)
+        check_count(weights[failed - 3], kept.value)
 
 
 @functools.cache
@@ -94,15 +124,16 @@ def _library(kind: str) -> ctypes.CDLL | None:
             "packed layers run several times slower than dense ones on a CPU without AVX2; load with kernel='dense'"
         )
         return None
+    folder = importlib.resources.files(__package__)
     library = load(
         "packed",
-        importlib.resources.files(__package__).joinpath("packed.c").read_text(encoding="utf-8"),
+        "".join(f'#line 1 "{part}"\n{folder.joinpath(part).read_text(encoding="utf-8")}' for part in _PARTS),
         "packed layers run on the CPU without their compiled kernel, several times slower than dense ones (%s): "
         "install a C compiler with OpenMP, or load with kernel='dense'",
         (f"-D{kind}", *(_X86_FLAGS if X86 else ())),
     )
     if library is not None:
         pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        library.multiply.argtypes = [*[pointer] * 7, *[number] * 5, small, small, pointer]
-        library.unpack.argtypes = [*[pointer] * 3, *[number] * 3, small, small, pointer]
+        library.multiply.argtypes = [pointer, number, pointer, pointer, number, small, small, pointer]
+        library.unpack.argtypes = [ctypes.POINTER(_Weight), pointer, small, small, pointer]
     return library
