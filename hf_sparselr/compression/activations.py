@@ -1,5 +1,7 @@
 """The device that a block is worked on, and the device and dtype in which the hidden states of all windows wait."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,7 @@ from ..utils.modules import move_to_device
 from ..utils.precision import arithmetic
 from ..utils.world import ALONE, World
 from .capture import Call, replay
+from .rounded_weights import rounded_weights
 from .transformer_matching import resolve_precision
 
 
@@ -48,6 +51,12 @@ class Workplace:
             config.activations == "disk",
         )
 
+    @contextmanager
+    def products(self, block: nn.Module) -> Iterator[None]:
+        """Inside, a block with constant weights multiplies in the precision of forward passes."""
+        with rounded_weights(block, self.precision), arithmetic(self.device, self.precision):
+            yield
+
     def keep(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """Hidden states, moved to the device and dtype in which they wait."""
         return [self._kept(batch) for batch in hidden]
@@ -65,7 +74,7 @@ class Workplace:
     @torch.no_grad()
     def forward(self, block: nn.Module, hidden: list[torch.Tensor], calls: list[Call]) -> list[torch.Tensor]:
         """The outputs of a block, one tensor a batch, kept."""
-        with arithmetic(self.device, self.precision):
+        with self.products(block):
             outputs = (replay(block, batch, call) for batch, call in zip(hidden, calls, strict=True))
             return self.keep(outputs)
 

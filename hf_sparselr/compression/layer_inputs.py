@@ -104,20 +104,19 @@ def gram_of_inputs(
     layer = group.layers[0]
     accumulator = GramAccumulator(weight_shape(block.get_submodule(layer))[1], place.device)
 
-    for batch, call in zip(hidden, calls, strict=True):
+    masks: tuple[torch.Tensor, ...] = ()
 
-        def collect(x: torch.Tensor, masks: tuple[torch.Tensor, ...] = call.masks) -> None:
-            x = real_rows(x, masks)
-            accumulator.add(x.bfloat16() if place.precision == "bf16" else x)
-            if group.called_once:
-                raise _Reached  # the rest of the block is not needed
+    def collect(x: torch.Tensor) -> None:
+        x = real_rows(x, masks)
+        accumulator.add(x.bfloat16() if place.precision == "bf16" else x)
+        if group.called_once:
+            raise _Reached  # the rest of the block is not needed
 
-        with (
-            hooked(block, {layer: collect}),
-            suppress(_Reached),
-            arithmetic(place.device, place.precision),
-        ):
-            replay(block, batch, call)
+    with hooked(block, {layer: collect}), place.products(block):
+        for batch, call in zip(hidden, calls, strict=True):
+            masks = call.masks
+            with suppress(_Reached):
+                replay(block, batch, call)
     return place.world.sum_(accumulator.gram)
 
 
@@ -162,11 +161,14 @@ def _accumulate(
         return lambda x: accumulator.add(x.bfloat16() if place.precision == "bf16" else x)
 
     hooks = {layer: collect(accumulator) for layer, accumulator in accumulators.items()}
-    with routed_rows(block, stack_of(block, next(iter(hooks))), hooks) as (routed, prepared), hooked(block, prepared):
+    with (
+        routed_rows(block, stack_of(block, next(iter(hooks))), hooks) as (routed, prepared),
+        hooked(block, prepared),
+        place.products(block),
+    ):
         for batch, call in zip(hidden, calls, strict=True):
             routed.masks = call.masks
-            with arithmetic(place.device, place.precision):
-                replay(block, batch, call)
+            replay(block, batch, call)
     for accumulator in {id(each): each for each in accumulators.values()}.values():
         place.world.sum_(accumulator.gram)
         accumulator.rows = int(place.world.total(accumulator.rows, place.device))

@@ -17,6 +17,7 @@ from ..config.options import DistillOptions, TMOptions
 from ..utils.cuda_graphs import GraphedCallable
 from ..utils.precision import LARGE
 from ..utils.world import ALONE, World
+from .rounded_weights import rounded_weights
 
 Groups = dict[str, list[nn.Parameter]]
 
@@ -82,13 +83,17 @@ def train(
 
     def step(batches: list[Any], divisor: float | torch.Tensor) -> None:
         optimizer.zero_grad()
+        weights.clear()
         for batch in batches:
             total.add_(backward(batch, divisor))
+        weights.collect()
         sum_gradients(parameters, world)
         optimizer.step()
+        weights.refresh()
 
     run = step if is_large(parameters) else GraphedCallable(step, device)
-    with only_trained(module, groups), torch.enable_grad():
+    rounded = rounded_weights(module, options.precision, trained=True)
+    with only_trained(module, groups), rounded as weights, torch.enable_grad():
         for number in range(1, options.passes + 1):
             total.zero_()
             for index in torch.randperm(len(steps), generator=generator).tolist():

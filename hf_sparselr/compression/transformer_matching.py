@@ -15,6 +15,7 @@ from ..config.options import TMOptions
 from ..utils.precision import arithmetic, available
 from ..utils.world import ALONE, World
 from .capture import Call, replay
+from .rounded_weights import rounded_weights
 from .training_loop import Training, is_large, shared_steps, train
 from .working_linear import trainable
 
@@ -130,10 +131,10 @@ def mean_squared_error(
     """Mean of (block(x) - target)^2 over batches (x, target, call) of all processes."""
     device = next(block.parameters()).device
     total = torch.zeros((), device=device, dtype=torch.float64)
-    for x, target, call in batches:
-        with arithmetic(device, precision):
+    with rounded_weights(block, precision), arithmetic(device, precision):
+        for x, target, call in batches:
             out = replay(block, x, call)
-        total += _difference(out, target, call).square().sum(dtype=torch.float64)
+            total += _difference(out, target, call).square().sum(dtype=torch.float64)
     entries = world.total(sum(_entries(target, call) for _, target, call in batches), device)
     return world.total(total, device) / entries
 

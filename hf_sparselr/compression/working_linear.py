@@ -1,5 +1,7 @@
 """A layer S + B A in FP32 while its block, or the whole model, is trained."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -8,6 +10,9 @@ from ..format.bitmask import unpack, unpack_mask
 from ..format.decomposition import Decomposition
 from ..nn.hierarchical import HierarchicalLowRank
 from ..nn.linear import SparseLRLinear
+
+if TYPE_CHECKING:
+    from .rounded_weights import RoundedWeight
 
 
 class WorkingLinear(nn.Module):
@@ -19,7 +24,12 @@ class WorkingLinear(nn.Module):
         decomposition: of the layer; its tensors become parameters.
         bias: (out,) or None.
         transposed: whether the layer it stands for stored its weight as (in, out).
+
+    Attributes:
+        rounded: its weight in BF16, while `rounded_weights` has set one.
     """
+
+    rounded: "RoundedWeight | None" = None
 
     def __init__(self, decomposition: Decomposition, bias: torch.Tensor | None, transposed: bool = False) -> None:
         super().__init__()
@@ -46,14 +56,17 @@ class WorkingLinear(nn.Module):
         return cls(parts, layer.bias, layer.transposed)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.rounded is not None:
+            return self.rounded.product(inputs, self.bias)
         return F.linear(inputs, self.weight, self.bias)
 
     @property
     def weight(self) -> torch.Tensor:
-        """S + B A, (out, in). With as many inputs as training has, it is cheaper than two thin products.
+        """S + B A, (out, in), FP32. Some blocks read it, such as T5's."""
+        return self.whole_weight() if self.rounded is None else self.rounded.read()
 
-        Some blocks read it, such as T5's.
-        """
+    def whole_weight(self) -> torch.Tensor:
+        """S + B A, (out, in). With as many inputs as training has, it is cheaper than two thin products."""
         flat = self.S if self.A is None else self.S + self.B @ self.A
         return flat if self.hierarchy is None else flat + self.hierarchy.dense()
 

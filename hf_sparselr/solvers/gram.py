@@ -32,7 +32,7 @@ class GramAccumulator:
         """Adds one batch of inputs (..., n), any float dtype."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.gram.device)
         if rows.is_cuda and rows.dtype == torch.bfloat16:
-            self.gram += torch.mm(rows.T, rows, out_dtype=torch.float32)
+            torch.addmm(self.gram, rows.T, rows, out_dtype=torch.float32, out=self.gram)
         else:
             rows = rows.float()
             self.gram.addmm_(rows.T, rows)
