@@ -38,7 +38,8 @@ class BlockInputs:
 
     Attributes:
         hidden: hidden states that passed the compressed blocks before it.
-        dense_hidden: the same in the dense model, or None where no target of transformer matching needs them.
+        dense_hidden: the same in the dense model, or None where no target of transformer matching needs them. The work
+            on the block takes them out.
         calls: the other arguments.
         kept_back: so many batches at the end are kept back from refinement, to judge it.
         recorded: the other arguments of the blocks after it in a chain, {block name: one a batch}.
@@ -101,7 +102,7 @@ def compress_block(
     dense = working_copy(precomputed.reference.get_submodule(name), place.device) if precomputed else working
     with phases("propagation"):
         hidden, calls = place.keep(inputs.hidden), place.keep_calls(inputs.calls)
-        dense_hidden = inputs.dense_hidden
+        dense_hidden, inputs.dense_hidden = inputs.dense_hidden, None  # so that they end with this block
         if dense_hidden is not None:
             dense_hidden = place.forward(dense, place.keep(dense_hidden), calls)
     if layers:
@@ -145,7 +146,14 @@ def working_copy(block: nn.Module, device: torch.device) -> nn.Module:
     """
     configs = {id(value): value for part in block.modules() for value in vars(part).values()}
     configs = {key: value for key, value in configs.items() if isinstance(value, PreTrainedConfig)}
-    block = copy.deepcopy(block, {**configs, **detached_states(block)}).to(device)
+    weights = {  # copied once, to where they are needed
+        id(parameter): nn.Parameter(
+            parameter.detach().to(device, torch.float32, copy=True), requires_grad=parameter.requires_grad
+        )
+        for parameter in block.parameters()
+        if type(parameter) is nn.Parameter and parameter.is_floating_point()
+    }
+    block = copy.deepcopy(block, {**configs, **detached_states(block), **weights}).to(device)
     block.eval()  # not chained: some modules override `train` and return nothing
     for _, tensor in _floats(block):
         tensor.data = tensor.data.float()

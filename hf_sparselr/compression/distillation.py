@@ -114,7 +114,7 @@ def distill(
         try:
             groups = _unpack(model, layers, device, options)
             parameters = [parameter for group in groups.values() for parameter in group]
-            start = snapshot(parameters, "cpu" if is_large(parameters) else None)
+            start = snapshot(parameters, in_main_memory=is_large(parameters))
             scale = Scale(model, teacher, judging or {"trained on": batches[:few]}, options, device, world)
             training = _train(model, teacher, groups, batches, options, seed, on_pass, scale.weigh, world)
             best, history = training.best_pass, scale.history

@@ -19,6 +19,7 @@ from ..format.decomposition import Decomposition
 from ..solvers.gram import ScaledGram, squared_error
 from ..solvers.registry import METHODS
 from ..utils.phase_timer import PhaseTimer
+from ..utils.precision import matmuls
 from ..utils.world import ALONE, World
 from .activations import Workplace
 from .capture import Call
@@ -157,7 +158,8 @@ def _decompose_alone(layer: Layer, weight: torch.Tensor, gram: ScaledGram, confi
 
 def _row(layer: Layer, weight: torch.Tensor, result: Decomposition, gram: torch.Tensor, seconds: float) -> dict:
     """A layer's row of the report."""
-    error = squared_error(weight - result.dense(), gram) / max(squared_error(weight, gram), 1e-30)
+    with matmuls("high"):  # of errors, not of what is stored
+        error = squared_error(weight - result.dense(), gram) / max(squared_error(weight, gram), 1e-30)
     return {
         "name": layer.name,
         "shape": list(weight.shape),

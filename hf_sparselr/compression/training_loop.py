@@ -75,8 +75,8 @@ def train(
     schedule = Schedule(optimizer, options.passes * len(steps), options.final_lr)
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros((), device=device)
-    # Needed only if nothing helps, so a large copy waits in main memory.
-    best = snapshot(parameters, "cpu" if is_large(parameters) else None)
+    large = is_large(parameters)
+    best = snapshot(parameters, in_main_memory=large)  # rarely needed
     result, least, misses = Training(), 1.0, 0
 
     sizes = [size(batches) for batches in steps]
@@ -91,7 +91,7 @@ def train(
         optimizer.step()
         weights.refresh()
 
-    run = step if is_large(parameters) else GraphedCallable(step, device)
+    run = step if large else GraphedCallable(step, device)
     rounded = rounded_weights(module, options.precision, trained=True)
     with only_trained(module, groups), rounded as weights, torch.enable_grad():
         for number in range(1, options.passes + 1):
@@ -107,13 +107,16 @@ def train(
             result.judged.append(judged)
             on_pass(mean)
             if judged < least:
-                best = snapshot(parameters)
                 result.best_pass, least = number, judged
+                if number == options.passes:
+                    return result
+                update(best, parameters)
                 continue
             misses += 1
             if misses == MOST_MISSES:
                 break
             restore(parameters, best)
+            weights.refresh()
             schedule.halve()
     restore(parameters, best)
     return result
@@ -227,9 +230,21 @@ def sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
-def snapshot(parameters: list[nn.Parameter], device: str | None = None) -> list[torch.Tensor]:
-    """Copies of parameters, where they are or on a device."""
-    return [parameter.detach().to(device or parameter.device, copy=True) for parameter in parameters]
+def snapshot(parameters: list[nn.Parameter], in_main_memory: bool = False) -> list[torch.Tensor]:
+    """Copies of parameters, where they are or in main memory."""
+    device = "cpu" if in_main_memory else None
+    copies = [
+        torch.empty_like(each, device=device, pin_memory=in_main_memory and each.is_cuda, requires_grad=False)
+        for each in parameters
+    ]
+    update(copies, parameters)
+    return copies
+
+
+def update(values: list[torch.Tensor], parameters: list[nn.Parameter]) -> None:
+    """Takes the present parameters into a snapshot."""
+    for value, parameter in zip(values, parameters, strict=True):
+        value.copy_(parameter.detach(), non_blocking=True)  # later work on the device waits for it, the host does not
 
 
 def restore(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:

@@ -1,5 +1,6 @@
 """A layer S + B A in FP32 while its block, or the whole model, is trained."""
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +44,8 @@ class WorkingLinear(nn.Module):
             self.hierarchy = HierarchicalLowRank.from_hierarchy(decomposition.hierarchy, torch.float32)
         self.transposed = transposed
         self.register_buffer("mask", decomposition.mask)
-        self.S.register_hook(lambda grad: grad * self.mask)
+        owner = weakref.ref(self)  # in a cycle, S would wait for the garbage collector
+        self.S.register_hook(lambda grad: grad * owner().mask)
 
     @classmethod
     def from_packed(cls, layer: SparseLRLinear) -> "WorkingLinear":

@@ -130,7 +130,8 @@ class Fields:
         default=8,
         metadata=about(
             Integer(1),
-            "windows at a time on the device; bounds memory and changes results by rounding alone",
+            "windows at a time on the device, at most: models with large layers take fewer long ones; bounds memory "
+            "and changes results by rounding alone",
         ),
     )
     seed: int = field(

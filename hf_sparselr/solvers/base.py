@@ -55,16 +55,16 @@ def cholesky_qr(spans: list[torch.Tensor], world: World = ALONE) -> list[torch.T
     Returns:
         one (out_i, r) per matrix.
     """
-    inverses = _inverse_factors(world.sum_(torch.stack([Y.T @ Y for Y in spans])))
+    inverses = inverse_factors(world.sum_(torch.stack([Y.T @ Y for Y in spans])))
     return [Y @ inverse.T for Y, inverse in zip(spans, inverses.unbind(), strict=True)]
 
 
 def cholesky_qr_batch(spans: torch.Tensor) -> torch.Tensor:
     """`cholesky_qr` of matrices of one shape, in this process alone: (batch, out, r)."""
-    return spans @ _inverse_factors(spans.mT @ spans).mT
+    return spans @ inverse_factors(spans.mT @ spans).mT
 
 
-def _inverse_factors(C: torch.Tensor) -> torch.Tensor:
+def inverse_factors(C: torch.Tensor) -> torch.Tensor:
     """L^-1 D of every C = Y^T Y, (batch, r, r): D C D = L L^T up to a shift by its rounding, 1 on its diagonal."""
     squares = C.diagonal(dim1=1, dim2=2)
     unit = squares.rsqrt().masked_fill(squares < torch.finfo(C.dtype).tiny, 0.0)  # zero columns stay zero

@@ -14,6 +14,7 @@ from ..utils.precision import product
 
 KEPT_INVERSES = 2**25  # entries in all, 128 MiB
 SMALL_SHIFT = 0.03  # of rho, as a share
+SPLIT, PARTS = 8192, 4  # from this size on a symmetric product is made of so many row parts
 
 
 class GramAccumulator:
@@ -128,12 +129,28 @@ def shift_inverse(M: torch.Tensor, rho: float, delta: float, precision: str = "f
     [0, e]; the relative error of every eigenvalue is at most e^2 / 8. For larger shifts it is four terms of the Neumann
     series; the error is at most e^4. The precision (see `precision.product`) rounds delta M only.
     """
-    square, e = product(M, M, precision), delta / rho
+    square, e = _symmetric_product(M, M, precision), delta / rho
     if e <= SMALL_SHIFT:
         slope = 1 / (1 + e)
         return square.mul_(-slope * delta).add_(M, alpha=(1 + 2 * math.sqrt(slope) - slope) / 2)
     two_terms = torch.add(M, square, alpha=-delta)
-    return product(square, two_terms, precision).mul_(delta**2).add_(two_terms)
+    return _symmetric_product(square, two_terms, precision).mul_(delta**2).add_(two_terms)
+
+
+def _symmetric_product(left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Tensor:
+    """left @ right of commuting symmetric matrices. Of a large product on CUDA only the lower part is computed."""
+    size = len(left)
+    if not left.is_cuda or size < SPLIT:
+        return product(left, right, precision)
+    result = torch.empty_like(left)
+    if precision == "bf16":
+        left, right = left.bfloat16(), right.bfloat16()
+    step = -(-size // PARTS)
+    for first in range(0, size, step):
+        last = min(first + step, size)
+        result[first:last, :last] = product(left[first:last], right[:, :last], precision)
+        result[:first, first:last] = result[first:last, :first].T
+    return result
 
 
 def squared_error(error: torch.Tensor, gram: torch.Tensor) -> float:

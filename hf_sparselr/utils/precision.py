@@ -2,9 +2,11 @@
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 # torch's names: LEVELS for the FP32 products that run beside products in a precision, _LEVELS_OF_PRODUCTS for FP32
@@ -39,9 +41,22 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     if precision == "bf16":
         with torch.autocast(device.type, dtype=torch.bfloat16):
             yield
-    else:
-        with matmuls(LEVELS[precision]):
-            yield
+        return
+    with matmuls(LEVELS[precision]), _RepeatedHeads() if device.type == "cuda" else nullcontext():
+        yield
+
+
+class _RepeatedHeads(TorchFunctionMode):
+    """Inside, attention whose heads share keys gets copies of them: torch has no fused kernel in FP32 that shares."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and kwargs.get("enable_gqa") and len(args) >= 3:
+            query, key, value, *rest = args
+            times = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
+            return function(query, key, value, *rest, **{**kwargs, "enable_gqa": False})
+        return function(*args, **kwargs)
 
 
 @contextmanager
@@ -85,13 +100,16 @@ def product(left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Te
         return left @ right
 
 
-def subtract_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Tensor:
-    """Subtracts left @ right from `total` in place; see `product`."""
+def subtract_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, precision: str, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """total - left @ right, in the place of `total` or in `out`; see `product`."""
+    out = total if out is None else out
     if precision == "bf16" and total.is_cuda:
         factors = left.bfloat16(), right.bfloat16()
-        return torch.addmm(total, *factors, out_dtype=torch.float32, alpha=-1, out=total)
+        return torch.addmm(total, *factors, out_dtype=torch.float32, alpha=-1, out=out)
     with matmuls(_LEVELS_OF_PRODUCTS[precision]):
-        return total.addmm_(left, right, alpha=-1)
+        return torch.addmm(total, left, right, alpha=-1, out=out)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from helpers.kernel_cases import DEVICE
 
 from hf_sparselr.format.patterns import NM
 from hf_sparselr.solvers.gram import ScaledGram
-from hf_sparselr.solvers.threebasil.admm import Admm, _sparse
+from hf_sparselr.solvers.threebasil.admm import Admm, _correction, _sparse
 
 gpu_steps = pytest.importorskip("hf_sparselr.solvers.threebasil.gpu_steps")
 
@@ -35,16 +35,42 @@ def bits(values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_a_step_is_that_of_torch(pattern: NM, groups: tuple[int, int], kind: str) -> None:
     shape = groups[0], groups[1] * pattern.m
-    T, W, E = draw(kind, 3, *shape).to(DEVICE)
+    T, W, E, L = draw(kind, 4, *shape).to(DEVICE)
     mask = draw("ties", *shape).to(DEVICE) > 0
+    moved, kept = T.clone(), mask.clone()
     expected, support = T.clone(), mask.clone()
     _sparse(expected, support, W, E, pattern)
     gpu_steps.move(T, mask, W, E, pattern)
     assert torch.equal(bits(T), bits(expected)) and torch.equal(mask, support)
+    rho = torch.tensor(0.3, device=DEVICE)
+    for dtype in (torch.float32, torch.bfloat16):
+        first, second, Z = moved.clone(), kept.clone(), torch.empty_like(W, dtype=dtype)
+        gpu_steps.move_and_correct(first, second, W, E, L, rho, Z, pattern)
+        assert torch.equal(bits(first), bits(expected)) and torch.equal(second, support)
+        correction = _correction(expected, support, W, L, rho, dtype).float()
+        if dtype == torch.float32 or DEVICE == "cuda":
+            assert torch.equal(bits(Z.float()), bits(correction))
+        else:  # the interpreter rounds to BF16 by cutting digits off
+            torch.testing.assert_close(Z.float(), correction, rtol=2**-7, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", ["random", "extremes"])
+@pytest.mark.parametrize("shape", [(1, 3), (40, 77)], ids=str)
+def test_steps_without_a_pattern_are_those_of_torch(shape: tuple[int, int], kind: str) -> None:
+    T, W, E, L = draw(kind, 4, *shape).to(DEVICE)
+    mask = draw("ties", *shape).to(DEVICE) > 0
+    rho = torch.tensor(0.3, device=DEVICE)
+    correction = gpu_steps.correction(T, mask, W, L, rho, torch.float32)
+    assert torch.equal(bits(correction), bits(_correction(T, mask, W, L, rho, torch.float32)))
+    expected = T.clone()
+    _sparse(expected, mask, W, E, None)
+    gpu_steps.move(T, mask, W, E, None)
+    assert torch.equal(bits(T), bits(expected))
 
 
 def test_what_is_not_in_triton_is_left_to_torch() -> None:
-    assert not any(map(gpu_steps.supports, (None, NM(5, 6), NM(2, 32))))
+    assert not any(map(gpu_steps.supports, (NM(5, 6), NM(2, 32))))
 
 
 @pytest.mark.gpu

@@ -12,8 +12,9 @@ from helpers.layer_references import fit_error, least_error
 from hf_sparselr.format.patterns import NM, Unstructured, project
 from hf_sparselr.solvers.base import cholesky_qr, randomized_range_finder, scaled, subspace_iteration_step
 from hf_sparselr.solvers.gram import SMALL_SHIFT, ScaledGram, shift_inverse, squared_error
-from hf_sparselr.solvers.threebasil import cpu_steps, method
+from hf_sparselr.solvers.threebasil import admm, cpu_steps, method
 from hf_sparselr.solvers.threebasil.admm import LARGEST_SHIFT, Admm
+from hf_sparselr.solvers.threebasil.bands import bands_of
 from hf_sparselr.solvers.threebasil.method import Options, refine_on_support, solve, solve_group
 
 TWO_OF_FOUR = NM(2, 4)
@@ -429,3 +430,17 @@ def test_the_best_iterate_of_the_refit_is_returned() -> None:
     assert not S[~mask].any()
     E = W - S
     assert squared_error(E - basis @ (basis.T @ E), gram.matrix) < least_error(W - D, gram, 3)
+
+
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 0, 3), (0, 2, 0), (0, 0, 0)], ids=str)
+def test_layers_joined_in_one_band_are_solved_as_alone(ranks: tuple[int, ...], monkeypatch) -> None:
+    def run() -> list[torch.Tensor]:
+        weights, gram = [scaled(weight_of(out), gram_of()) for out in (24, 8, 16)], gram_of()
+        run = Admm(weights, gram, [TWO_OF_FOUR] * 3, list(ranks), 0.1, 0, "fp32")
+        run.run(5)
+        return [run.L, run.T]
+
+    apart = run()
+    monkeypatch.setattr(admm, "bands_of", lambda layers, like, join: bands_of(layers, like, join=True))
+    for joined, alone in zip(run(), apart, strict=True):
+        torch.testing.assert_close(joined, alone, rtol=1e-3, atol=1e-3)

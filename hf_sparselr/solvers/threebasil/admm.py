@@ -23,10 +23,11 @@ from ...format.patterns import NM, Pattern
 from ...utils.availability import TRITON
 from ...utils.precision import LARGE, LEVELS, coarsest, finer, matmuls, product, subtract_product
 from ...utils.world import ALONE, World
-from ..base import cholesky_qr, randomized_range_finder
+from ..base import randomized_range_finder
 from ..gram import ScaledGram, shift_inverse, squared_error
 from ..spread_rows import exact_mask, near_threshold
 from . import cpu_steps
+from .bands import bands_of
 
 LARGEST_SHIFT = 1.15  # a larger factor for rho needs a new factorisation
 ROUNDING = 5e-6  # share of the objective that rounding the product's factors may add
@@ -39,7 +40,7 @@ class _Layer:
     pattern: Pattern
     rank: int
     world: World
-    basis: torch.Tensor | None = None
+    basis: torch.Tensor | None = None  # a part of its band's; None at rank 0
     threshold: float | None = None  # of the previous support: where the search on the CPU starts
 
     def project(self, scores: torch.Tensor, mask: torch.Tensor) -> None:
@@ -95,10 +96,10 @@ class Admm:
             self.layers.append(_Layer(len(weight), slice(first, first + len(part)), pattern, rank, world))
             first += len(part)
         self.kept = sum(pattern.kept(weight.shape) for weight, pattern in zip(weights, patterns, strict=True))
-        self.ranked: dict[int, list[_Layer]] = {}
-        for layer in self.layers:
-            if layer.rank:
-                self.ranked.setdefault(layer.rank, []).append(layer)
+        self._bands = bands_of([(layer.rows, layer.rank) for layer in self.layers], self.W, join=self.W.is_cuda)
+        for band in self._bands:
+            for index, basis in band.bases.items():
+                self.layers[index].basis = basis
         self.mask = torch.empty_like(self.W, dtype=torch.bool)
         self.T, self.L = torch.empty_like(self.W), torch.empty_like(self.W)
         self.M = torch.empty_like(gram.matrix)
@@ -123,10 +124,10 @@ class Admm:
         self._steps = 0
         self.restart(rho)
         for layer in self.layers:
-            if layer.rank:
+            if layer.basis is not None:
                 error = self.W[layer.rows] - self.T[layer.rows]
-                basis = randomized_range_finder(error, self.gram.matrix, layer.rank, self._seed, world=self.world)
-                layer.basis = basis if layer.basis is None else layer.basis.copy_(basis)
+                start = randomized_range_finder(error, self.gram.matrix, layer.rank, self._seed, world=self.world)
+                layer.basis.copy_(start)
 
     def restart(self, rho: float) -> None:
         """D = project(Wt), V = 0, L = 0."""
@@ -179,8 +180,7 @@ class Admm:
         if self.W.is_cuda and self._warm:
             self._replay(steps)
         else:
-            for _ in range(steps):
-                self._step()
+            self._step(steps)
             self._warm = True
         self._steps += steps
 
@@ -188,8 +188,7 @@ class Admm:
         if steps not in self._graphs:
             self._graphs[steps] = graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(self.W.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                for _ in range(steps):
-                    self._step()
+                self._step(steps)
         self._graphs[steps].replay()
 
     def changed(self, before: torch.Tensor) -> float:
@@ -201,17 +200,34 @@ class Admm:
         for layer in self.layers:
             yield *layer.nearest(self.T[layer.rows]), layer.basis
 
-    def _step(self) -> None:
-        E = subtract_product(self.L, self._correct(), self._factor, self.precision)
-        coefficients = [self._coefficients(E, layers) for layers in self.ranked.values()]
-        self._project(E)
+    def _step(self, steps: int) -> None:
+        pattern = self._common_pattern()
+        if pattern is not None and self._in_triton(pattern):
+            self._joined_steps(steps, pattern)
+            return
+        for _ in range(steps):
+            E = subtract_product(self.L, self._correct(), self._factor, self.precision)
+            coefficients = self._coefficients(E)
+            self._project(E)
+            self._fit(coefficients)
+
+    def _joined_steps(self, steps: int, pattern: NM) -> None:
+        """The same steps; the kernel that moves T makes the next step's correction, too."""
+        from . import gpu_steps
+
+        Z, E = self._correct(), torch.empty_like(self.L)
+        for _ in range(steps):
+            subtract_product(self.L, Z, self._factor, self.precision, out=E)
+            self._fit(self._coefficients(E))
+            gpu_steps.move_and_correct(self.T, self.mask, self.W, E, self.L, self._rho, Z, pattern)
+
+    def _fit(self, coefficients: list[torch.Tensor]) -> None:
+        """Sets L from P^T E of all bands."""
+        if sum(band.rows.stop - band.rows.start for band in self._bands) < len(self.L):
+            self.L.zero_()
         with self._products():
-            for layers, parts in zip(self.ranked.values(), coefficients, strict=True):
-                for layer, part in zip(layers, parts, strict=True):
-                    torch.mm(layer.basis, part, out=self.L[layer.rows])
-        for layer in self.layers:
-            if not layer.rank:
-                self.L[layer.rows].zero_()
+            for band, part in zip(self._bands, coefficients, strict=True):
+                torch.mm(band.basis, part, out=self.L[band.rows])
 
     @property
     def _factor(self) -> torch.Tensor:
@@ -220,40 +236,56 @@ class Admm:
     def _correct(self) -> torch.Tensor:
         if self._in_c:
             return cpu_steps.correction(self.T, self.mask, self.W, self.L, self.rho)
+        if self._in_triton():
+            from . import gpu_steps
+
+            return gpu_steps.correction(self.T, self.mask, self.W, self.L, self._rho, self._factor.dtype)
         return self._fused(_correction)(self.T, self.mask, self.W, self.L, self._rho, self._factor.dtype)
 
     def _project(self, E: torch.Tensor) -> None:
         """Updates T and its support from the remainder E = Wt - copy."""
-        patterns = {layer.pattern for layer in self.layers}
-        shared = patterns.pop() if len(patterns) == 1 else None
-        pattern = shared if isinstance(shared, NM) else None
+        pattern = self._common_pattern()
         self._mover(pattern)(self.T, self.mask, self.W, E, pattern)
         for layer in self.layers if pattern is None else ():
             layer.project(self.T[layer.rows].abs(), self.mask[layer.rows])
+
+    def _common_pattern(self) -> NM | None:
+        """The N:M pattern that all layers have."""
+        patterns = {layer.pattern for layer in self.layers}
+        shared = patterns.pop() if len(patterns) == 1 else None
+        return shared if isinstance(shared, NM) else None
+
+    def _in_triton(self, pattern: NM | None = None) -> bool:
+        """Whether the elementwise steps under a pattern run in Triton."""
+        if not (self.W.is_cuda and TRITON):
+            return False
+        from . import gpu_steps
+
+        return gpu_steps.supports(pattern)
 
     def _mover(self, pattern: NM | None) -> Callable:
         """The fastest implementation of `_sparse` for a pattern."""
         if self._in_c:
             return cpu_steps.move
-        if self.W.is_cuda and TRITON:
+        if self._in_triton(pattern):
             from . import gpu_steps
 
-            if gpu_steps.supports(pattern):
-                return gpu_steps.move
+            return gpu_steps.move
         return self._fused(_sparse)
 
-    def _coefficients(self, E: torch.Tensor, layers: list[_Layer]) -> list[torch.Tensor]:
-        """P^T E of layers of one rank, after one subspace step on E G E^T; then L = P P^T E."""
-        parts = [E[layer.rows] for layer in layers]
+    def _coefficients(self, E: torch.Tensor) -> list[torch.Tensor]:
+        """P^T E of all bands, after one subspace step on E G E^T; then L = P P^T E."""
+        if not self._bands:
+            return []
+        parts = [E[band.rows] for band in self._bands]
         with self._products():
-            seen = torch.cat([part.T @ layer.basis for part, layer in zip(parts, layers, strict=True)], 1)
-            seen = (self.gram.matrix @ self.world.sum_(seen)).split(layers[0].rank, 1)
+            seen = torch.cat([part.T @ band.basis for part, band in zip(parts, self._bands, strict=True)], 1)
+            seen = (self.gram.matrix @ self.world.sum_(seen)).split([band.basis.shape[1] for band in self._bands], 1)
             spans = [part @ columns for part, columns in zip(parts, seen, strict=True)]
-        for layer, basis in zip(layers, cholesky_qr(spans, self.world), strict=True):
-            layer.basis.copy_(basis)
+        for band, span in zip(self._bands, spans, strict=True):
+            band.take(span, self.world)
         with self._products():
-            coefficients = torch.stack([layer.basis.T @ part for part, layer in zip(parts, layers, strict=True)])
-        return list(self.world.sum_(coefficients))
+            return [self.world.sum_(band.basis.T @ part) for part, band in zip(parts, self._bands, strict=True)]
 
     def _fused(self, function: Callable) -> Callable:
         return _compiled(function) if self.W.is_cuda else function

@@ -1,7 +1,7 @@
 # ruff: noqa: RUF005 (Triton compiles tuples, but not unpacking)
-"""The step of `admm` that finds an N:M support as one Triton kernel: one pass over memory.
+"""Elementwise steps of `admm` as Triton kernels, each one pass over memory.
 
-torch.compile makes several kernels of the same step.
+torch.compile makes several kernels of the steps under N:M, and takes seconds for it.
 """
 
 import functools
@@ -17,11 +17,12 @@ from ...kernels.triton.support import stack
 logger = logging.getLogger(__name__)
 
 _WARPS = 4
+_BLOCK = 1024
 _ENTRIES = 16  # per thread: the largest M, and enough loads in flight to keep the memory busy
 
 
 @triton.jit
-def _move(T, mask, W, E, size, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+def _move(T, mask, W, E, L, rho, Z, size, N: tl.constexpr, M: tl.constexpr, CORRECT: tl.constexpr, BLOCK: tl.constexpr):
     WIDTH: tl.constexpr = max(M, 4)  # neighbours per thread: whole groups, so that threads share none
     lane, four = tl.arange(0, BLOCK // WIDTH)[:, None], tl.arange(0, 4)[None, :]
     place = tl.program_id(0).to(tl.int64) * BLOCK + (lane * WIDTH + four)
@@ -41,8 +42,34 @@ def _move(T, mask, W, E, size, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.const
                 rank += 1 - (sizes[j] >= sizes[i]).to(tl.int32)
         kept = kept + ((rank < N).to(tl.uint8),)
     for k in tl.static_range(0, WIDTH, 4):
+        support = stack(kept[k : k + 4])
         tl.store(T + place + k, moved[k // 4], mask=place + k < size)
-        tl.store(mask + place + k, stack(kept[k : k + 4]), mask=place + k < size)
+        tl.store(mask + place + k, support, mask=place + k < size)
+        if CORRECT:
+            entry = tl.where(support != 0, moved[k // 4], -moved[k // 4])
+            entry -= tl.load(W + place + k, mask=place + k < size)
+            entry += tl.load(L + place + k, mask=place + k < size)
+            tl.store(Z + place + k, entry * tl.load(rho), mask=place + k < size)
+
+
+@triton.jit
+def _shift(T, mask, W, E, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    entry = tl.where(tl.load(mask + at, mask=inside) != 0, 0.0, tl.load(T + at, mask=inside))
+    entry += tl.load(W + at, mask=inside)
+    tl.store(T + at, entry - tl.load(E + at, mask=inside), mask=inside)
+
+
+@triton.jit
+def _correct(T, mask, W, L, rho, Z, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    entry = tl.load(T + at, mask=inside)
+    entry = tl.where(tl.load(mask + at, mask=inside) != 0, entry, -entry)
+    entry -= tl.load(W + at, mask=inside)
+    entry += tl.load(L + at, mask=inside)
+    tl.store(Z + at, entry * tl.load(rho), mask=inside)
 
 
 @triton.jit
@@ -56,21 +83,63 @@ def _columns(tile):
 
 def supports(pattern: NM | None) -> bool:
     """Whether `move` runs here; the first call may compile."""
-    return pattern is not None and pattern.m in (2, 4, 8, 16) and _compiles()
+    return (pattern is None or pattern.m in (2, 4, 8, 16)) and _compiles()
 
 
-def move(T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, E: torch.Tensor, pattern: NM) -> None:
-    """`admm._sparse` under N:M, to the bit.
+def move(T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, E: torch.Tensor, pattern: NM | None) -> None:
+    """`admm._sparse`, to the bit.
 
     Args:
         T, W, E: (out, in) FP32, contiguous, `in` divisible by M.
         mask: bool, same shape, contiguous.
     """
+    if pattern is not None:
+        _launch(T, mask, W, E, None, None, None, pattern)
+        return
+    with torch.cuda.device_of(T):
+        _shift[(triton.cdiv(T.numel(), _BLOCK),)](T, mask.view(torch.uint8), W, E, T.numel(), BLOCK=_BLOCK)
+
+
+def correction(
+    T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, L: torch.Tensor, rho: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`admm._correction`, to the bit: (out, in) of the dtype.
+
+    Args:
+        T, mask, W, L, rho: see `move_and_correct`.
+    """
+    Z = torch.empty_like(W, dtype=dtype)
+    with torch.cuda.device_of(T):
+        _correct[(triton.cdiv(T.numel(), _BLOCK),)](T, mask.view(torch.uint8), W, L, rho, Z, T.numel(), BLOCK=_BLOCK)
+    return Z
+
+
+def move_and_correct(
+    T: torch.Tensor,
+    mask: torch.Tensor,
+    W: torch.Tensor,
+    E: torch.Tensor,
+    L: torch.Tensor,
+    rho: torch.Tensor,
+    Z: torch.Tensor,
+    pattern: NM,
+) -> None:
+    """`move`, and then `admm._correction` into Z, to the bit.
+
+    Args:
+        L: (out, in) FP32, contiguous.
+        rho: () FP32, on the device.
+        Z: (out, in), contiguous; BF16 or FP32.
+    """
+    _launch(T, mask, W, E, L, rho, Z, pattern)
+
+
+def _launch(T, mask, W, E, L, rho, Z, pattern: NM) -> None:
     block = 32 * _WARPS * _ENTRIES
     with torch.cuda.device_of(T):  # Triton launches on the current device
         _move[(triton.cdiv(T.numel(), block),)](
-            T, mask.view(torch.uint8), W, E, T.numel(),
-            N=pattern.n, M=pattern.m, BLOCK=block, num_warps=_WARPS,
+            T, mask.view(torch.uint8), W, E, L, rho, Z, T.numel(),
+            N=pattern.n, M=pattern.m, CORRECT=Z is not None, BLOCK=block, num_warps=_WARPS,
         )  # fmt: skip
 
 

@@ -37,19 +37,20 @@ class HierarchicalAdmm(Admm):
         options: Options,
         seed: int,
     ) -> None:
-        self._leaves, self._fit = leaves, fit
+        self._leaves, self._sweeps = leaves, fit
         super().__init__([weight], gram, [pattern], [0], options.rho, seed, options.precision)
 
     def restart(self, rho: float) -> None:
         super().restart(rho)
-        self._fit.reset()
+        self._sweeps.reset()
 
-    def _step(self) -> None:
-        E = subtract_product(self.L, self._correct(), self._factor, self.precision)
-        with matmuls("highest"):  # the sweep multiplies by inverses, which rounded factors would spoil
-            L = self._fit.sweep(E)
-        self._project(E)
-        self.L.copy_(L)  # E was in its place
+    def _step(self, steps: int) -> None:
+        for _ in range(steps):
+            E = subtract_product(self.L, self._correct(), self._factor, self.precision)
+            with matmuls("highest"):  # the sweep multiplies by inverses, which rounded factors would spoil
+                L = self._sweeps.sweep(E)
+            self._project(E)
+            self.L.copy_(L)  # E was in its place
 
     def _project(self, E: torch.Tensor) -> None:
         if self._leaves is None:

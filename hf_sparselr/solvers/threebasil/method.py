@@ -161,9 +161,8 @@ def decompose(
     for Wt, (D, mask, basis) in zip(weights, layers, strict=True):
         own = Wt[world.rows(len(Wt))]
         phases = PhaseTimer(gram.matrix.device, memory=False)
-        with phases("refit"):
-            with matmuls(level):
-                S, basis = _refit(own, D, mask, basis, gram.matrix, options, world)
+        with phases("refit"), matmuls(level):
+            S, basis = _refit(own, D, mask, basis, gram.matrix, options, world)
             E = own - S
             E = E if basis is None else E - basis @ world.sum_(basis.T @ E)
             objective = world.total(squared_error(E, gram.matrix), E.device)

@@ -1,0 +1,78 @@
+"""The low-rank bases of the layers of a group.
+
+On a GPU they are the diagonal blocks of one matrix, so that a step takes as many kernels for a group as for a layer. A
+CPU would compute the zeros beside the blocks.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ...utils.world import World
+from ..base import inverse_factors
+
+
+@dataclass
+class Band:
+    """Rows with a common basis matrix.
+
+    Attributes:
+        rows: in the stack of all layers.
+        ranks: of its layers with a low-rank part.
+        basis: P (rows, sum of ranks): orthonormal columns, zero beside the blocks of the layers.
+        bases: {index of a layer in the stack: its block of P, a view}.
+        inside: (rows, sum of ranks), 1 in the blocks and 0 beside them; None for a single block.
+    """
+
+    rows: slice
+    ranks: list[int]
+    basis: torch.Tensor
+    bases: dict[int, torch.Tensor] = field(default_factory=dict)
+    inside: torch.Tensor | None = None
+
+    def take(self, span: torch.Tensor, world: World) -> None:
+        """Sets P to orthonormal columns with the span of (rows, sum of ranks), block by block; writes to it."""
+        if self.inside is not None:
+            span *= self.inside
+        C = world.sum_(span.T @ span)
+        count, rank = len(self.ranks), self.ranks[0]
+        if count > 1 and set(self.ranks) == {rank}:  # small factorisations are faster than a large one
+            factors = torch.zeros_like(C)
+            _blocks(factors, count, rank).copy_(inverse_factors(_blocks(C, count, rank).contiguous()))
+        else:
+            factors = inverse_factors(C[None])[0]
+        torch.mm(span, factors.T, out=self.basis)
+
+
+def _blocks(matrix: torch.Tensor, count: int, rank: int) -> torch.Tensor:
+    """The diagonal blocks (count, rank, rank) of a matrix, as a view."""
+    return matrix.view(count, rank, count, rank).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+def bands_of(layers: list[tuple[slice, int]], like: torch.Tensor, join: bool) -> list[Band]:
+    """The bands of a stack of layers: all in one or one a layer, and none at rank 0.
+
+    Args:
+        layers: (rows in the stack, rank) of every layer.
+        like: a tensor of the dtype and on the device of the bases.
+    """
+    ranked = {index: layer for index, layer in enumerate(layers) if layer[1]}
+    if join and ranked:
+        return [_band(ranked, like)]
+    return [_band({index: layer}, like) for index, layer in ranked.items()]
+
+
+def _band(layers: dict[int, tuple[slice, int]], like: torch.Tensor) -> Band:
+    ranks = [rank for _, rank in layers.values()]
+    rows = slice(min(own.start for own, _ in layers.values()), max(own.stop for own, _ in layers.values()))
+    band = Band(rows, ranks, like.new_zeros(rows.stop - rows.start, sum(ranks)))
+    if len(layers) > 1:
+        band.inside = torch.zeros_like(band.basis)
+    first = 0
+    for index, (own, rank) in layers.items():
+        block = slice(own.start - rows.start, own.stop - rows.start), slice(first, first + rank)
+        band.bases[index] = band.basis[block]
+        if band.inside is not None:
+            band.inside[block] = 1.0
+        first += rank
+    return band
