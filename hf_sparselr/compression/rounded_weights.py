@@ -6,6 +6,7 @@ and B are taken from it once a step.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,13 +61,13 @@ class RoundedWeight:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inputs, weight, total):
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.total = total
         return F.linear(inputs, weight)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         inputs, weight = ctx.saved_tensors
         gradient = gradient.bfloat16()
         rows, columns = gradient.flatten(0, -2), inputs.flatten(0, -2)
@@ -79,12 +80,12 @@ class _Product(torch.autograd.Function):
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, total):
+    def forward(ctx: Any, weight: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
         ctx.total = total
         return weight.float()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
         ctx.total += gradient
         return None, None
 

@@ -1,7 +1,7 @@
 """A layer S + B A in FP32 while its block, or the whole model, is trained."""
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +11,6 @@ from ..format.bitmask import unpack, unpack_mask
 from ..format.decomposition import Decomposition
 from ..nn.hierarchical import HierarchicalLowRank
 from ..nn.linear import SparseLRLinear
-
-if TYPE_CHECKING:
-    from .rounded_weights import RoundedWeight
 
 
 class WorkingLinear(nn.Module):
@@ -27,10 +24,10 @@ class WorkingLinear(nn.Module):
         transposed: whether the layer it stands for stored its weight as (in, out).
 
     Attributes:
-        rounded: its weight in BF16, while `rounded_weights` has set one.
+        rounded: a `rounded_weights.RoundedWeight` that multiplies in its place, or None.
     """
 
-    rounded: "RoundedWeight | None" = None
+    rounded: Any = None
 
     def __init__(self, decomposition: Decomposition, bias: torch.Tensor | None, transposed: bool = False) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -49,7 +50,7 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
 class _RepeatedHeads(TorchFunctionMode):
     """Inside, attention whose heads share keys gets copies of them: torch has no fused kernel in FP32 that shares."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention and kwargs.get("enable_gqa") and len(args) >= 3:
             query, key, value, *rest = args
