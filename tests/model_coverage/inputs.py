@@ -42,7 +42,9 @@ def find_inputs(model: tf.PreTrainedModel, kinds: int) -> Callable[[int], dict[s
 
 def forward(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
     torch.manual_seed(0)  # some models draw noise
-    return model(**inputs)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    without_cache = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    return model(**inputs, **without_cache)
 
 
 def tensors(output: Any) -> list[torch.Tensor]:
@@ -120,6 +122,7 @@ def _candidates(model: tf.PreTrainedModel) -> dict[str, list[Maker]]:
     return {
         "input_ids": [ids],
         "decoder_input_ids": [ids],
+        "qformer_input_ids": [ids],
         "attention_mask": [_constant(torch.ones(1, LENGTH, dtype=torch.long))],
         "token_type_ids": [_constant(torch.zeros(1, LENGTH, dtype=torch.long))],
         "bbox": [_constant(boxes)],

@@ -25,6 +25,7 @@ class Sizes:
     kv_heads: int = 2
     layers: int = 2
     image: int = IMAGE
+    derived: bool = False  # lists that the config derived are shrunk, too, and some fields without a value get one
     scaled: bool = False  # widths are divided by a common factor instead, which keeps their ratios
 
     expand: int = 1  # width of all heads together, in hidden sizes
@@ -40,7 +41,9 @@ WAYS = (
     Sizes(scaled=True),
     Sizes(layers=4),
     Sizes(image=64, kv_heads=4),
+    Sizes(derived=True),
     Sizes(heads=8, kv_heads=8, expand=2),
+    Sizes(heads=8, kv_heads=8, expand=2, derived=True),
     Sizes(hidden=256, heads=2, kv_heads=1),
     Sizes(scaled=True, image=64, layers=4),
 )
@@ -59,7 +62,7 @@ def rules(sizes: Sizes) -> list[tuple[str, int | None]]:
         (r"window_size$", 2),
         (r"num_mel_bins|mel_dim|num_mels", 16),
         (r"(num|n)_(key_value|kv)_heads|^kv_n_heads|num_query_groups|num_kv|multi_query_group", sizes.kv_heads),
-        (r"(top_?k|per_tok(en)?)$", 2),
+        (r"(top_?k|per_tok(en)?|moe_k)$", 2),
         (r"n_group$|topk_group|^num_expert_group", 1),
         (r"first_k_dense|num_dense_layers|moe_layer_start", 1),
         (r"(num|n)_.*shared_experts", 1),
@@ -81,9 +84,21 @@ def rules(sizes: Sizes) -> list[tuple[str, int | None]]:
     ]  # fmt: skip
 
 
-def tiny_config(cls: type[tf.PreTrainedConfig], sizes: Sizes) -> tf.PreTrainedConfig:
-    """A small config of a class. Raises what the class raises if it has no default, or refuses the small values."""
-    return _shrunk(cls(), sizes, {})
+_NEEDED = r"^num_key_value_heads$|^head_dim$|^image_token_(id|index)$"  # some defaults have none and cannot run
+
+
+def tiny_config(
+    cls: type[tf.PreTrainedConfig], sizes: Sizes, wanted: type[tf.PreTrainedConfig] | None = None
+) -> tf.PreTrainedConfig:
+    """A small config of a class. Raises what the class raises if it has no default, or refuses the small values.
+
+    Args:
+        wanted: the config class of the model; one nested in the config, if the config is none itself.
+    """
+    config = _shrunk(cls(), sizes, {})
+    if wanted is None or isinstance(config, wanted):
+        return config
+    return next((inner for inner in vars(config).values() if isinstance(inner, wanted)), config)
 
 
 def _shrunk(config: tf.PreTrainedConfig, sizes: Sizes, ids: dict[int, int]) -> tf.PreTrainedConfig:
@@ -100,9 +115,12 @@ def _shrunk(config: tf.PreTrainedConfig, sizes: Sizes, ids: dict[int, int]) -> t
             continue
         if isinstance(old, tf.PreTrainedConfig):
             values[name] = _shrunk(old, sizes, ids)
+        elif old is None and sizes.derived and re.search(_NEEDED, name):
+            special = "token" in name
+            values[name] = VOCAB - 20 if special else _capped(name, VOCAB, sizes, factor)
         elif isinstance(old, dict) and old:
-            values[name] = _sections(old, sizes)
-        elif old is not None and _is_given(field, old):
+            values[name] = _sections(name, old, sizes)
+        elif old is not None and (sizes.derived or _is_given(field, old)):
             values[name] = _small(name, old, sizes, factor, ids)
             if isinstance(old, list | tuple) and len(old) == layers > sizes.layers:  # one entry a layer
                 values[name] = type(old)(values[name][: sizes.layers])
@@ -186,10 +204,10 @@ def _capped(name: str, value: int, sizes: Sizes, factor: int) -> int:
     return value
 
 
-def _sections(value: dict, sizes: Sizes) -> dict:
+def _sections(name: str, value: dict, sizes: Sizes) -> dict:
     """A dict without the entries of layers that are gone, and with rotary sections scaled to the small heads."""
     value = copy.deepcopy(value)
-    if all(str(key).isdecimal() for key in value):  # by the indices of layers
+    if "layer" in name and all(str(key).isdecimal() for key in value):
         value = {key: item for key, item in value.items() if int(key) < sizes.layers}
     for inner in (value, *(item for item in value.values() if isinstance(item, dict))):
         section = inner.get("mrope_section")
