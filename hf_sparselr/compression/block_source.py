@@ -16,6 +16,7 @@ from torch import nn
 
 from ..nn.packed_experts import ExpertStack
 from ..nn.pointwise import PointwiseConvolution, is_pointwise
+from ..utils.memory import release_memory
 from ..utils.modules import tensor_place
 from .capture import instance_forwards
 from .convolutions import LEAF
@@ -112,6 +113,7 @@ class StreamedBlocks(BlockSource):
             container[key] = _placeholder(tensor)
         self._finished.add(name)
         super().finish(name, block)
+        release_memory()
 
     def state_dict(self) -> Tensors:
         """All tensors of the model; those of blocks are views of files."""

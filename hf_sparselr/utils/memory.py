@@ -1,6 +1,7 @@
 """How much memory the machine has, and how much of it this process takes."""
 
 import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -35,3 +36,9 @@ def _field(file: str, name: str) -> int | None:
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+def release_memory() -> None:
+    """Gives freed memory back to the system: glibc keeps pieces of it, some 20 MB for every block of 13 M weights."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

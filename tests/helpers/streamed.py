@@ -18,6 +18,8 @@ def content(folder: Path) -> dict:
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     files["sparselr_report.json"] = without_times(json.loads(files["sparselr_report.json"]))
     files.pop("run.jsonl", None)
+    card = files["README.md"].splitlines()
+    files["README.md"] = [line for line in card if not line.startswith(b"| Time")]
     return files
 
 
