@@ -22,6 +22,8 @@ from .rounded_weights import rounded_weights
 Groups = dict[str, list[nn.Parameter]]
 
 SMALL_GRADIENT = 2**20  # entries: smaller gradients are summed over processes as one
+# The least root mean square of a parameter for relative step sizes: biases begin at zero, matrices do not.
+LEAST_VECTOR, LEAST_MATRIX = 0.02, 1e-3
 MOST_MISSES = 3  # passes without a gain, after which training ends
 
 
@@ -164,16 +166,35 @@ def make_optimizer(
     groups: Groups, options: TMOptions | DistillOptions, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
     """Adam with the first step sizes."""
-    rates = [
-        {"params": parameters, "lr": options.lr * (options.factor_lr if name == "factors" else 1)}
-        for name, parameters in groups.items()
-        if parameters
-    ]
+    rates = []
+    for name, parameters in groups.items():
+        lr = options.lr * (options.factor_lr if name == "factors" else 1)
+        least = LEAST_VECTOR if name == "vectors" else LEAST_MATRIX
+        sizes = by_size(parameters, least) if options.relative_lr else {1.0: parameters}
+        rates += [{"params": members, "lr": lr * size} for size, members in sizes.items() if members]
     device = rates[0]["params"][0].device
     on_cuda = device.type == "cuda"
     for group in rates if on_cuda else ():
         group["lr"] = torch.tensor(group["lr"], device=device)  # a captured step reads it
     return torch.optim.Adam(rates, betas=betas, fused=on_cuda, capturable=on_cuda)
+
+
+@torch.no_grad()
+def by_size(parameters: list[nn.Parameter], least: float) -> dict[float, list[nn.Parameter]]:
+    """Parameters by the root mean square of their nonzero entries, rounded to a power of the square root of 2: each
+    group of Adam's costs launches.
+
+    Args:
+        least: smaller ones count as this.
+    """
+    if not parameters:
+        return {}
+    counts = torch.stack([torch.count_nonzero(parameter) for parameter in parameters]).clamp(min=1)
+    norms = torch.stack(torch._foreach_norm(parameters)) / counts.sqrt()
+    sizes: dict[float, list[nn.Parameter]] = {}
+    for parameter, size in zip(parameters, norms.tolist(), strict=True):
+        sizes.setdefault(2 ** (round(2 * math.log2(max(size, least))) / 2), []).append(parameter)
+    return sizes
 
 
 @contextmanager

@@ -17,6 +17,8 @@ class TMOptions:
     Attributes:
         passes: number of passes over the calibration windows.
         lr: first step size of Adam.
+        relative_lr: whether `lr` is a share of a parameter's root mean square over its nonzero entries, taken as at
+            least 0.02 for norms and biases. The sizes of weights differ tenfold between models.
         factor_lr: step size of A and B, as a multiple of `lr`.
         final_lr: last step size, as a share of the first; between them it follows a cosine.
         batch_size: windows in a step.
@@ -30,6 +32,7 @@ class TMOptions:
 
     passes: int = 20
     lr: float = 2e-5
+    relative_lr: bool = False
     factor_lr: float = 1.0
     final_lr: float = 0.2
     batch_size: int = 8
@@ -47,6 +50,7 @@ def check_schedule(field: str, options: Any) -> None:
     check_integer(f"{field}.passes", options.passes, 1)
     check_integer(f"{field}.batch_size", options.batch_size, 1)
     check_number(f"{field}.lr", options.lr, 0, exclusive=True)
+    check_choice(f"{field}.relative_lr", options.relative_lr, (True, False))
     check_number(f"{field}.factor_lr", options.factor_lr, 0)
     check_number(f"{field}.final_lr", options.final_lr, 0)
 
@@ -140,6 +144,8 @@ class DistillOptions:
     Attributes:
         passes: number of passes over the calibration windows and those of `self_samples`.
         lr: first step size of Adam.
+        relative_lr: whether `lr` is a share of a parameter's root mean square over its nonzero entries, taken as at
+            least 0.02 for norms and biases. The sizes of weights differ tenfold between models.
         factor_lr: step size of A and B, as a multiple of `lr`.
         final_lr: last step size, as a share of the first; between them it follows a cosine.
         batch_size: calibration windows in a step, or as many tokens of shorter ones.
@@ -154,7 +160,8 @@ class DistillOptions:
     """
 
     passes: int = 8
-    lr: float = 2e-4
+    lr: float = 1e-3
+    relative_lr: bool = True
     factor_lr: float = 1.0
     final_lr: float = 0.05
     batch_size: int = 8

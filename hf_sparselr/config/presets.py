@@ -4,7 +4,7 @@ from typing import Any
 
 _PUBLISHED_TM = {"passes": 20, "lr": 2e-5, "final_lr": 0.2, "target": "block", "precision": "fp32"}
 _TM = {"passes": 10, "lr": 3e-4, "final_lr": 0.2, "target": "mean", "precision": "auto"}
-_DISTILL = {"passes": 8, "lr": 4e-4, "self_samples": 512, "self_len": 256}
+_DISTILL = {"passes": 8, "lr": 2e-3, "relative_lr": True, "self_samples": 512, "self_len": 256}
 # A softer start and slower growth of the penalty find better supports, in more iterations.
 _SOFT = {"rho": 0.03, "growth": (1.09, 1.045, 1.018)}
 _SLOW = {"rho": 0.03, "growth": (1.05, 1.025, 1.01), "tolerance": 1e-4, "max_iterations": 3000}

@@ -1,5 +1,6 @@
 """Calibration text that a model writes itself."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,14 +10,21 @@ import torch
 from ..utils.modules import eval_mode
 from .sources import INSTEAD
 
+RUN = 4  # tokens
+MOST_REPETITION = 0.4
+ATTEMPTS = 3
+
+logger = logging.getLogger("hf_sparselr")
+
 
 def sample_from_model(
     model: Any, bos_id: int | None, *, num_samples: int, seq_len: int, seed: int, batch_size: int = 8
 ) -> list[torch.LongTensor]:
-    """Token windows that the dense model itself writes, for calibration="self".
+    """Token windows that the dense model itself writes.
 
-    Samples the model's plain distribution. Random state, training flags and generation config are afterwards as
-    before. The windows depend on `batch_size`.
+    Samples the model's plain distribution. A window in which the model goes round in circles (`repetition`) is written
+    again, up to twice; if there are still too few others, the least repetitive of such windows stay, with a warning.
+    Random state, training flags and generation config are afterwards as before. The windows depend on `batch_size`.
 
     Args:
         bos_id: the first token of every window. None: the BOS of the model's generation config, or random ids if it
@@ -28,24 +36,56 @@ def sample_from_model(
     Raises:
         ValueError: the model cannot generate text on its own.
     """
-    from transformers import GenerationConfig
-
     if not can_generate_text(model):
         name = type(model).__name__
         raise ValueError(f'calibration="self": {name} is no decoder that generates text: pass {INSTEAD}')
-    starts = _start_ids(model, bos_id, num_samples, seed).to(model.device)
-    length = {"min_new_tokens": seq_len - 1, "max_new_tokens": seq_len - 1}
-    eos = model.generation_config.eos_token_id
-    windows: list[torch.LongTensor] = []
+    good: list[torch.LongTensor] = []
+    circles: list[torch.LongTensor] = []
     with _isolated(model, seed):
-        # Set on the model: generate() fills the open fields of a config that is an argument from the model's own.
-        # Nothing is padded, because windows end together; without a pad id generate() warns.
-        model.generation_config = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=eos, pad_token_id=0, **length
-        )
-        for batch in starts.split(batch_size):
-            windows += model.generate(input_ids=batch, attention_mask=torch.ones_like(batch)).cpu().unbind()
-    return windows
+        for attempt in range(ATTEMPTS):
+            starts = _start_ids(model, bos_id, num_samples - len(good), seed + attempt * 7919)
+            for batch in starts.to(model.device).split(batch_size):
+                for window in _continued(model, batch, seq_len):
+                    (circles if repetition(window) > MOST_REPETITION else good).append(window)
+            if len(good) == num_samples:
+                return good
+    missing = num_samples - len(good)
+    logger.warning(
+        "%s repeats itself in %d of %d windows that it writes, however often they are written again: such text is poor "
+        "calibration data; pass texts of your own",
+        type(model).__name__,
+        missing,
+        num_samples,
+    )
+    return good + sorted(circles, key=repetition)[:missing]
+
+
+def repetition(window: torch.Tensor) -> float:
+    """The share of the runs of four tokens in a window (length,) that stand in it before. Text by people has few."""
+    runs = window.unfold(0, RUN, 1) if len(window) >= RUN else window[None]
+    return 1 - len(torch.unique(runs, dim=0)) / len(runs)
+
+
+def _continued(model: Any, starts: torch.Tensor, seq_len: int) -> tuple[torch.LongTensor, ...]:
+    """Windows of `seq_len` tokens that begin with starts (rows, length), on the CPU."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    length = seq_len - starts.shape[1]
+    # Set on the model: generate() fills the open fields of a config that is an argument from the model's own. Nothing
+    # is padded, because windows end together; without a pad id generate() warns.
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=own.eos_token_id,
+        bos_token_id=own.bos_token_id,
+        pad_token_id=0,
+        min_new_tokens=length,
+        max_new_tokens=length,
+    )
+    return model.generate(input_ids=starts, attention_mask=torch.ones_like(starts)).cpu().unbind()
 
 
 def can_generate_text(model: Any) -> bool:

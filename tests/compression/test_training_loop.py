@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparselr.compression.training_loop import keep_back, train
+from hf_sparselr.compression.training_loop import by_size, keep_back, make_optimizer, train
 from hf_sparselr.config.options import TMOptions
 
 
@@ -83,3 +83,43 @@ def test_windows_are_kept_back_all_over_the_list(count: int, kept: int) -> None:
     assert len(judging) == kept
     gaps = [b - a for a, b in zip([-count // (2 * kept), *judging], judging, strict=False)] if kept else []
     assert all(abs(gap - count / kept) <= 1 for gap in gaps)
+
+
+def test_relative_step_sizes_follow_the_nonzero_entries() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(64, 64)
+    sparse = torch.where(torch.rand(64, 64) < 0.3, matrix, 0.0)
+    groups = {
+        "S": [nn.Parameter(sparse), nn.Parameter(sparse * 8), nn.Parameter(torch.zeros(4, 4))],
+        "factors": [nn.Parameter(matrix * 8)],
+        "vectors": [nn.Parameter(torch.zeros(8)), nn.Parameter(torch.full((8,), 4.0))],
+    }
+    options = TMOptions(lr=0.1, factor_lr=0.5, relative_lr=True)
+    rates = {
+        id(p): group["lr"]
+        for group in make_optimizer(groups, options, (0.9, 0.9)).param_groups
+        for p in group["params"]
+    }
+    found = [rates[id(p)] for own in groups.values() for p in own]
+    assert found == pytest.approx([0.1, 0.8, 1e-4, 0.4, 2e-3, 0.4], rel=2**0.25 - 1)
+    assert len(by_size([nn.Parameter(matrix * scale) for scale in (1.0, 1.02, 8.0)], 1e-3)) == 2
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_relative_steps_move_weights_of_any_size_by_the_same_share(scale: float) -> None:
+    class Scaled(Pull):
+        def __init__(self) -> None:
+            super().__init__()
+            self.place = nn.Parameter(torch.full((3,), scale))
+
+    model = Scaled()
+
+    def backward(batch: float, size: float) -> torch.Tensor:
+        loss = (model.place / scale - 2).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    options = TMOptions(passes=1, lr=0.01, relative_lr=True)
+    train(model, {"S": [model.place]}, [[1.0]], len, backward, options, (0.9, 0.9), 0, lambda _: None, lambda: 0.5)
+    share = float((model.place.detach() / scale - 1).mean())
+    assert 0.01 / 2**0.25 <= share <= 0.01 * 2**0.25 + 1e-6

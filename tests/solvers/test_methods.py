@@ -26,7 +26,7 @@ QUICK = {
 NAMES = [name for name in METHODS if name != PRECOMPUTED]
 SPARSITIES = ["2:4", "1:4", "3:8", 0.0, 0.5, 0.9]
 TM = {"passes": 3, "batch_size": 4, "lr": 1e-3}
-DISTILL = {"passes": 2, "batch_size": 4, "lr": 3e-4, "self_samples": 0}
+DISTILL = {"passes": 2, "batch_size": 4, "lr": 3e-3, "self_samples": 0}
 
 
 def solve(name: str, weight: torch.Tensor, gram: ScaledGram, sparsity: str | float):
