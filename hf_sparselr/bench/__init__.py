@@ -8,6 +8,7 @@ from typing import Any
 COMMANDS = {
     "methods": "methods and refinements on one model: errors, perplexity, seconds, bytes",
     "quality": "many models and refinements against their dense selves, in and out of the calibration's domain",
+    "families": "trains small models of several architectures for `quality`",
     "compress": "seconds and memory of compressing one block, by phase",
     "forms": "flat against hierarchical low-rank parts of single layers at equal bytes",
     "model-forms": "flat against hierarchical low-rank parts in a whole model at equal bytes",
