@@ -36,7 +36,8 @@ def coverage(model: nn.Module, blocks: Iterable[str]) -> dict:
                 packed += module.in_features * module.out_features
                 continue
             for key, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim > 1 and not key.endswith("bias"):
+                if parameter.ndim > 1 and not key.endswith("bias") and id(parameter) not in seen:
+                    seen.add(id(parameter))  # tied ones count once
                     dense[name if key == "weight" else f"{name}.{key}"] = parameter.numel()
     return {"packed": packed, "total": packed + sum(dense.values()), "dense": dense}
 

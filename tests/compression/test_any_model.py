@@ -361,6 +361,14 @@ def test_little_coverage_is_a_warning(messages):
     assert not messages
 
 
+def test_tied_weights_count_once():
+    model = tiny.build("llama")
+    model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+    linear = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.ndim > 1)
+    compress(model, tiny.settings(targets=["q_proj"]))
+    assert model.sparselr_report.coverage["total"] == linear
+
+
 def test_train_of_a_block_may_return_nothing(monkeypatch):
     model = tiny.build("llama")  # LeViT's attention overrides `train` so
     monkeypatch.setattr(

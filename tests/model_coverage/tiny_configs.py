@@ -43,7 +43,7 @@ WAYS = (
     Sizes(image=64, kv_heads=4),
     Sizes(derived=True),
     Sizes(heads=8, kv_heads=8, expand=2),
-    Sizes(heads=8, kv_heads=8, expand=2, derived=True),
+    Sizes(layers=4, heads=8, kv_heads=8, expand=2, derived=True),
     Sizes(hidden=256, heads=2, kv_heads=1),
     Sizes(scaled=True, image=64, layers=4),
 )
@@ -76,6 +76,7 @@ def rules(sizes: Sizes) -> list[tuple[str, int | None]]:
         (r"rope_head_dim|index_head_dim|^d_kv$|head_(dim|size)$|d_head$|^dim_head$|^rotary_dim$", sizes.head),
         (r"lora_rank|state_size|d_state|time_step_rank|_rank$", 32),
         (r"query_pre_attn_scalar", sizes.head),
+        (r"attention_hidden_size", 2 * sizes.hidden),
         (r"intermediate|ffn|mlp_dim|mlp_hidden|^d_?ff$|feed_forward|d_inner|feedforward", 2 * sizes.hidden),
         (r"hidden|d_(model|latents)|embd$|emb(ed|edding)?_dim|embedding_size|^dim$|width", sizes.hidden),
         (r"proj.*_(dim|size)", sizes.hidden),
