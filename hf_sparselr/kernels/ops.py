@@ -118,6 +118,8 @@ def _product(rows: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Ten
         return no_product(rows, weight)
     if kernel == "dense":
         return F.linear(rows, resident_weight(weight, unpacked), weight.bias)
+    if cpu.takes((rows, *weight.tensors)) and cpu.supports(rows.dtype):
+        return cpu.unpack_then_gemm(rows, weight)
     return reference_linear(rows, weight)
 
 

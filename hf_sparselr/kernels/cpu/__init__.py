@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch.nn import functional as F
 
 from ...utils.c_compiler import load
 from ...utils.precision import X86, multiplies_natively
@@ -93,6 +94,12 @@ def multiply(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """`bind` and the product of one weight: x (..., in) to (..., out)."""
     plain = (weight.contiguous(),)
     return bind(plain)(inputs, inputs.shape[:-1].numel(), plain)[0]
+
+
+def unpack_then_gemm(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """The product of one weight by oneDNN: x (rows, in) to (rows, out)."""
+    out = F.linear(inputs, unpack(weight), weight.bias)
+    return out if weight.A is None else out.addmm_(F.linear(inputs, weight.A), weight.B.T)
 
 
 def unpack(weight: PackedWeight) -> torch.Tensor:

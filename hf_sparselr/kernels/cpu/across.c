@@ -241,19 +241,23 @@ static void across_plain(const uint8_t *m, const entry *v, int64_t left, const I
 }
 #endif
 
-/* level: 0 AVX2 or no x86, 1 AVX-512, as far as the processor has it. apart: whether x must be spread that way. */
-static across choose_across(int level, int *paired, int *apart) {
-  *paired = 0, *apart = APART;
+typedef struct {
+  across row;
+  int64_t most; /* rows of x for which it is faster than "along" */
+  int apart;    /* how x must be spread */
+} Across;
+
+/* level: 0 AVX2 or no x86, 1 AVX-512, as far as the processor has it. */
+static Across choose_across(int level) {
 #ifdef X86
   int wide = level > 0 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vl");
-  if (wide) *apart = 0;
 #ifdef HAS_PAIRED
-  *paired = wide && __builtin_cpu_supports("avx512bf16");
-  if (*paired) return across_paired;
+  if (wide && __builtin_cpu_supports("avx512bf16")) return (Across){across_paired, INT64_MAX, 0};
 #endif
-  return wide ? across_wide : across_narrow;
+  return wide ? (Across){across_wide, 16, 0} : (Across){across_narrow, 12, APART};
 #else
-  return across_plain;
+  (void)level;
+  return (Across){across_plain, 12, APART};
 #endif
 }
 
@@ -347,7 +351,7 @@ static void multiply_tile(const Weight *w, const int64_t *starts, int64_t top, c
 
 /* Weights with the same x. starts: those of all weights, one after the other. Returns 1 without memory, else 0. */
 static int multiply_across(const Weight *weights, int64_t size, const int64_t *starts, const entry *x, entry *const *ys,
-                           int64_t rows, across multiply, int apart, int threads) {
+                           int64_t rows, Across way, int threads) {
   int64_t ins = weights->ins, stride = (ins + 7) / 8 * 8 + 64, all_ranks = 0, most_ranks = 0, all_tiles = 0;
   stride = (stride + 15) / 16 * 16;
   for (int64_t i = 0; i < size; i++) {
@@ -365,7 +369,7 @@ static int multiply_across(const Weight *weights, int64_t size, const int64_t *s
     memcpy(given + r * stride, x + r * ins, ins * sizeof(entry));
     memset(given + r * stride + ins, 0, (stride - ins) * sizeof(entry)); /* what is read behind the ends is zero */
   }
-  spread(given, wide, rows * stride, apart);
+  spread(given, wide, rows * stride, way.apart);
   Inputs in = {wide, given, stride};
 #pragma omp parallel num_threads(threads)
   {
@@ -376,7 +380,7 @@ static int multiply_across(const Weight *weights, int64_t size, const int64_t *s
       float *u = us;
       int64_t q = column;
       for (; q >= padded(w->rank); w++) q -= padded(w->rank), u += rows * padded(w->rank);
-      if (q < w->rank) low_rank_column(w, q, &in, u, padded(w->rank), rows, apart);
+      if (q < w->rank) low_rank_column(w, q, &in, u, padded(w->rank), rows, way.apart);
       else for (int64_t r = 0; r < rows; r++) u[r * padded(w->rank) + q] = 0;
     }
 #pragma omp for schedule(static)
@@ -387,7 +391,7 @@ static int multiply_across(const Weight *weights, int64_t size, const int64_t *s
       int64_t tile = number, tiles;
       for (; tile >= (tiles = (w->outs + SHORT - 1) / SHORT); w++)
         tile -= tiles, its_starts += w->outs + 1, u += rows * padded(w->rank);
-      multiply_tile(w, its_starts, tile * SHORT, &in, u, factors, ys[w - weights], rows, multiply);
+      multiply_tile(w, its_starts, tile * SHORT, &in, u, factors, ys[w - weights], rows, way.row);
     }
   }
   return give_back(memory), 0;

@@ -46,8 +46,10 @@ ALONG(along_wide_16, AVX512, 64, 1, 8)
 ALONG(along_wide_32, AVX512, 64, 2, 4)
 ALONG(along_wide_48, AVX512, 64, 3, 3)
 ALONG(along_wide_64, AVX512, 64, 4, 2)
+ALONG(along_wide_96, AVX512, 64, 6, 1)
+ALONG(along_wide_128, AVX512, 64, 8, 1)
 static const Lane wide_lanes[] = {
-    {64, along_wide_64}, {48, along_wide_48}, {32, along_wide_32}, {16, along_wide_16}, {0, NULL}};
+    {128, along_wide_128}, {96, along_wide_96}, {64, along_wide_64}, {48, along_wide_48}, {32, along_wide_32}, {16, along_wide_16}, {0, NULL}};
 #else
 ALONG(along_16, , 16, 4, 2)
 ALONG(along_24, , 16, 6, 1)
@@ -61,6 +63,7 @@ static const Lane lanes[] = {{64, along_64}, {48, along_48}, {32, along_32}, {24
 static Lane choose_along(int level, int64_t rows) {
   const Lane *options = lanes;
   double vector = 8, least = 0;
+  (void)level;
 #ifdef X86
   if (level > 0 && __builtin_cpu_supports("avx512f")) options = wide_lanes, vector = 16;
 #endif

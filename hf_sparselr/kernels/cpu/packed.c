@@ -22,15 +22,13 @@ int multiply(const Weight *weights, int64_t size, const entry *x, entry *const *
              int threads, int64_t *kept) {
   int64_t all = 0;
   for (int64_t i = 0; i < size; i++) all += weights[i].outs + 1;
-  int64_t few[2048], *starts = all <= 2048 ? few : malloc(all * 8);
+  int64_t local[2048], *starts = all <= 2048 ? local : malloc(all * 8);
   if (!starts) return 1;
-  int paired, apart, failed = count_all(weights, size, starts, threads, kept);
-  across row = choose_across(level, &paired, &apart);
-  if (!failed)
-    failed = rows <= 2 * ACROSS || paired
-                 ? multiply_across(weights, size, starts, x, ys, rows, row, apart, threads)
-                 : multiply_along(weights, size, starts, x, ys, rows, level, threads);
-  if (starts != few) free(starts);
+  int failed = count_all(weights, size, starts, threads, kept);
+  Across few_rows = choose_across(level);
+  if (!failed && rows <= few_rows.most) failed = multiply_across(weights, size, starts, x, ys, rows, few_rows, threads);
+  else if (!failed) failed = multiply_along(weights, size, starts, x, ys, rows, level, threads);
+  if (starts != local) free(starts);
   return failed;
 }
 
