@@ -146,9 +146,9 @@ def working_copy(block: nn.Module, device: torch.device) -> nn.Module:
     """
     configs = {id(value): value for part in block.modules() for value in vars(part).values()}
     configs = {key: value for key, value in configs.items() if isinstance(value, PreTrainedConfig)}
-    weights = {  # copied once, to where they are needed
+    weights = {  # copied once, to where they are needed; both steps at once would make FP32 of them before they move
         id(parameter): nn.Parameter(
-            parameter.detach().to(device, torch.float32, copy=True), requires_grad=parameter.requires_grad
+            parameter.detach().to(device, copy=True).float(), requires_grad=parameter.requires_grad
         )
         for parameter in block.parameters()
         if type(parameter) is nn.Parameter and parameter.is_floating_point()

@@ -43,11 +43,11 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             yield
         return
-    with matmuls(LEVELS[precision]), _RepeatedHeads() if device.type == "cuda" else nullcontext():
+    with matmuls(LEVELS[precision]), RepeatedHeads() if device.type == "cuda" else nullcontext():
         yield
 
 
-class _RepeatedHeads(TorchFunctionMode):
+class RepeatedHeads(TorchFunctionMode):
     """Inside, attention whose heads share keys gets copies of them: torch has no fused kernel in FP32 that shares."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
