@@ -23,7 +23,7 @@ SETTINGS = {
 }
 
 
-UNDONE_BY = ("compress", "restored_on_error")  # after their last lines the model is compressed
+UNDONE_BY = ("compress", "_compress", "restored_on_error")  # after their last lines the model is compressed
 
 
 class Interrupt(BaseException):
