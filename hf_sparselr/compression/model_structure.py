@@ -61,7 +61,7 @@ def find_stacks(model: nn.Module) -> Stacks:
             visit(f"{name}.{key}" if name else key, child, in_list or could_be_stack)
 
     visit("", model, False)
-    stacks = {name: blocks for name, blocks in stacks.items() if blocks}
+    stacks = {name: blocks for name, blocks in stacks.items() if any(map(_holds_layers, blocks.values()))}
     if stacks:
         return stacks
     base, prefix = getattr(model, "base_model", model), ""

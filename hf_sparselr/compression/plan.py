@@ -73,6 +73,8 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
     if config.hierarchy is not None:
         check_installed(config.hierarchy)
     layers = compressible_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layers in its blocks: nothing can be compressed")
     for field in ("targets", "overrides"):
         for pattern in getattr(config, field) or ():
             if not any(covers(pattern, name) for name in layers):
@@ -109,6 +111,10 @@ def plan_layers(model: nn.Module, config: "SparseLRConfig") -> dict[str, Layer]:
         logger.warning(f"{len(tied)} layers stay dense, because several blocks share them: {_shorten(tied, 8)}")
     if misfits:
         logger.warning(f"{len(misfits)} layers stay dense: {'; '.join(misfits[:8])}")
+    if not plan and misfits:
+        raise ValueError(f"no layer can be compressed: {'; '.join(misfits[:3])}{', ...' if len(misfits) > 3 else ''}")
+    if not plan and tied:
+        raise ValueError(f"no layer can be compressed: several blocks share {_shorten(tied)}")
     if not plan:
         raise ValueError(f"targets, ignore and overrides leave no layer to compress; layers are {_shorten(layers)}")
     return plan

@@ -47,6 +47,9 @@ def survey_blocks(model: nn.Module, stacks: Stacks, batches: list[Sample]) -> Su
 
     A block does not compute but hands its hidden states on. If the model fails then, a real pass is made. The model's
     output layer ends a pass.
+
+    Raises:
+        ValueError: the model fails on a sample in a real pass.
     """
     survey = Survey(chains=set(stacks))
     blocks = {name: block for members in stacks.values() for name, block in members.items()}
@@ -57,11 +60,23 @@ def survey_blocks(model: nn.Module, stacks: Stacks, batches: list[Sample]) -> Su
                 calls = _calls(model, blocks, inputs, compute=False)
                 _check_identity(stacks, calls)
             except Exception:  # a model may raise anything when its blocks return too little
-                calls = _calls(model, blocks, inputs, compute=True)
+                calls = _real_calls(model, blocks, inputs)
             _note(survey, stacks, calls)
             if len(survey.order) == len(blocks):
                 break
     return survey
+
+
+def _real_calls(model: nn.Module, blocks: dict[str, nn.Module], inputs: dict[str, Any]) -> "list[_BlockCall]":
+    try:
+        return _calls(model, blocks, inputs, compute=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the model's own
+        raise ValueError(
+            f"{type(model).__name__} cannot be run on a calibration sample with {', '.join(sorted(inputs))} "
+            f"({type(error).__name__}: {error}): expected dicts of the inputs that its forward method takes"
+        ) from error
 
 
 @dataclass

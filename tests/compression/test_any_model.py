@@ -361,6 +361,12 @@ def test_little_coverage_is_a_warning(messages):
     assert not messages
 
 
+def test_a_model_that_fails_on_a_sample_is_a_clear_error():
+    samples = [{"pixel_values": random(1, 3, 24, 24)}] * 4  # the model takes 16 x 16
+    with pytest.raises(ValueError, match="ViTForImageClassification cannot be run on a calibration sample with pixel"):
+        compress(vit(), tiny.settings(calibration=samples))
+
+
 def test_tied_weights_count_once():
     model = tiny.build("llama")
     model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight

@@ -159,6 +159,10 @@ def test_the_first_matching_override_wins():
         ({"overrides": {"fc9": {"rank": 2}}}, r"overrides: 'fc9' matches no layer.*q_proj.*\(14 in all\)"),
         ({"ignore": ["fc9"]}, r"ignore: 'fc9' matches no module; layers are"),
         ({"ignore": [".*"]}, r"leave no layer to compress; layers are model\.layers\.0"),
+        (
+            {"rank": 64, "on_incompatible": "skip"},
+            r"no layer can be compressed: model\.layers\.0.*q_proj: rank=64 must",
+        ),
         ({"sparsity": "2:5"}, r"0\.self_attn\.q_proj: its 32 inputs.*'2:5' \(and 13 more layers\).*\"skip\""),
         ({"rank": 16}, r"0\.self_attn\.k_proj: rank=16 must be smaller.*16 x 32.*on_incompatible=\"skip\""),
     ],

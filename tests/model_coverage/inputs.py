@@ -89,8 +89,8 @@ def _normal(*shape: int) -> Maker:
     return lambda generator: torch.randn(shape, generator=generator)
 
 
-def _ids(length: int, high: int) -> Maker:
-    return lambda generator: torch.randint(3, high, (1, length), generator=generator)
+def _ids(length: int, high: int, *channels: int) -> Maker:
+    return lambda generator: torch.randint(3, high, (1, length, *channels), generator=generator)
 
 
 def _constant(tensor: torch.Tensor) -> Maker:
@@ -121,7 +121,10 @@ def _candidates(model: tf.PreTrainedModel) -> dict[str, list[Maker]]:
     ids = _ids(LENGTH, high)
     return {
         "input_ids": [ids],
-        "decoder_input_ids": [ids],
+        "decoder_input_ids": [
+            ids,
+            _ids(LENGTH, high, _value(config.get_text_config(decoder=True), ("num_channels",), 2)),
+        ],
         "qformer_input_ids": [ids],
         "attention_mask": [_constant(torch.ones(1, LENGTH, dtype=torch.long))],
         "token_type_ids": [_constant(torch.zeros(1, LENGTH, dtype=torch.long))],
