@@ -43,6 +43,7 @@ def restore_block(
     if inputs is not None:
         place = Workplace.of(block, config, world)
         calls, dense_hidden = place.keep_calls(inputs.calls), inputs.dense_hidden
+        inputs.dense_hidden = None  # so that they end with this block
         if dense_hidden is not None:
             dense_hidden = place.forward(working_copy(block, place.device), place.keep(dense_hidden), calls)
         working = working_copy(packed, place.device)
@@ -63,6 +64,8 @@ def _packed_block(block: nn.Module, file: Path) -> nn.Module:
         packed.set_submodule(name, empty_packed_layer(dense, parts, dense.weight.dtype))
     for name, tensor in load_file(file, "cpu" if device.type == "meta" else str(device)).items():
         container, key, old = tensor_place(packed, name)
+        if device.type == "cpu":
+            tensor = tensor.clone()  # the file will be deleted
         if not old.is_contiguous():
             tensor = torch.empty_strided(old.shape, old.stride(), dtype=tensor.dtype).copy_(tensor)
         container[key] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor

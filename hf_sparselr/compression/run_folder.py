@@ -220,17 +220,17 @@ def _renamed(path: Path) -> Iterator[Path]:
     beside = path.with_name(f"{path.name}.partial")
     try:
         yield beside
-        _flush(beside)
+        _flush(beside, os.O_RDWR)
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
     if os.name == "posix":
-        _flush(path.parent)
+        _flush(path.parent, os.O_RDONLY)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush(path: Path, mode: int) -> None:
+    descriptor = os.open(path, mode)
     try:
         os.fsync(descriptor)
     finally:

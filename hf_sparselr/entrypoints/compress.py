@@ -22,7 +22,7 @@ from ..utils.modules import check_device, restored_on_error
 from ..utils.world import ALONE, World
 from .dense_model import dense_skeleton
 from .output import check_folder, check_output, check_unused, save
-from .streaming import is_streamed
+from .streaming import are_read_by_block, is_streamed
 
 
 def compress(
@@ -106,6 +106,8 @@ def _compress(
             attach(dense, config.stored(), compress_in_memory(dense, plan, config, samples, world=world))
         return dense.eval()
     files = checkpoint_files(type(skeleton), origin.name, load_kwargs) if given is None else None
+    if streamed and files:
+        streamed = are_read_by_block(files, stream)
     with RunFolder(output_dir, _identity(skeleton, config, samples, files), overwrite, world) as folder:
         source: BlockSource | None = None
         if streamed:

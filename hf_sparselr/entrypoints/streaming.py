@@ -48,6 +48,21 @@ def is_streamed(
     return obstacle is None
 
 
+def are_read_by_block(files: list[str], stream: bool | str) -> bool:
+    """Whether weight files can be read block by block.
+
+    Raises:
+        ValueError: they cannot, and `stream` is True.
+    """
+    if all(file.endswith(".safetensors") for file in files):
+        return True
+    problem = f"blocks are read from .safetensors files, found {os.path.basename(files[0])}: convert the checkpoint"
+    if stream is True:
+        raise ValueError(f"stream=True: {problem}, or use stream=False")
+    logger.warning(f"the model is not streamed: {problem}")
+    return False
+
+
 def model_bytes(model: PreTrainedModel) -> int:
     """Bytes of a model's parameters and buffers, tied ones once."""
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from hf_sparselr import compress
 from hf_sparselr.cli import main
 from hf_sparselr.compression import pipeline
+from hf_sparselr.compression import run as compression_run
 from hf_sparselr.compression.run_folder import NAME, RunFolder
 from hf_sparselr.entrypoints import streaming
 from hf_sparselr.integrations.transformers import lazy_loading
@@ -103,6 +104,31 @@ def test_a_run_goes_on_after_its_last_finished_block(stream, target, llama, tmp_
     run(llama, tmp_path / "out", not stream, **changes)
     assert worked_on == ["model.layers.2"]
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_run_that_is_stopped_while_it_distils_goes_on(llama, tmp_path, monkeypatch):
+    changes = {"refine": "distill", "distill": {"passes": 1, "self_samples": 0}}
+    run(llama, tmp_path / "whole", False, **changes)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="3 finished blocks are kept"):
+        patched.setattr(compression_run, "distill", raise_stop)
+        run(llama, tmp_path / "out", False, **changes)
+    monkeypatch.setattr(pipeline, "compress_block", raise_stop)  # it is not called again
+    model = run(llama, tmp_path / "out", False, **changes)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert tiny.same(tiny.snapshot(model), tiny.snapshot(AutoModelForCausalLM.from_pretrained(tmp_path / "out")))
+
+
+def test_other_files_than_safetensors_are_read_whole(llama, whole, tmp_path, monkeypatch, caplog):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.config.save_pretrained(tmp_path / "bin")
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"stream=True: blocks are read from .safetensors files, found pytorch_model"):
+        run(str(tmp_path / "bin"), tmp_path / "out")
+    monkeypatch.setattr(streaming, "available_memory", lambda: 1)
+    run(str(tmp_path / "bin"), tmp_path / "out", "auto")
+    assert "the model is not streamed" in caplog.text
+    weights = [name for name in whole if name.endswith(".safetensors")]
+    assert {name: content(tmp_path / "out")[name] for name in weights} == {name: whole[name] for name in weights}
 
 
 @pytest.mark.parametrize("family", ["t5", "qwen3-moe"])
@@ -202,9 +228,17 @@ def test_a_damaged_block_is_compressed_again(llama, whole, tmp_path, monkeypatch
 def test_an_interrupt_says_how_to_go_on(llama, tmp_path, monkeypatch, capsys):
     told = stopped(monkeypatch, 1, llama, tmp_path / "out")
     assert re.match(r"1 finished blocks are kept in .*: the same call goes on after them", told)
-    monkeypatch.setattr(importlib.import_module("hf_sparselr.entrypoints.compress"), "compress", raise_stop)
-    assert main(["compress", llama, "--output", str(tmp_path / "b"), "--stream", "yes"]) == 130
-    assert "stopped" in capsys.readouterr().err
+    asked = {}
+
+    def interrupted(*args, **kwargs):
+        asked.update(kwargs)
+        raise KeyboardInterrupt(told)
+
+    monkeypatch.setattr(importlib.import_module("hf_sparselr.entrypoints.compress"), "compress", interrupted)
+    options = ["--stream", "yes", "--overwrite", "--max-shard-size", "30KB"]
+    assert main(["compress", llama, "--output", str(tmp_path / "b"), *options]) == 130
+    assert f"hf-sparselr: stopped. {told}" in capsys.readouterr().err
+    assert asked["stream"] is True and asked["overwrite"] and asked["max_shard_size"] == "30KB"
 
 
 def test_the_log_of_a_run(llama, tmp_path, monkeypatch):

@@ -45,8 +45,11 @@ def load_without_blocks(
 
     Tensors of a block that other parts of the model share are loaded.
 
+    Args:
+        load_kwargs: without `device_map`.
+
     Raises:
-        ValueError: the weights are not in safetensors files, or arguments of `from_pretrained` that place weights.
+        SafetensorError: a file is no safetensors file.
     """
     readers: list[BlockReader] = []
 
@@ -85,13 +88,6 @@ class BlockReader:
     """
 
     def __init__(self, skeleton: PreTrainedModel, files: list[str], config: Any) -> None:
-        if not files or not all(str(file).endswith(".safetensors") for file in files):
-            raise ValueError(
-                f"stream=True: weights are read block by block from .safetensors files, found {files[:1]}; convert "
-                "the checkpoint, or use stream=False"
-            )
-        if config.device_map is not None:
-            raise ValueError("device_map: stream=True keeps weights in files; leave device_map out")
         self._skeleton, self._config = skeleton, config
         self._blocks = {name: block for stack in find_stacks(skeleton).values() for name, block in stack.items()}
         block_of = _owners(skeleton, self._blocks)
