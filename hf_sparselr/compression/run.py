@@ -137,9 +137,16 @@ def distill_in_memory(
         kinds = {CALIBRATION: calibration, SELF_WRITTEN: world.of_first(samples.for_distillation(teacher))}
         for kind, windows in kinds.items():
             trained[kind], judging[kind] = keep_back(windows)
-        every = [sample for windows in trained.values() for sample in windows]
-        size = math.gcd(config.batch_size, options.batch_size) if takes_batches(teacher, every[0]) else 1
+        batched = takes_batches(teacher, calibration[0])
+        size = math.gcd(config.batch_size, options.batch_size) if batched else 1
         size = even_batch(size, options.batch_size, world)
+
+        def batches(parts: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
+            """Batches with as many tokens of each kind, of this process."""
+            longest = _length(calibration)
+            sizes = {kind: size * max(1, longest // _length(own)) if batched else 1 for kind, own in parts.items()}
+            return {kind: world.share(make_batches(own, sizes[kind])) for kind, own in parts.items()}
+
         bar = transformers_logging.tqdm(total=options.passes, desc="Distilling", unit="pass")
 
         def on_pass(loss: float) -> None:
@@ -150,12 +157,12 @@ def distill_in_memory(
         report.distill = distill(
             model,
             teacher,
-            world.share(make_batches(every, size)),
+            [batch for own in batches(trained).values() for batch in own],
             options,
             config.seed,
             device,
             on_pass,
-            {kind: world.share(make_batches(windows, size)) for kind, windows in judging.items()},
+            batches(judging),
             world,
         )
         bar.close()
@@ -165,6 +172,11 @@ def distill_in_memory(
         f"distillation took the divergence from the dense model from {report.distill['loss_before']:.4f} to "
         f"{report.distill['loss_after']:.4f} nats a prediction in {report.distill['seconds']:.1f} s"
     )
+
+
+def _length(samples: list[Sample]) -> int:
+    """The tokens of the longest of some samples; 1 where they are none."""
+    return max((sample["input_ids"].shape[1] for sample in samples if "input_ids" in sample), default=1)
 
 
 def _distill_options(config: SparseLRConfig, device: torch.device) -> DistillOptions:

@@ -15,7 +15,8 @@ from .model_structure import context_length
 
 logger = logging.getLogger("hf_sparselr")
 
-SELF_BATCH = 256  # windows that the dense model writes at a time for distillation
+MOST_AT_A_TIME = 1024  # windows that the dense model writes at a time for distillation
+WIDTH_TIMES_WINDOWS = 2**20  # bounds the memory of keys and values, which grows with the model's width
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Samples:
             num_samples=options.self_samples,
             seq_len=_bounded(options.self_len, model),
             seed=self.config.seed + 1,
-            batch_size=SELF_BATCH,
+            batch_size=_at_a_time(model),
         )
         return token_samples(windows)
 
@@ -100,6 +101,12 @@ class Samples:
             logger.debug("%s", error)
             return None
         return getattr(getattr(tokenizer, "tokenizer", tokenizer), "bos_token_id", None)
+
+
+def _at_a_time(model: PreTrainedModel) -> int:
+    """A small model takes as long for a few windows as for many."""
+    width = model.get_input_embeddings().weight.shape[1]
+    return max(64, min(MOST_AT_A_TIME, WIDTH_TIMES_WINDOWS // width))
 
 
 def warn_of_few_tokens(samples: list[Sample], widths: dict[str, int]) -> None:
