@@ -1,18 +1,18 @@
 """Distillation: a compressed model is trained against its dense self's logits, as a whole.
 
-Minimises the Kullback-Leibler divergence KL(dense || compressed) of predicted distributions over the nonzeros of S,
-the factors, the norms and the biases. Zeros stay zero. The dense model's logits are computed batch by batch beside
-the compressed model's and never stored.
+Minimises the Kullback-Leibler divergence KL(dense || compressed) of predicted distributions, and the relative distance
+of the blocks' outputs, over the nonzeros of S, the factors, the norms and the biases. Zeros stay zero. The dense model
+computes batch by batch beside the compressed one; nothing of it is stored.
 """
 
 import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,17 +21,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config.options import DistillOptions
 from ..data.model_inputs import Sample, first_row, rows
-from ..format.bitmask import unpack, unpack_mask
-from ..format.decomposition import Decomposition
-from ..nn.linear import SparseLRLinear, packed_layers
+from ..nn.linear import packed_layers
 from ..utils.modules import detached_states, eval_mode, named_tensors
 from ..utils.precision import arithmetic, available
 from ..utils.world import ALONE, World
-from .capture import instance_forwards, model_inputs
+from .capture import first_tensor, instance_forwards, model_inputs
+from .masters import original_places, pack_masters, round_masters, unpack_masters
 from .model_structure import Stacks, find_stacks
 from .padding import MASKS
 from .training_loop import Groups, Training, is_large, restore, shared_steps, snapshot, train
-from .working_linear import WorkingLinear, trainable
 
 if TYPE_CHECKING:
     from ..config.sparselr_config import SparseLRConfig
@@ -109,23 +107,24 @@ def distill(
     layers = packed_layers(model)
     dtypes = {name: tensor.dtype for name, tensor in named_tensors(model)}
     few = max(1, JUDGING_WINDOWS // (rows(batches[0]) * world.size)) if batches else 0
+    pairs = block_pairs(model, teacher) if options.hidden_weight else []
     judging = {kind: own for kind, own in (kept_back or {}).items() if world.any(bool(own))}
-    with _original_places(model), eval_mode(model), _checkpointing(model, options.checkpointing):
+    with original_places(model), eval_mode(model), _checkpointing(model, options.checkpointing):
         try:
-            groups = _unpack(model, layers, device, options)
+            groups = unpack_masters(model, layers, device, options)
             parameters = [parameter for group in groups.values() for parameter in group]
             start = snapshot(parameters, in_main_memory=is_large(parameters))
             scale = Scale(model, teacher, judging or {"trained on": batches[:few]}, options, device, world)
-            training = _train(model, teacher, groups, batches, options, seed, on_pass, scale.weigh, world)
+            training = _train(model, teacher, pairs, groups, batches, options, seed, on_pass, scale.weigh, world)
             best, history = training.best_pass, scale.history
             if best:
-                _round(model, dtypes)
+                round_masters(model, dtypes)
                 if not scale.weigh() < 1:
                     restore(parameters, start)
                     best = 0
             after = scale.history[-1] if best else history[0]
         finally:
-            _pack(model, layers)
+            pack_masters(model, layers)
     return {
         "losses": training.losses,
         "kept_back": {kind: [losses[kind] for losses in history] for kind in judging},
@@ -174,7 +173,16 @@ class Scale:
 
 
 def _train(
-    model, teacher, groups: Groups, batches, options: DistillOptions, seed: int, on_pass, judge, world: World
+    model,
+    teacher,
+    pairs: list[tuple[nn.Module, nn.Module]],
+    groups: Groups,
+    batches,
+    options: DistillOptions,
+    seed: int,
+    on_pass,
+    judge,
+    world: World,
 ) -> Training:
     counts = {id(batch): count for batch, count in zip(batches, predictions(teacher, batches, options), strict=True)}
     device = next(model.parameters()).device
@@ -185,25 +193,37 @@ def _train(
         return torch.tensor(total, device=device) if padded else total
 
     def backward(batch: Sample, size: float | torch.Tensor) -> torch.Tensor:
-        return add_gradients(model, teacher, batch, size, options)
+        return add_gradients(model, teacher, batch, size, options, pairs)
 
     steps = _steps(batches, list(counts.values()), options.batch_size, world)
     return train(model, groups, steps, size, backward, options, BETAS, seed, on_pass, judge, world)
 
 
 def add_gradients(
-    model: nn.Module, teacher: nn.Module, batch: Sample, size: float | torch.Tensor, options: DistillOptions
+    model: nn.Module,
+    teacher: nn.Module,
+    batch: Sample,
+    size: float | torch.Tensor,
+    options: DistillOptions,
+    pairs: Sequence[tuple[nn.Module, nn.Module]] = (),
 ) -> torch.Tensor:
-    """Adds the gradient of a batch's summed divergence / `size` to the model's parameters, and returns that quotient.
+    """Adds the gradient of a batch's loss to the model's parameters.
+
+    The loss is the summed divergence / `size`, and `hidden_weight` times the distance of the blocks' outputs.
 
     Args:
         model, teacher: on one device.
         batch: model inputs, on any device.
+        pairs: blocks of both whose outputs are compared.
+
+    Returns:
+        The summed divergence / `size`.
     """
     device = next(model.parameters()).device
     with arithmetic(device, options.precision):
-        student = _logits(model, batch)
-        with torch.no_grad():
+        with outputs_of([own for own, _ in pairs]) as mine_hidden:
+            student = _logits(model, batch)
+        with torch.no_grad(), outputs_of([dense for _, dense in pairs]) as their_hidden:
             target = _logits(teacher, batch)
             real = _real_positions(batch, student)
             gradient = torch.empty_like(student)
@@ -216,8 +236,59 @@ def add_gradients(
                     divergence, slope = divergence * real[row][:, None], slope * real[row][:, None]
                 loss += divergence.sum() / size
                 gradient[row] = slope / size
-        student.backward(gradient)
+            count = student.shape[:-1].numel() if real is None else real.sum()
+        distances = [hidden_distance(*each, real) for each in zip(mine_hidden, their_hidden, strict=True)]
+        if distances:
+            hidden = options.hidden_weight * torch.stack(distances).mean() * count / size
+            torch.autograd.backward([student, hidden], [gradient, None])
+        else:
+            student.backward(gradient)
     return loss
+
+
+def block_pairs(model: nn.Module, teacher: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """The blocks of a model and those of the same names in its dense model."""
+    mine, theirs = (
+        {name: block for stack in find_stacks(each).values() for name, block in stack.items()}
+        for each in (model, teacher)
+    )
+    return [(block, theirs[name]) for name, block in mine.items() if name in theirs]
+
+
+@contextmanager
+def outputs_of(blocks: list[nn.Module]) -> Iterator[list[torch.Tensor | None]]:
+    """A list that gets the hidden states that each block returns inside; None for a block that is not called."""
+    found: list[torch.Tensor | None] = [None] * len(blocks)
+
+    def note(index: int) -> Callable:
+        def hook(block: nn.Module, args: tuple, output: Any) -> None:
+            found[index] = first_tensor(output)
+
+        return hook
+
+    handles = [block.register_forward_hook(note(index)) for index, block in enumerate(blocks)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hidden_distance(mine: torch.Tensor | None, theirs: torch.Tensor | None, real: torch.Tensor | None) -> torch.Tensor:
+    """The mean over positions of |mine - theirs|^2 / |theirs|^2; 0 for a block that is not called.
+
+    Args:
+        mine, theirs: hidden states (..., width).
+        real: (rows, length) bool, the positions that count; None for all.
+    """
+    if mine is None or theirs is None:
+        return torch.zeros((), device=None if mine is None else mine.device)
+    mine, theirs = mine.float(), theirs.float()
+    least = torch.finfo(torch.float32).tiny
+    share = (mine - theirs).square().sum(-1) / theirs.square().sum(-1).clamp(min=least)
+    if real is not None and real.shape == share.shape:
+        return (share * real).sum() / real.sum()
+    return share.mean()
 
 
 @torch.no_grad()
@@ -289,94 +360,6 @@ def _steps(batches: list[Sample], counts: list[int], samples: int, world: World)
     longest = max((count // rows(batch) for batch, count in zip(batches, counts, strict=True)), default=0)
     least = samples * max(world.objects(longest))
     return [[batches[index] for index in group] for group in shared_steps(counts, least, world)]
-
-
-def _unpack(
-    model: nn.Module, layers: dict[str, SparseLRLinear], device: torch.device, options: DistillOptions
-) -> Groups:
-    """Puts the model on the device with FP32 masters of the trained parameters, and returns these in groups."""
-    if options.train == "all":
-        for name, layer in layers.items():
-            layer.to(device)
-            mask = unpack_mask(layer.mask, layer.in_features)
-            S = unpack(layer.mask, layer.values, layer.in_features)
-            factors = (None, None) if layer.A is None else (layer.A.data, layer.B.data)
-            hierarchy = None if layer.hierarchy is None else layer.hierarchy.detached()
-            parts = Decomposition(S, mask, *factors, hierarchy=hierarchy)
-            model.set_submodule(name, WorkingLinear(parts, layer.bias))
-    groups = trainable(model) if options.train == "all" else _without_sparse(model, layers)
-    trained = {id(parameter) for group in groups.values() for parameter in group}
-    for _, tensor in named_tensors(model):
-        own = id(tensor) in trained
-        dtype = torch.float32 if own else _frozen_dtype(tensor, options)
-        # A copy, so that the tensors that the model came with stay as they are.
-        tensor.data = tensor.data.to(device, dtype, copy=own)
-    return groups
-
-
-def _frozen_dtype(tensor: torch.Tensor, options: DistillOptions) -> torch.dtype:
-    """FP32, except where memory is short and autocast takes BF16 as it is."""
-    if options.train == "factors" and options.precision == "bf16" and tensor.dtype == torch.bfloat16:
-        return tensor.dtype
-    return torch.float32 if tensor.is_floating_point() else tensor.dtype
-
-
-@torch.no_grad()
-def _round(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Rounds to the stored dtypes but stays FP32: the last loss is then that of the stored model."""
-    for name, tensor in named_tensors(model):
-        if tensor.is_floating_point():
-            packed = f"{name.removesuffix('S')}values"
-            tensor.copy_(tensor.to(dtypes[name if name in dtypes else packed]))
-
-
-def _pack(model: nn.Module, layers: dict[str, SparseLRLinear]) -> None:
-    for name, layer in layers.items():
-        working = model.get_submodule(name)
-        if working is layer:
-            continue
-        layer.values.data = working.S.detach()[working.mask]
-        for own, trained in zip(layer.factors, working.factors, strict=True):
-            own.data = trained.detach()
-        if layer.bias is not None:
-            layer.bias.data = working.bias.detach()
-        model.set_submodule(name, layer)
-
-
-def _without_sparse(model: nn.Module, layers: dict[str, SparseLRLinear]) -> Groups:
-    """The groups of `trainable` for a model whose S stays packed."""
-    values = {id(layer.values) for layer in layers.values()}
-    return {
-        "factors": [factor for layer in layers.values() for factor in layer.factors],
-        "vectors": [p for p in model.parameters() if p.ndim == 1 and p.is_floating_point() and id(p) not in values],
-    }
-
-
-@contextmanager
-def on_device(teacher: nn.Module, device: torch.device, options: DistillOptions) -> Iterator[None]:
-    """Inside, the dense model is on the device, frozen, in the precision that distillation needs; then as it was."""
-    before = [(tensor, tensor.data, tensor.requires_grad) for _, tensor in named_tensors(teacher)]
-    with eval_mode(teacher):
-        try:
-            for tensor, data, _ in before:
-                tensor.requires_grad_(False)
-                tensor.data = data.to(device, _frozen_dtype(data, options))
-            yield
-        finally:
-            for tensor, data, flag in before:
-                tensor.data = data
-                tensor.requires_grad_(flag)
-
-
-@contextmanager
-def _original_places(model: nn.Module) -> Iterator[None]:
-    """After it, every tensor is where it was, in the dtype that it had."""
-    places = [(tensor, tensor.device, tensor.dtype) for _, tensor in named_tensors(model)]
-    try:
-        yield
-    finally:
-        for tensor, device, dtype in places:
-            tensor.data = tensor.data.to(device, dtype)
 
 
 @contextmanager

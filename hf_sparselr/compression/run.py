@@ -19,11 +19,12 @@ from .activations import work_device
 from .block_source import BlockSource
 from .convolutions import linear_convolutions
 from .coverage import coverage, log_coverage
-from .distillation import check_logits, copy_sharing_blocks, distill, on_device, takes_batches
+from .distillation import check_logits, copy_sharing_blocks, distill, takes_batches
 from .distributed import even_batch
 from .expert_products import watch_experts
 from .experts import fuse_experts, one_expert_at_a_time, unfuse_experts
 from .linear_layers import weight_shape
+from .masters import on_device
 from .model_structure import find_stacks
 from .pipeline import run
 from .plan import Layer, usable_plan

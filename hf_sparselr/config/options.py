@@ -154,6 +154,9 @@ class DistillOptions:
         self_samples: windows of text that the dense model writes itself, beside the calibration windows. If there are
             few calibration tokens, they keep the model from learning these by heart.
         self_len: tokens in such a window, bounded by the model's context.
+        hidden_weight: weight of the second term of the loss: the squared distance of each block's outputs from those of
+            the dense model, relative to their size, in the mean over blocks and positions. It tells more of a token
+            than its predictions do, which helps most on text unlike the calibration's.
         checkpointing: recompute activations in the backward pass; takes less memory and a third more time.
         precision: precision of the products: "fp32", "tf32" (GPUs only), or "bf16" (autocast with FP32 masters; "fp32"
             on a CPU without BF16 instructions).
@@ -168,6 +171,7 @@ class DistillOptions:
     train: str = "all"
     self_samples: int = 0
     self_len: int = 256
+    hidden_weight: float = 3.0
     checkpointing: bool = False
     precision: str = "bf16"
 
@@ -175,6 +179,7 @@ class DistillOptions:
         check_schedule("distill", self)
         check_integer("distill.self_samples", self.self_samples, 0)
         check_integer("distill.self_len", self.self_len, 2)
+        check_number("distill.hidden_weight", self.hidden_weight, 0)
         check_choice("distill.train", self.train, ("all", "factors"))
         check_choice("distill.checkpointing", self.checkpointing, (True, False))
         check_choice("distill.precision", self.precision, PRECISIONS)

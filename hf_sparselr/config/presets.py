@@ -4,7 +4,15 @@ from typing import Any
 
 _PUBLISHED_TM = {"passes": 20, "lr": 2e-5, "final_lr": 0.2, "target": "block", "precision": "fp32"}
 _TM = {"passes": 10, "lr": 3e-4, "final_lr": 0.2, "target": "mean", "precision": "auto"}
-_DISTILL = {"passes": 8, "lr": 2e-3, "relative_lr": True, "self_samples": 512, "self_len": 256}
+_DISTILL = {
+    "passes": 4,
+    "lr": 2e-3,
+    "relative_lr": True,
+    "batch_size": 4,
+    "self_samples": 2048,
+    "self_len": 256,
+    "hidden_weight": 3.0,
+}
 # A softer start and slower growth of the penalty find better supports, in more iterations.
 _SOFT = {"rho": 0.03, "growth": (1.09, 1.045, 1.018)}
 _SLOW = {"rho": 0.03, "growth": (1.05, 1.025, 1.01), "tolerance": 1e-4, "max_iterations": 3000}
@@ -13,10 +21,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {
         "3basil": {"rho": 0.09},
         "tm": {**_TM, "passes": 4},
-        "distill": {**_DISTILL, "passes": 4},
+        "distill": {**_DISTILL, "passes": 2},
     },
     "default": {"3basil": _SOFT, "tm": _TM, "distill": _DISTILL},
-    "high": {"3basil": _SLOW, "tm": {**_TM, "passes": 20}, "distill": {**_DISTILL, "self_samples": 1024}},
+    "high": {"3basil": _SLOW, "tm": {**_TM, "passes": 20}, "distill": {**_DISTILL, "self_samples": 4096}},
     "published": {
         "3basil": {"form": "textbook", "precision": "fp32", "refit_rounds": 1},
         "tm": _PUBLISHED_TM,

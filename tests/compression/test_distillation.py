@@ -24,7 +24,8 @@ from hf_sparselr import compress
 from hf_sparselr.compression import distillation as module
 from hf_sparselr.compression import run as offline
 from hf_sparselr.compression import samples as samples_module
-from hf_sparselr.compression.distillation import copy_sharing_blocks, distill, on_device
+from hf_sparselr.compression.distillation import copy_sharing_blocks, distill
+from hf_sparselr.compression.masters import on_device, unpack_masters
 from hf_sparselr.compression.model_structure import find_stacks
 from hf_sparselr.compression.plan import plan_layers
 from hf_sparselr.compression.samples import Samples
@@ -124,7 +125,7 @@ def test_gradients_are_those_of_the_divergence(train) -> None:
     model, teacher = packed()
     options = DistillOptions(**{**FAST, "train": train})
     layers = packed_layers(model)
-    groups = module._unpack(model, layers, CPU, options)
+    groups = unpack_masters(model, layers, CPU, options)
     parameters = [parameter.requires_grad_() for group in groups.values() for parameter in group]
     loss = module.add_gradients(model, teacher, {"input_ids": tiny.IDS}, tiny.IDS.numel(), options)
     found = [parameter.grad.clone() for parameter in parameters]
@@ -133,6 +134,34 @@ def test_gradients_are_those_of_the_divergence(train) -> None:
         theirs = teacher(input_ids=tiny.IDS).logits.log_softmax(-1)
     exact = (theirs.exp() * (theirs - mine)).sum() / tiny.IDS.numel()
     assert float(loss) == pytest.approx(float(exact.detach()), rel=1e-4)
+    for gradient, expected in zip(found, torch.autograd.grad(exact, parameters), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_second_term_is_the_distance_of_the_blocks_outputs(padded) -> None:
+    model, teacher = packed()
+    options = DistillOptions(**{**FAST, "hidden_weight": 2.0})
+    pairs = module.block_pairs(model, teacher)
+    groups = unpack_masters(model, packed_layers(model), CPU, options)
+    parameters = [parameter.requires_grad_() for group in groups.values() for parameter in group]
+    batch, real = {"input_ids": tiny.IDS}, torch.ones_like(tiny.IDS, dtype=torch.bool)
+    if padded:
+        real[:, 20:] = False
+        batch["attention_mask"] = real.long()
+    module.add_gradients(model, teacher, batch, int(real.sum()), options, pairs)
+    found = [parameter.grad.clone() for parameter in parameters]
+    outputs = {}
+    for kind, each in (("mine", model), ("theirs", teacher)):
+        for index, block in enumerate(each.model.layers):
+            block.register_forward_hook(lambda _, args, out, key=(kind, index): outputs.__setitem__(key, out))
+    mine, theirs = (each(**batch).logits.log_softmax(-1)[real] for each in (model, teacher))
+    exact = (theirs.exp() * (theirs - mine)).sum(-1).mean()
+    blocks = len(model.model.layers)
+    for index in range(blocks):
+        x, y = (outputs[kind, index][real].double() for kind in ("mine", "theirs"))
+        exact = exact + 2.0 / blocks * ((x - y).square().sum(-1) / y.square().sum(-1)).mean()
+    assert len(pairs) == blocks == 2
     for gradient, expected in zip(found, torch.autograd.grad(exact, parameters), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
 
