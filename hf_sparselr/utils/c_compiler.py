@@ -25,11 +25,14 @@ logger = logging.getLogger(__name__)
 
 COMPILE_SECONDS = 120
 _FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC")
+_HUNG: dict[str, str] = {}  # compilers that hung in this process, and the reason to tell
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def load(name: str, source: str, warning: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     """Returns the library of a C source with OpenMP; None, after a warning, without a compiler that makes one.
+
+    The same warning is given once a process, and a compiler that hung is not called again.
 
     Args:
         warning: the consequence and what to do, with a %s for the reason.
@@ -40,10 +43,15 @@ def load(name: str, source: str, warning: str, flags: tuple[str, ...] = ()) -> c
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["it says nothing"]
         said = next((line for line in lines if "error" in line), lines[0])
-        logger.warning(warning, f"{error.cmd[0]} returned {error.returncode}: {said}")
+        _warn(warning, f"{error.cmd[0]} returned {error.returncode}: {said}")
     except (OSError, subprocess.SubprocessError) as error:
-        logger.warning(warning, error)
+        _warn(warning, str(error))
     return None
+
+
+@functools.cache
+def _warn(warning: str, reason: str) -> None:
+    logger.warning(warning, reason)
 
 
 def _library(name: str, source: str, flags: tuple[str, ...]) -> Path:
@@ -69,13 +77,19 @@ def _compiler() -> list[str]:
 
 
 def _compile(folder: Path, stem: str, source: str, command: list[str]) -> Path:
+    if command[0] in _HUNG:
+        raise OSError(_HUNG[command[0]])
     with tempfile.TemporaryDirectory(dir=folder) as directory:
         written, built = Path(directory) / "source.c", Path(directory) / "library.so"
         written.write_text(source, encoding="utf-8")
-        subprocess.run(
-            [*command, str(written), "-o", str(built), "-lm"],
-            check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS,
-        )  # fmt: skip
+        try:
+            subprocess.run(
+                [*command, str(written), "-o", str(built), "-lm"],
+                check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            _HUNG[command[0]] = f"{command[0]} timed out after {COMPILE_SECONDS} seconds"
+            raise OSError(_HUNG[command[0]]) from None
         target = folder / f"{stem}-{_digest(built.read_bytes())}.so"
         built.replace(target)  # whole or not at all, even if another process compiles it now
     return target

@@ -1,12 +1,16 @@
 """The C kernels against float64, with and without AVX-512, and against memory that holds what it should not."""
 
+import os
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from helpers.kernel_cases import SUPPORTS, Problem, assert_near, draw, problem
 from torch._subclasses import FakeTensorMode
 
 from hf_sparselr.format.bitmask import pack
-from hf_sparselr.kernels import PackedWeight, cpu, packed_linear
+from hf_sparselr.kernels import PackedWeight, cpu, packed_linear, packed_linears
+from hf_sparselr.utils import c_compiler
 
 pytestmark = pytest.mark.skipif(not cpu.supports(torch.float32), reason="needs a C compiler, on x86 AVX2")
 levels = pytest.mark.parametrize("wide", [False, True], ids=["AVX2", "AVX-512"])
@@ -64,6 +68,68 @@ def test_sums_are_rounded_as_torch_rounds(dtype: torch.dtype, rows: int) -> None
     out = cpu.multiply(x, PackedWeight(mask, values, None, None, bias, 1))
     expected = (x.float() + bias.float()).to(dtype)
     assert torch.equal(out[:, :-1], expected[:, :-1]) and out[:, -1].isnan().all()
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets the compiler's command; what was compiled before is forgotten, and again afterwards."""
+
+    def use(command: str) -> None:
+        monkeypatch.setenv("CC", command)
+        for cached in (cpu._library, c_compiler._warn):
+            cached.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    use(os.environ.get("CC", ""))
+
+
+def test_without_a_compiler_products_stay_right_and_it_is_said_once(
+    compiler: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler("false")
+    for dtype in (torch.float32, torch.bfloat16):
+        case = problem(9, 100, 0.5, 5, True, dtype)
+        for rows in (1, 40):
+            x = draw(rows, 100, seed=6, dtype=dtype).cpu()
+            assert_near(packed_linear(x, on_cpu(case)), case.expected(x.to(case.S.device)).cpu(), dtype)
+        assert not cpu.supports(dtype)
+    (record,) = caplog.records
+    assert "several times slower" in record.getMessage() and "false returned 1" in record.getMessage()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_vectors_of_other_processors(dtype: torch.dtype, compiler: Callable[[str], None]) -> None:
+    compiler("cc -DPORTABLE")
+    assert cpu.supports(dtype)
+    for out, n, kind in SUPPORTS[:3]:
+        case = problem(out, n, kind, 5, True, dtype)
+        assert torch.equal(cpu.unpack(on_cpu(case)).double(), case.S.cpu())
+        for rows in (1, 7, 12, 13, 30, 70):
+            x = draw(rows, n, seed=6, dtype=dtype).cpu()
+            assert_near(cpu.multiply(x, on_cpu(case)), case.expected(x.to(case.S.device)).cpu(), dtype)
+
+
+def test_weights_with_one_input_come_out_as_they_would_alone() -> None:
+    cases = [problem(out, 100, kind, rank, bias) for out, kind, rank, bias in ((9, 0.5, 5, True), (33, 0.9, 0, False))]
+    weights = [on_cpu(case) for case in cases]
+    for rows in (1, 40):
+        x = draw(rows, 100, seed=6, dtype=torch.float32).cpu()
+        together = packed_linears(x, weights)
+        assert all(torch.equal(y, packed_linear(x, weight)) for y, weight in zip(together, weights, strict=True))
+    wrong = weights[1]._replace(values=torch.zeros(7))
+    with pytest.raises(ValueError, match="values hold 7 entries"):
+        packed_linears(x, [weights[0], wrong])
+
+
+def test_weights_that_are_not_contiguous() -> None:
+    case = problem(9, 100, 0.5, 5, True)
+    weight = on_cpu(case)
+    strided = weight._replace(A=weight.A.T.contiguous().T, B=torch.stack([weight.B] * 2, -1)[..., 0])
+    assert not strided.A.is_contiguous() and not strided.B.is_contiguous()
+    x = draw(3, 100, seed=6, dtype=torch.float32).cpu()
+    assert torch.equal(packed_linear(x, strided), packed_linear(x, weight))
+    assert torch.equal(packed_linear(x.T.contiguous().T, weight), packed_linear(x, weight))
 
 
 def test_only_memory_of_the_cpu_is_given_to_c() -> None:

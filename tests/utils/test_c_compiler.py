@@ -32,7 +32,9 @@ def home(tmp_path, monkeypatch) -> Path:
     wrapper.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/compiled\nexec {shutil.which("cc")} "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("CC", str(wrapper))
-    c_compiler._process_folder.cache_clear()
+    monkeypatch.setattr(c_compiler, "_HUNG", {})
+    for cached in (c_compiler._process_folder, c_compiler._warn):
+        cached.cache_clear()
     yield tmp_path
     c_compiler._process_folder.cache_clear()
 
@@ -152,11 +154,21 @@ def test_the_reason_is_told(home, monkeypatch, caplog):
     assert load(16) is None and "no-compiler" in caplog.text
 
 
+def test_the_same_reason_is_told_once(home, monkeypatch, caplog):
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(home))
+    assert load(18) is None and load(19) is None
+    assert [record.getMessage() for record in caplog.records] == ["no library (no C compiler found)"]
+    assert c_compiler.load("sample", SOURCE % 18, "slow (%s)") is None
+    assert caplog.records[-1].getMessage() == "slow (no C compiler found)"
+
+
 def test_a_compiler_that_hangs_is_given_up(home, monkeypatch, caplog):
     slow = home / "slow"
-    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.write_text(f"#!/bin/sh\necho >> {home}/compiled\nexec sleep 60\n")
     slow.chmod(0o755)
     monkeypatch.setenv("CC", str(slow))
     monkeypatch.setattr(c_compiler, "COMPILE_SECONDS", 0.2)
     assert load(17) is None and "timed out" in caplog.text
+    assert load(18) is None and compiled(home) == 1 and len(caplog.records) == 1
     assert files(home) == [] and not list((home / "hf" / "hf_sparselr").iterdir())
