@@ -67,6 +67,9 @@ def test_steps_without_a_pattern_are_those_of_torch(shape: tuple[int, int], kind
     _sparse(expected, mask, W, E, None)
     gpu_steps.move(T, mask, W, E, None)
     assert torch.equal(bits(T), bits(expected))
+    gpu_steps.stiffen(T, mask, 1.1)
+    stiffer = torch.where(mask, expected, expected / 1.1)  # on a GPU torch multiplies by 1 / 1.1
+    torch.testing.assert_close(T, stiffer, rtol=1e-6, atol=1e-40, equal_nan=True)
 
 
 def test_what_is_not_in_triton_is_left_to_torch() -> None:

@@ -146,11 +146,18 @@ class Admm:
             else self.gram.inverse(self.rho + delta)
         )
         self._set_rho(self.rho + delta)
-        self.T.copy_(torch.where(self.mask, self.T, self.T / factor))
+        if self._in_triton():
+            from . import gpu_steps
+
+            gpu_steps.stiffen(self.T, self.mask, factor)
+        else:
+            self.T.copy_(torch.where(self.mask, self.T, self.T / factor))
 
     def _set_inverse(self, M: torch.Tensor) -> None:
-        self.M.copy_(M)
-        if self._rounded_M is not None:
+        if self._rounded_M is None:
+            self.M.copy_(M)  # captured graphs read this memory
+        else:
+            self.M = M
             self._rounded_M.copy_(M)
 
     def _set_precision(self, precision: str) -> None:

@@ -73,6 +73,14 @@ def _correct(T, mask, W, L, rho, Z, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _stiffen(T, mask, factor, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    entry = tl.load(T + at, mask=inside)
+    tl.store(T + at, tl.div_rn(entry, factor), mask=inside & (tl.load(mask + at, mask=inside, other=1) == 0))
+
+
+@triton.jit
 def _columns(tile):
     """The four columns of a tile (rows, 4), the inverse of `stack`."""
     even, odd = tl.split(tile.reshape(tile.shape[0], 2, 2))
@@ -112,6 +120,17 @@ def correction(
     with torch.cuda.device_of(T):
         _correct[(triton.cdiv(T.numel(), _BLOCK),)](T, mask.view(torch.uint8), W, L, rho, Z, T.numel(), BLOCK=_BLOCK)
     return Z
+
+
+def stiffen(T: torch.Tensor, mask: torch.Tensor, factor: float) -> None:
+    """Divides T by the factor outside of the mask: the dual does not change while the penalty grows.
+
+    Args:
+        T: (out, in) FP32, contiguous.
+        mask: bool, same shape, contiguous.
+    """
+    with torch.cuda.device_of(T):
+        _stiffen[(triton.cdiv(T.numel(), _BLOCK),)](T, mask.view(torch.uint8), factor, T.numel(), BLOCK=_BLOCK)
 
 
 def move_and_correct(
