@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..utils.precision import matmuls
+from ..utils.precision import add_bf16_product, matmuls
 from .working_linear import WorkingLinear
 
 
@@ -71,10 +71,7 @@ class _Product(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         gradient = gradient.bfloat16()
         rows, columns = gradient.flatten(0, -2), inputs.flatten(0, -2)
-        if rows.is_cuda:
-            torch.addmm(ctx.total, rows.T, columns, out_dtype=torch.float32, out=ctx.total)
-        else:
-            ctx.total += rows.T @ columns
+        add_bf16_product(ctx.total, rows.T, columns)
         return gradient @ weight if ctx.needs_input_grad[0] else None, None, None
 
 

@@ -149,7 +149,7 @@ class DistillOptions:
         factor_lr: step size of A and B, as a multiple of `lr`.
         final_lr: last step size, as a share of the first; between them it follows a cosine.
         batch_size: calibration windows in a step, or as many tokens of shorter ones.
-        train: "all" (nonzeros of S, factors, norms and biases; 24 bytes for each weight on the device, the dense model
+        train: "all" (nonzeros of S, factors, norms and biases; 26 bytes for each weight on the device, the dense model
             included), or "factors" (without S, which stays packed) for models that are too large for that.
         self_samples: windows of text that the dense model writes itself, beside the calibration windows. If there are
             few calibration tokens, they keep the model from learning these by heart.

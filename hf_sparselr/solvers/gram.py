@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from ..utils.precision import product
+from ..utils.precision import add_bf16_product, product
 
 KEPT_INVERSES = 2**25  # entries in all, 128 MiB
 SMALL_SHIFT = 0.03  # of rho, as a share
@@ -33,7 +33,7 @@ class GramAccumulator:
         """Adds one batch of inputs (..., n), any float dtype."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.gram.device)
         if rows.is_cuda and rows.dtype == torch.bfloat16:
-            torch.addmm(self.gram, rows.T, rows, out_dtype=torch.float32, out=self.gram)
+            add_bf16_product(self.gram, rows.T, rows)
         else:
             rows = rows.float()
             self.gram.addmm_(rows.T, rows)

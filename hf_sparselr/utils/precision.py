@@ -3,11 +3,10 @@
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+
+from .attention import CausalAttention
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 # torch's names: LEVELS for the FP32 products that run beside products in a precision, _LEVELS_OF_PRODUCTS for FP32
@@ -43,21 +42,8 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             yield
         return
-    with matmuls(LEVELS[precision]), RepeatedHeads() if device.type == "cuda" else nullcontext():
+    with matmuls(LEVELS[precision]), CausalAttention() if device.type == "cuda" else nullcontext():
         yield
-
-
-class RepeatedHeads(TorchFunctionMode):
-    """Inside, attention whose heads share keys gets copies of them: torch has no fused kernel in FP32 that shares."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and kwargs.get("enable_gqa") and len(args) >= 3:
-            query, key, value, *rest = args
-            times = query.shape[-3] // key.shape[-3]
-            key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
-            return function(query, key, value, *rest, **{**kwargs, "enable_gqa": False})
-        return function(*args, **kwargs)
 
 
 @contextmanager
@@ -101,16 +87,22 @@ def product(left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Te
         return left @ right
 
 
-def subtract_product(
-    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, precision: str, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """total - left @ right, in the place of `total` or in `out`; see `product`."""
-    out = total if out is None else out
+def subtract_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Tensor:
+    """Subtracts left @ right from `total` in place; see `product`."""
     if precision == "bf16" and total.is_cuda:
         factors = left.bfloat16(), right.bfloat16()
-        return torch.addmm(total, *factors, out_dtype=torch.float32, alpha=-1, out=out)
+        return torch.addmm(total, *factors, out_dtype=torch.float32, alpha=-1, out=total)
     with matmuls(_LEVELS_OF_PRODUCTS[precision]):
-        return torch.addmm(total, left, right, alpha=-1, out=out)
+        return total.addmm_(left, right, alpha=-1)
+
+
+def add_bf16_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds left @ right of BF16 matrices to `total`, FP32, in place. On CUDA the product is not rounded before."""
+    with torch.autocast(total.device.type, enabled=False):  # it would round `total`
+        if total.is_cuda:
+            torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        else:
+            total += left @ right
 
 
 @contextmanager

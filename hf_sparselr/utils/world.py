@@ -74,7 +74,7 @@ class World:
         """The value of one process, which can be pickled. Tensors in it are on the device and not pickled."""
         if self.size == 1:
             return value
-        packed = _pack(value) if self.rank == source else None
+        packed = _pack(value, device) if self.rank == source else None
         sent: list[Any] = [packed and (packed[0], [(tensor.shape, tensor.dtype) for tensor in packed[1]])]
         distributed.broadcast_object_list(sent, source)
         data, kinds = sent[0]
@@ -108,12 +108,12 @@ class World:
         return any(self.objects(flag))
 
 
-def _pack(value: Any) -> tuple[bytes, list[torch.Tensor]]:
-    """A pickled value without its tensors, and these."""
+def _pack(value: Any, device: torch.device) -> tuple[bytes, list[torch.Tensor]]:
+    """A pickled value without its tensors, and these on a device."""
     file = io.BytesIO()
     pickler = _Pickler(file)
     pickler.dump(value)
-    return file.getvalue(), pickler.tensors
+    return file.getvalue(), [tensor.to(device) for tensor in pickler.tensors]
 
 
 class _Pickler(pickle.Pickler):

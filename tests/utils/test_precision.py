@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from hf_sparselr.utils import precision
 from hf_sparselr.utils.precision import (
     PRECISIONS,
-    RepeatedHeads,
     arithmetic,
     available,
     coarsest,
@@ -83,27 +81,3 @@ def test_products_round_their_factors_only(precision: str) -> None:
     left, right = left / 7, right / 9
     error = (product(left, right, precision) - left @ right).norm() / (left @ right).norm()
     assert error < (2.0**-8 if precision == "bf16" else 1e-6)
-
-
-def test_heads_that_share_keys_get_copies() -> None:
-    query, key, value = (torch.randn(2, heads, 5, 4) for heads in (6, 2, 2))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    expected = attend(query, key, value, is_causal=True, enable_gqa=True)
-    with RecordsSharing() as record, RepeatedHeads():
-        found = attend(query, key, value, is_causal=True, enable_gqa=True)
-        alone = attend(query, query, query)
-    assert torch.equal(found, expected) and torch.equal(alone, attend(query, query, query))
-    assert record.shared == [False, False]
-
-
-class RecordsSharing(TorchFunctionMode):
-    """Notes of every attention whether its heads share keys."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared: list[bool] = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            self.shared.append(bool((kwargs or {}).get("enable_gqa")))
-        return function(*args, **(kwargs or {}))

@@ -216,25 +216,28 @@ class Admm:
             E = subtract_product(self.L, self._correct(), self._factor, self.precision)
             coefficients = self._coefficients(E)
             self._project(E)
-            self._fit(coefficients)
+            self._fit(coefficients, self.L)
 
     def _joined_steps(self, steps: int, pattern: NM) -> None:
         """The same steps; the kernel that moves T makes the next step's correction, too."""
         from . import gpu_steps
 
-        Z, E = self._correct(), torch.empty_like(self.L)
+        Z, L, other = self._correct(), self.L, torch.empty_like(self.L)
         for _ in range(steps):
-            subtract_product(self.L, Z, self._factor, self.precision, out=E)
-            self._fit(self._coefficients(E))
-            gpu_steps.move_and_correct(self.T, self.mask, self.W, E, self.L, self._rho, Z, pattern)
+            E = subtract_product(L, Z, self._factor, self.precision)
+            self._fit(self._coefficients(E), other)
+            gpu_steps.move_and_correct(self.T, self.mask, self.W, E, other, self._rho, Z, pattern)
+            L, other = other, L
+        if L is not self.L:
+            self.L.copy_(L)
 
-    def _fit(self, coefficients: list[torch.Tensor]) -> None:
-        """Sets L from P^T E of all bands."""
-        if sum(band.rows.stop - band.rows.start for band in self._bands) < len(self.L):
-            self.L.zero_()
+    def _fit(self, coefficients: list[torch.Tensor], L: torch.Tensor) -> None:
+        """Writes P P^T E into L, from P^T E of all bands."""
+        if sum(band.rows.stop - band.rows.start for band in self._bands) < len(L):
+            L.zero_()
         with self._products():
             for band, part in zip(self._bands, coefficients, strict=True):
-                torch.mm(band.basis, part, out=self.L[band.rows])
+                torch.mm(band.basis, part, out=L[band.rows])
 
     @property
     def _factor(self) -> torch.Tensor:
