@@ -102,3 +102,24 @@ def test_a_machine_on_which_triton_fails_is_told(monkeypatch, caplog) -> None:
 
     monkeypatch.setattr(gpu_steps, "move", fail)
     assert not gpu_steps._compiles.__wrapped__() and "no C compiler" in caplog.text
+
+
+@pytest.mark.parametrize("ranks", [(2, 2), (3, 0)], ids=str)
+def test_joined_steps_are_the_single_ones(ranks: tuple[int, int], monkeypatch) -> None:
+    def run() -> Admm:
+        generator = torch.Generator().manual_seed(0)
+        X, *weights = (torch.randn(rows, 48, generator=generator) for rows in (200, 24, 8))
+        gram = ScaledGram((X.T @ X).to(DEVICE))
+        run = Admm([W.to(DEVICE) for W in weights], gram, [NM(2, 4)] * 2, list(ranks), 0.1, 0, "fp32")
+        run.run(3)  # an odd number of steps, too, ends with L in its place
+        run.raise_rho(1.05)
+        run.run(4)
+        return run
+
+    monkeypatch.setattr(Admm, "_in_triton", lambda self, pattern=None: True)
+    joined = run()
+    monkeypatch.setattr(Admm, "_in_triton", lambda self, pattern=None: False)
+    single = run()
+    assert torch.equal(joined.mask, single.mask)
+    for name in ("T", "L"):
+        torch.testing.assert_close(getattr(joined, name), getattr(single, name), rtol=1e-4, atol=1e-4)
