@@ -20,6 +20,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from ..compression.report import table
 from ..format.patterns import Pattern, from_text, parse
+from ..integrations.transformers.experts_forward import install
 from ..nn.packed_experts import ExpertStack
 from .kernels import milliseconds, random_layer
 
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> None:
+    install()
     shapes = {text: _shape(text) for text in args.presets}
     patterns = [parse(from_text(text), "--patterns") for text in args.patterns]
     results: list[dict[str, Any]] = []

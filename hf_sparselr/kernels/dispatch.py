@@ -69,14 +69,14 @@ def packed_linears(inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel
     return ops.products(inputs, weights, kernel, tensors)
 
 
-def asks_for_values(inputs: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
-    """Whether nothing but the values of a product on a CUDA device is asked for, and no tensor is a subclass."""
+def asks_for_values(inputs: torch.Tensor) -> bool:
+    """Whether nothing but the values of a product of x on a CUDA device is asked for, and x is no subclass."""
     if torch.is_grad_enabled():
-        if inputs.requires_grad or any(map(_requires_grad, tensors)):
+        if inputs.requires_grad:
             return False
         with torch.no_grad():
-            return asks_for_values(inputs, tensors)
-    return type(inputs) in _PLAIN and _PLAIN.issuperset(map(type, tensors)) and _is_quiet("cuda")
+            return asks_for_values(inputs)
+    return type(inputs) in _PLAIN and _is_quiet("cuda")
 
 
 def _is_quiet(kind: str) -> bool:

@@ -1,77 +1,77 @@
-"""The products of many experts with their rows of x in one launch, without asking the device who has which rows."""
+"""The kernels for all experts of a stack at once, kept ready for their weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..utils.availability import TRITON
-from .bindings import binding_of, tensors_of
 from .dispatch import asks_for_values
-from .override import chosen_kernel
 from .packed_weight import PackedWeight, check_count
 from .support_index import index_of
+from .tensor_cache import TensorCache, version
 
 if TYPE_CHECKING:
     from .cuda.experts import ExpertTable
 
-_KEY = ("experts",)  # among the ready products of weights
+_pointer = torch.Tensor.data_ptr
+_requires_grad = attrgetter("requires_grad")
+
+# The versions of the masks, and the kernels, or None where there are none for these weights.
+_TABLES: TensorCache[tuple[list[int], "ExpertTable | None"]] = TensorCache()
 
 
-def grouped_product(
-    inputs: torch.Tensor, weights: Sequence[PackedWeight], ends: torch.Tensor, kernel: str = "auto"
-) -> torch.Tensor | None:
-    """x S^T + (x A^T) B^T + bias, where every row of x has the weight of its expert.
+def expert_table(
+    inputs: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor],
+    weights: Callable[[], list[PackedWeight]],
+) -> "ExpertTable | None":
+    """The kernels for weights, if they compute the product that is asked for. Takes the host as little time as may be.
 
     Args:
-        inputs: x (rows, in), in the order of the experts.
-        weights: one an expert.
-        ends: int32 (experts,), for each expert the first row after its own. Rows after the last are not computed.
-        kernel: as of `packed_linear`.
+        inputs: x, of any rows.
+        tensors: all of the weights', in one order.
+        masks: of the weights, in their order.
+        weights: makes the weights, one an expert.
 
     Returns:
-        (rows, out); None where there is no kernel for all experts at once.
+        None where another way must be taken: on a CPU, for gradients, for experts that are not alike, under vmap, ...
     """
-    with torch.cuda.device_of(inputs):
-        table = _table(inputs, weights, kernel)
-        return None if table is None else table.grouped(inputs, ends)
-
-
-def selected_product(
-    inputs: torch.Tensor, weights: Sequence[PackedWeight], ids: torch.Tensor, kernel: str = "auto"
-) -> torch.Tensor | None:
-    """`grouped_product` for few rows in any order, `ids` int64 (rows,) telling the expert of each.
-
-    Returns:
-        (rows, out); None where there is no such kernel, or rows should be brought into the order of their experts.
-    """
-    if 4 * len(inputs) > len(weights):  # rows of an expert would read its weight once each
+    if not TRITON or not inputs.is_cuda or not asks_for_values(inputs):
         return None
-    with torch.cuda.device_of(inputs):
-        table = _table(inputs, weights, kernel)
-        return None if table is None else table.selected(inputs, ids)
-
-
-def _table(inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str) -> "ExpertTable | None":
-    """The kernels of these weights, if they can compute this product."""
-    if torch.compiler.is_compiling() or not TRITON or not inputs.is_cuda or chosen_kernel(kernel) == "dense":
+    if torch.is_grad_enabled() and any(map(_requires_grad, tensors)):
         return None
-    tensors = tensors_of(weights)
-    if not asks_for_values(inputs, tensors):
+    try:
+        key, versions = tuple(map(_pointer, tensors)), list(map(version, masks))
+    except TypeError:  # None in the place of a tensor that other weights have
         return None
-    binding = binding_of(weights, tensors)
-    if not binding.fits(inputs):
+    entry = _TABLES.get(key)
+    if entry is None or entry[0] != versions:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        entry = _TABLES.put(key, (versions, _build(weights())), tensors)
+    table = entry[1]
+    if table is None or table.dtype != inputs.dtype or table.device != inputs.device:
         return None
-    if _KEY not in binding.products:
-        binding.products[_KEY] = _build(weights)
-    return binding.products[_KEY]
+    return table
 
 
-def _build(weights: Sequence[PackedWeight]) -> "ExpertTable | None":
+def _build(weights: list[PackedWeight]) -> "ExpertTable | None":
     from .cuda.experts import ExpertTable, supports
 
-    if torch.cuda.is_current_stream_capturing() or not supports(weights):
-        return None
     for weight in weights:
-        check_count(weight, index_of(weight.mask, weight.in_features).nonzeros)
-    return ExpertTable(weights)
+        weight.check()
+    if not weights[0].values.is_cuda or not all(tensor.is_contiguous() for w in weights for tensor in w.tensors):
+        return None
+
+    def build() -> ExpertTable | None:
+        if not supports(weights):
+            return None
+        for weight in weights:
+            check_count(weight, index_of(weight.mask, weight.in_features).nonzeros)
+        return ExpertTable(weights)
+
+    with torch.cuda.device_of(weights[0].values):
+        return build()

@@ -8,15 +8,21 @@ transformers' implementations "grouped_mm" and "batched_mm". In these two, packe
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..kernels import PackedWeight
-from ..kernels.experts import grouped_product, selected_product
+from ..kernels.experts import expert_table
+from ..kernels.override import chosen_kernel
 from .linear import SparseLRLinear
+
+if TYPE_CHECKING:
+    from ..kernels.cuda.experts import ExpertTable
 
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 _PRODUCTS = "they take part in products x W only, of single experts, selected or grouped"
@@ -90,10 +96,10 @@ class ExpertStack(nn.Module):
         Returns:
             (rows, out).
         """
-        if self.is_packed and len(inputs):
-            out = grouped_product(inputs, self._weights, ends, self._modules["0"].kernel)
-            if out is not None:
-                return out
+        table = self.table(inputs) if len(inputs) else None
+        if table is not None and inputs.shape[1] == table.ins:
+            with torch.cuda.device_of(inputs):
+                return table.grouped(inputs, ends.to(torch.int32).contiguous())
         parts, start = [], 0
         for layer, end in zip(self, ends.tolist(), strict=True):
             if end > start:
@@ -114,23 +120,22 @@ class ExpertStack(nn.Module):
         Returns:
             (rows, out).
         """
-        if self.is_packed and len(inputs):
-            out = selected_product(inputs, self._weights, experts, self._modules["0"].kernel)
-            if out is not None:
-                return out
         ordered, order = torch.sort(experts)
         ends = torch.searchsorted(ordered, torch.arange(len(self), device=ordered.device), right=True, out_int32=True)
         out = self.multiply(inputs[order], ends)
         return torch.empty_like(out).index_copy(0, order, out)
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether every entry is a packed layer, and a call of it nothing but its product."""
-        return all(type(layer) is SparseLRLinear and not _is_watched(layer) for layer in self)
+    def table(self, inputs: torch.Tensor) -> "ExpertTable | None":
+        """The kernels that compute all experts of these inputs in one launch, if there are any.
 
-    @property
-    def _weights(self) -> list[PackedWeight]:
-        return [layer.packed_weight for layer in self]
+        None too where a call of a layer is more than its product: with adapters, hooks, a hierarchical part.
+        """
+        if not inputs.is_cuda or torch.compiler.is_compiling():
+            return None
+        known = _KNOWN.get(self)
+        if known is None or known.layers != tuple(self._modules.values()):
+            known = _KNOWN[self] = Known(self)
+        return known.table(inputs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,15 +149,44 @@ class ExpertStack(nn.Module):
         return f"shape={tuple(self.shape)}"
 
 
-def _is_watched(layer: SparseLRLinear) -> bool:
-    """Whether a call of a layer is more than the product with S + B A: hooks, a hierarchical part, another forward."""
-    return bool(
-        layer._forward_pre_hooks
-        or layer._forward_hooks
-        or layer._backward_hooks
-        or layer.hierarchy is not None
-        or "forward" in vars(layer)
-    )
+class Known:
+    """What is asked of a stack's layers in every call, at hand: nn.Module answers slowly.
+
+    Attributes:
+        layers: of the stack when this was made.
+    """
+
+    def __init__(self, stack: ExpertStack) -> None:
+        self.layers = tuple(stack._modules.values())
+        self._are_packed = all(type(layer) is SparseLRLinear for layer in self.layers)
+        self._parameters = [layer._parameters for layer in self.layers]
+        self._states = [vars(layer) for layer in self.layers]
+        # Not empty where a call is more than the product: hooks, or a module of a hierarchical part.
+        self._more = [
+            more
+            for layer in self.layers
+            for more in (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_hooks, layer._modules)
+        ]
+        names = ("mask", "values", "A", "B", "bias")
+        present = [name for name in names if self._are_packed and self._parameters[0].get(name) is not None]
+        self._tensors = itemgetter(*present) if len(present) > 1 else None
+
+    def table(self, inputs: torch.Tensor) -> "ExpertTable | None":
+        if self._tensors is None or any(self._more) or any("forward" in state for state in self._states):
+            return None
+        if chosen_kernel(self.layers[0].kernel) == "dense":
+            return None
+        try:
+            tensors = [tensor for parameters in self._parameters for tensor in self._tensors(parameters)]
+        except KeyError:  # the copies of DataParallel have no parameters
+            return None
+        return expert_table(inputs, tensors, [p["mask"] for p in self._parameters], self._weights)
+
+    def _weights(self) -> list[PackedWeight]:
+        return [layer.packed_weight for layer in self.layers]
+
+
+_KNOWN: "WeakKeyDictionary[ExpertStack, Known]" = WeakKeyDictionary()
 
 
 def _reference(layer: nn.Module) -> torch.Tensor:

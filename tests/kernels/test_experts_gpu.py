@@ -4,15 +4,19 @@ import copy
 
 import pytest
 import torch
+from compression.test_experts_families import FAMILIES, build
 from helpers.kernel_cases import assert_near
 from torch import nn
 
 from hf_sparselr.bench.experts import random_experts
 from hf_sparselr.bench.kernels import random_layer
+from hf_sparselr.compression.experts import unfuse, weights_of_experts
+from hf_sparselr.format.decomposition import Decomposition
 from hf_sparselr.format.patterns import parse
+from hf_sparselr.integrations.transformers.experts_forward import install, run
 from hf_sparselr.kernels.cuda import experts as cuda
-from hf_sparselr.kernels.experts import grouped_product, selected_product
 from hf_sparselr.nn.linear import SparseLRLinear
+from hf_sparselr.nn.packed_experts import ExpertStack
 
 pytestmark = pytest.mark.gpu
 
@@ -62,8 +66,9 @@ def rows_for(counts: list[int], ins: int, dtype: torch.dtype) -> tuple[torch.Ten
 def test_rows_in_order(out, ins, pattern, rank, bias, dtype, counts) -> None:
     layers = layers_of(out, ins, pattern, rank, bias, dtype)
     x, ids, ends = rows_for(counts, ins, dtype)
-    y = grouped_product(x, [layer.packed_weight for layer in layers], ends)
-    assert_near(y, expected(layers, x, ids), dtype)
+    stack = ExpertStack(layers, (EXPERTS, out, ins))
+    assert stack.table(x) is not None
+    assert_near(stack.multiply(x, ends), expected(layers, x, ids), dtype)
 
 
 @pytest.mark.parametrize("config", [
@@ -76,25 +81,17 @@ def test_every_configuration(config, counts) -> None:
     layers = layers_of(520, 512, "2:4", 0, not config.unpack, torch.bfloat16, ranks=(4, 16, 20, 8, 64))
     weights = [layer.packed_weight for layer in layers]
     x, ids, ends = rows_for(counts, 512, torch.bfloat16)
-    for way in ("",) if config.samples or config.unpack else ("", "BY_ROW"):
-        y = cuda.ExpertTable(weights).bind(config, way)(x, ends)
+    for by_row in (False, True):
+        y = cuda.ExpertTable(weights).bind(config, by_row)(x, ends)
         assert_near(y, expected(layers, x, ids), torch.bfloat16)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
-def test_rows_in_any_order(pattern) -> None:
-    layers = layers_of(96, 128, pattern, 8, True, torch.bfloat16)
-    weights = [layer.packed_weight for layer in layers]
-    x, ids = torch.randn(1, 128, device=DEVICE, dtype=torch.bfloat16), torch.tensor([3], device=DEVICE)
-    assert_near(selected_product(x, weights, ids), expected(layers, x, ids), torch.bfloat16)
-    assert selected_product(x.repeat(4, 1), weights, ids.repeat(4)) is None  # better in order
-
-
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("tokens", [1, 7, 300])
+@pytest.mark.parametrize("tokens", [1, 7, 300, 900])
 @pytest.mark.parametrize("pattern", ["2:4", 0.5])
 @torch.no_grad()
 def test_a_module_in_a_graph(implementation, tokens, pattern) -> None:
+    install()
     packed, dense = random_experts((8, 2, 128, 192), parse(pattern), 16, torch.bfloat16, DEVICE)
     packed.config._experts_implementation = implementation
     dense.config = copy.copy(dense.config)
@@ -103,6 +100,7 @@ def test_a_module_in_a_graph(implementation, tokens, pattern) -> None:
     index = torch.rand(tokens, 8).topk(2).indices.to(DEVICE)
     weights = torch.rand(tokens, 2, device=DEVICE, dtype=torch.bfloat16)
     first = packed(x, index, weights)
+    assert torch.equal(run(packed, x, index, weights), first)
     reference = dense.double()(x.double(), index, weights.double())
     assert (first.double() - reference).norm() <= 0.02 * reference.norm()
     graph = torch.cuda.CUDAGraph()
@@ -116,6 +114,7 @@ def test_a_module_in_a_graph(implementation, tokens, pattern) -> None:
 
 @torch.no_grad()
 def test_the_host_does_not_wait() -> None:
+    install()
     packed, _ = random_experts((8, 2, 128, 192), parse("2:4"), 16, torch.bfloat16, DEVICE)
     for tokens in (1, 300):
         x = torch.randn(tokens, 128, device=DEVICE, dtype=torch.bfloat16)
@@ -145,12 +144,38 @@ def test_gradients_on_the_gpu() -> None:
         torch.testing.assert_close(layer.B.grad, gradient @ layer.A.T, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "nemotron_h", "mixtral"])
+@torch.no_grad()
+def test_modules_of_other_kinds(name) -> None:
+    """With biases and an interleaved gate, without a gate, plain: the same as transformers' own loop."""
+    for cls_name in FAMILIES[name]:
+        experts = build(name, cls_name).to(DEVICE, torch.bfloat16)
+        for key, count in weights_of_experts(experts).items():
+            unfuse(experts, key, count)
+            stack = getattr(experts, key)
+            for expert, layer in enumerate(stack):
+                weight = layer.weight.detach()
+                mask = parse("2:4").mask(weight.abs())
+                A, B = torch.randn(4, weight.shape[1]).to(weight), torch.randn(weight.shape[0], 4).to(weight) * 0.1
+                stack.add_module(
+                    str(expert), SparseLRLinear.from_decomposition(Decomposition(weight * mask, mask, A, B))
+                )
+        for tokens in (1, 9):
+            x = torch.randn(tokens, next(iter(stack)).out_features, device=DEVICE, dtype=torch.bfloat16)
+            index = torch.rand(tokens, count).topk(2).indices.to(DEVICE)
+            weights = torch.rand(tokens, 2, device=DEVICE, dtype=torch.bfloat16)
+            expected = experts(x, index, weights)  # by the module's own loop
+            actual = run(experts, x, index, weights)
+            assert (actual.float() - expected.float()).norm() <= 0.03 * expected.float().norm()
+
+
 @torch.no_grad()
 def test_edits_and_moves_are_seen() -> None:
     layers = layers_of(96, 128, "2:4", 8, False, torch.bfloat16)
     x, ids, ends = rows_for([1, 1, 0, 2, 0], 128, torch.bfloat16)
-    grouped_product(x, [layer.packed_weight for layer in layers], ends)
+    stack = ExpertStack(layers, (EXPERTS, 96, 128))
+    stack.multiply(x, ends)
     layers[3].values.mul_(2)
     layers[1].A.data = torch.zeros_like(layers[1].A)
-    y = grouped_product(x, [layer.packed_weight for layer in layers], ends)
+    y = stack.multiply(x, ends)
     assert_near(y, expected(layers, x, ids), torch.bfloat16)

@@ -31,6 +31,7 @@ from .adapters import reject_adapters
 from .checks import check_checkpoint
 from .convolutions import put_packed_convolutions
 from .experts import unfuse_packed_experts
+from .experts_forward import install
 from .names import exclude_all, exclude_packed
 
 
@@ -86,6 +87,7 @@ class SparseLRQuantizer(HfQuantizer):
         if not files:
             raise FormatError("a compressed checkpoint is read from .safetensors files, but none were given")
         entries = read_headers(files)
+        install()
         unfuse_packed_experts(model, entries)
         put_packed_convolutions(model, entries)
         layers = linear_layers(model)
@@ -176,6 +178,7 @@ class SparseLRQuantizer(HfQuantizer):
 def attach(model: nn.Module, config: SparseLRConfig, report: Report) -> nn.Module:
     """Makes an in-memory compressed model save, push and report like a loaded one."""
     quantizer = SparseLRQuantizer(config, pre_quantized=True)
+    install()
     for layer in packed_layers(model).values():
         layer.kernel = config.kernel
     link_shared_inputs(model)

@@ -6,19 +6,16 @@
  * `experts` takes few rows an expert, as `small_batch` does. `experts_pairs` takes many, for 2:4: the values of S and the
  * rows of x pass through shared memory, and S goes to the sparse tensor cores as it is.
  *
- * Compiled for: what small_batch.cu is, BY_ID (a block for each row, whose expert is in `ids`), BY_ROW (a block for each row,
- * of which the first of each batch works) or neither (a block for each expert), and for `experts_pairs` MANY with SAMPLES
- * rows of x of a block, PARTS tiles of 16 rows of S of a warp, ACROSS warps beside each other along the rows of x.
+ * Compiled for: what small_batch.cu is, BY_ROW (a block for each row, of which the first of each batch works; else a
+ * block for each expert), and for `experts_pairs` MANY with SAMPLES rows of x of a block, PARTS tiles of 16 rows of S of
+ * a warp, ACROSS warps beside each other along the rows of x.
  */
 struct Experts {
   const u16 *x;
   float *u; /* x A^T; in 16 bits for `experts_pairs` */
   u16 *y;
   const Weight *weights; /* of each expert */
-  union {
-    const int *ends;      /* for each expert, the first row after its own */
-    const long long *ids; /* for each row, its expert */
-  };
+  const int *ends;       /* for each expert, the first row after its own */
   long long experts, ins, blocks, widest; /* widest: floats of u for a row */
 };
 
@@ -35,10 +32,7 @@ __device__ __forceinline__ int expert_of(const Experts &args, int row) {
 }
 
 __device__ __forceinline__ Span span_of(const Experts &args) {
-#ifdef BY_ID
-  int row = blockIdx.y;
-  return {(int)args.ids[row], row, row, row + 1};
-#elif defined(BY_ROW)
+#ifdef BY_ROW
   int row = blockIdx.y, expert = expert_of(args, row);
   if (expert >= args.experts) return {0, 0, 0, 0};
   int first = expert ? args.ends[expert - 1] : 0;

@@ -11,14 +11,15 @@ from ..gpu import ready
 from ..launch import COUNTERS, DriverLaunch, Varying, scratch
 from ..packed_weight import PackedWeight
 from ..support_index import SupportIndex, index_of
-from ..triton.experts import bind_densify_experts
+from ..triton.experts import Unpacking
 from . import small_batch
 from .nvrtc import load_function
 from .small_batch import in_fours, stride_of
 
-# x (rows, in) in the order of the experts, and for each expert the first row after its own, to (rows, out).
+# x (rows, in) in the order of the experts, and for each expert the first row after its own, int32, to (rows, out).
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+UNPACK_ROWS = 64  # of an expert on average, above which S is unpacked
 _SOURCE = "small_batch.cu+experts.cu"
 _DEEP, _KEPT, _TAKEN = 4, 80, 144  # as in the source
 
@@ -65,41 +66,59 @@ class ExpertTable:
         self.dtype, self.device = one.values.dtype, one.values.device
         whole = all(weight.A is None or (weight.rank % 4 == 0 and weight.B.data_ptr() % 8 == 0) for weight in weights)
         self.takes_many = self.pairs and whole
-        self._bound: dict[tuple[Config, str], Product] = {}
+        self._bound: dict[tuple[Config, bool], Product] = {}
         self.entries = table_entries(weights, indices)
         self._tables = [tensor for index in indices for tensor in (index.padded, index.starts, index.offsets)]
 
+    def room(self, rows: int) -> int:
+        """Columns beside those of x that the product of so many rows has a use for."""
+        return self.unpacking.extra if self._config(rows).unpack else 0
+
     def grouped(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """The products of rows in the order of their experts; `ends`: int32, the first row after each expert's."""
-        config = best_config(len(x) / self.experts, self.takes_many, not self.bias)
-        way = "" if config.samples or config.unpack or len(x) >= self.experts else "BY_ROW"
-        return self.bind(config, way)(x, ends)
+        """The products of rows in the order of their experts.
 
-    def selected(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The products of rows in any order; `ids`: int64, the expert of each row."""
-        return self.bind(best_config(1, False, False), "BY_ID")(x, ids)
+        Args:
+            x: (rows, in), or (rows, in + room) with anything in the columns at the end, which are written to.
+            ends: int32 (experts,), the first row after each expert's.
+        """
+        config = self._config(len(x))
+        return self.bind(config, len(x) < self.experts)(x, ends)
 
-    def bind(self, config: Config, way: str = "") -> Product:
+    def _config(self, rows: int) -> Config:
+        return best_config(rows, self.experts, self.ins, self.takes_many, not self.bias)
+
+    @functools.cached_property
+    def unpacking(self) -> Unpacking:
+        sizes = self.experts, self.outs, self.ins, self.blocks
+        return Unpacking(self.entries, sizes, max(self.ranks), self.pairs, self.per_block, self.dtype)
+
+    def bind(self, config: Config, by_row: bool = False) -> Product:
         """The launch of a configuration; it takes any number of rows, and any number for each expert.
 
         Args:
-            way: by which blocks find their rows, see the source.
+            by_row: a block for each row, instead of one for each expert: for few rows.
         """
-        product = self._bound.get((config, way))
+        by_row = by_row and not (config.samples or config.unpack)
+        product = self._bound.get((config, by_row))
         if product is None:
-            product = self._bind_unpacked() if config.unpack else self._bind(config, way)
-            self._bound[config, way] = product
+            product = self._unpacked if config.unpack else self._bind(config, by_row)
+            self._bound[config, by_row] = product
         return product
 
-    def _bind_unpacked(self) -> Product:
-        sizes = self.experts, self.outs, self.ins, self.blocks, max(self.ranks), self.per_block
-        densify = bind_densify_experts(self.entries, *sizes, self.dtype)
-        return lambda x, ends: F.grouped_mm(x, densify(ends).transpose(1, 2), offs=ends)
+    def _unpacked(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """By torch's grouped product of [x, u] and [S, B]."""
+        unpacking, ins = self.unpacking, self.ins
+        weights = unpacking.weights(ends)
+        if unpacking.extra:
+            if x.shape[1] == ins:
+                x = F.pad(x, (0, unpacking.extra))
+            x[:, ins:] = F.grouped_mm(x[:, :ins], unpacking.factors(ends).transpose(1, 2), offs=ends)
+        return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
 
-    def _bind(self, config: Config, way: str) -> Product:
+    def _bind(self, config: Config, by_row: bool) -> Product:
         many = config.samples > 0
         defines = [f"ROWS={config.rows}", f"WARPS={config.warps}", f"RESIDENT={config.resident}", "WEIGHTS=1"]
-        defines += [f"AHEAD={config.ahead}", f"TILES={config.tiles}", *filter(None, [way])]
+        defines += [f"AHEAD={config.ahead}", f"TILES={config.tiles}", *["BY_ROW"] * by_row]
         defines += ["PAIRS"] if self.pairs else [f"STRIDE={stride_of(self.densest)}"]
         if self.per_block and not self.pairs:
             defines.append(f"PER_BLOCK={self.per_block}")
@@ -128,17 +147,17 @@ class ExpertTable:
         bands, factors = -(-self.outs // height), -(-widest // config.rows)
         device, experts, outs = self.device.index, self.experts, self.outs
 
-        def product(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-            x, where, rows = ready(x), where.contiguous(), len(x)
+        def product(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            x, rows = ready(x), len(x)
             y = x.new_empty(rows, outs)
             u: int | torch.Tensor = 0
-            units = experts + rows // config.samples if many else rows if way else experts
+            units = experts + rows // config.samples if many else rows if by_row else experts
             if first is not None:
                 size = rows * widest
                 start = scratch(device, COUNTERS + 4 * size)
                 u = torch.empty(size, dtype=torch.float32, device=x.device) if start is None else start + COUNTERS
-                first(x, u, y, where, grid=(units, factors, 1) if many else (factors, units, 1))
-            main(x, u, y, where, grid=(units, bands, 1) if many else (bands, units, 1))
+                first(x, u, y, ends, grid=(units, factors, 1) if many else (factors, units, 1))
+            main(x, u, y, ends, grid=(units, bands, 1) if many else (bands, units, 1))
             return y
 
         return product
@@ -155,22 +174,23 @@ def table_entries(weights: Sequence[PackedWeight], indices: Sequence[SupportInde
     return torch.tensor(entries, dtype=torch.int64).to(weights[0].values.device)
 
 
-def best_config(rows: float, takes_many: bool, unpacks: bool) -> Config:
-    """The configuration for so many rows an expert.
+def best_config(rows: int, experts: int, ins: int, takes_many: bool, unpacks: bool) -> Config:
+    """The configuration for so many rows of x, as measured on an H100 (see the room's notes).
 
     Args:
         takes_many: whether "experts_pairs" takes the weights.
         unpacks: whether S may be unpacked for torch's grouped product, which adds no bias.
     """
-    if rows <= 4:
-        return Config(tiles=1)
-    if rows <= 12:
-        return Config(tiles=2, ahead=1)
-    if rows > 64 and unpacks and not takes_many:
+    mean = rows / experts
+    if mean > UNPACK_ROWS and unpacks:
         return Config(unpack=True)
-    if rows <= 32 or not takes_many:
-        return Config(tiles=4, ahead=1, resident=2)
-    return Config(resident=1, tiles=4, ahead=1, samples=128, parts=4, across=2)
+    if mean > 32 and takes_many:
+        return Config(resident=1, tiles=4, ahead=1, samples=64, parts=2)
+    narrow = ins <= 1024 or (ins <= 2048 and rows >= experts)
+    if mean > 12:
+        return Config(tiles=4, warps=4, ahead=1, resident=4)
+    tiles = 1 if mean <= 4 else 2
+    return Config(tiles=tiles, warps=4, ahead=1, resident=6) if narrow else Config(tiles=tiles)
 
 
 def supports(weights: Sequence[PackedWeight]) -> bool:

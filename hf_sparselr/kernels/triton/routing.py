@@ -82,28 +82,52 @@ def _bind_order(pairs: int, experts: int, top: int, device: torch.device) -> Tri
 
 
 @triton.jit
-def _gate(x, y, width, WIDTH: tl.constexpr):
+def _gather(x, tokens, y, width, pitch, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    entry = tl.load(x + tl.load(tokens + row) * width + column, mask=column < width, other=0)
+    tl.store(y + row * pitch + column, entry, mask=column < width)
+
+
+def gather(x: torch.Tensor, tokens: torch.Tensor, room: int) -> torch.Tensor:
+    """The rows of x (tokens, n), contiguous, of these tokens: (rows, n + room), with anything at the end."""
+    rows, width = len(tokens), x.shape[1]
+    y = x.new_empty(rows, width + room)
+    _bind_gather(width, width + room, x.dtype, x.device)(x, tokens, y, grid=(rows, ceil_div(width, _WIDTH), 1))
+    return y
+
+
+@functools.cache
+def _bind_gather(width: int, pitch: int, dtype: torch.dtype, device: torch.device) -> TritonLaunch:
+    like = torch.empty(1, dtype=dtype, device=device)
+    tokens = Varying(1, torch.empty(1, dtype=torch.int64, device=device))
+    constants = {"WIDTH": min(_WIDTH, 1 << (width - 1).bit_length()), "num_warps": 4}
+    return TritonLaunch(_gather, (1, 1), (Varying(0, like), tokens, Varying(2, like), width, pitch), constants)
+
+
+@triton.jit
+def _gate(x, y, width, pitch, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < width
     gate = tl.load(x + row * 2 * width + column, mask=inside, other=0).to(tl.float32)
     up = tl.load(x + row * 2 * width + width + column, mask=inside, other=0).to(tl.float32)
-    tl.store(y + row * width + column, gate * tl.sigmoid(gate) * up, mask=inside)
+    tl.store(y + row * pitch + column, gate * tl.sigmoid(gate) * up, mask=inside)
 
 
-def silu_gate(x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, in FP32 inside, of rows [gate, up]: (rows, 2 n), contiguous, to (rows, n)."""
+def silu_gate(x: torch.Tensor, room: int = 0) -> torch.Tensor:
+    """silu(gate) * up, in FP32 inside, of rows [gate, up]: (rows, 2 n), contiguous, to (rows, n + room)."""
     rows, width = len(x), x.shape[1] // 2
-    y = x.new_empty(rows, width)
-    _bind_gate(width, x.dtype, x.device)(x, y, grid=(rows, ceil_div(width, _WIDTH), 1))
+    y = x.new_empty(rows, width + room)
+    _bind_gate(width, width + room, x.dtype, x.device)(x, y, grid=(rows, ceil_div(width, _WIDTH), 1))
     return y
 
 
 @functools.cache
-def _bind_gate(width: int, dtype: torch.dtype, device: torch.device) -> TritonLaunch:
+def _bind_gate(width: int, pitch: int, dtype: torch.dtype, device: torch.device) -> TritonLaunch:
     like = torch.empty(1, dtype=dtype, device=device)
     constants = {"WIDTH": min(_WIDTH, 1 << (width - 1).bit_length()), "num_warps": 4}
-    return TritonLaunch(_gate, (1, 1), (Varying(0, like), Varying(1, like), width), constants)
+    return TritonLaunch(_gate, (1, 1), (Varying(0, like), Varying(1, like), width, pitch), constants)
 
 
 @triton.jit

@@ -34,6 +34,7 @@ def unpack_band(
     dense,
     outs,
     ins,
+    pitch,
     blocks,
     rank,
     tiles,
@@ -47,7 +48,7 @@ def unpack_band(
     LOW_RANK: tl.constexpr,
     ONE_STEP: tl.constexpr,
 ):
-    """The rows and columns of a program: BAND rows, 256 columns."""
+    """The rows and columns of a program: BAND rows, which lie `pitch` entries apart in `dense`, and 256 columns."""
     k = program % tiles * 256
     top = program // tiles * BAND
     lane = tl.arange(0, 32 * WARPS)
@@ -86,7 +87,7 @@ def unpack_band(
                         step = _transposed(A, column[:, None], q, rank, ins, RANK)
                         total = multiply(step, _factors(B, row[None, :], q, rank, outs, RANK), total)
                 tile = tile.to(tl.float32) + total.to(tile.dtype).trans(1, 0).to(tl.float32)
-            at = dense + row[:, None].to(tl.int64) * ins + column[None, :]
+            at = dense + row[:, None].to(tl.int64) * pitch + column[None, :]
             tl.store(at, tile, mask=(row < outs)[:, None] & (column < ins)[None, :])
 
 
@@ -115,7 +116,7 @@ def _densify(
     ONE_STEP: tl.constexpr,
 ):
     unpack_band(
-        tl.program_id(0), words, values, starts, offsets, A, B, dense, outs, ins, blocks, rank, tiles,
+        tl.program_id(0), words, values, starts, offsets, A, B, dense, outs, ins, ins, blocks, rank, tiles,
         WARPS, STEPS, BAND, RANK, PER_BLOCK, PAIRS, EVEN, LOW_RANK, ONE_STEP,
     )  # fmt: skip
 
