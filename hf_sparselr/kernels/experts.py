@@ -10,13 +10,13 @@ from ..utils.availability import TRITON
 from .dispatch import asks_for_values
 from .packed_weight import PackedWeight, check_count
 from .support_index import index_of
-from .tensor_cache import TensorCache, version
+from .tensor_cache import TensorCache, apart
 
 if TYPE_CHECKING:
     from .cuda.experts import ExpertTable
 
 _pointer = torch.Tensor.data_ptr
-_requires_grad = attrgetter("requires_grad")
+_requires_grad, _version = attrgetter("requires_grad"), attrgetter("_version")
 
 # The versions of the masks, and the kernels, or None where there are none for these weights.
 _TABLES: TensorCache[tuple[list[int], "ExpertTable | None"]] = TensorCache()
@@ -44,9 +44,13 @@ def expert_table(
     if torch.is_grad_enabled() and any(map(_requires_grad, tensors)):
         return None
     try:
-        key, versions = tuple(map(_pointer, tensors)), list(map(version, masks))
+        key = tuple(map(_pointer, tensors))
     except TypeError:  # None in the place of a tensor that other weights have
         return None
+    try:
+        versions = list(map(_version, masks))
+    except RuntimeError:  # tensors made in inference mode count no edits
+        versions = []
     entry = _TABLES.get(key)
     if entry is None or entry[0] != versions:
         if torch.cuda.is_current_stream_capturing():
@@ -66,12 +70,9 @@ def _build(weights: list[PackedWeight]) -> "ExpertTable | None":
     if not weights[0].values.is_cuda or not all(tensor.is_contiguous() for w in weights for tensor in w.tensors):
         return None
 
-    def build() -> ExpertTable | None:
+    with torch.cuda.device_of(weights[0].values):
         if not supports(weights):
             return None
         for weight in weights:
             check_count(weight, index_of(weight.mask, weight.in_features).nonzeros)
-        return ExpertTable(weights)
-
-    with torch.cuda.device_of(weights[0].values):
-        return build()
+        return apart(lambda: ExpertTable(weights), weights[0].values.device)

@@ -8,7 +8,8 @@ transformers' implementations "grouped_mm" and "batched_mm". In these two, packe
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from operator import itemgetter
+from itertools import chain, repeat
+from operator import contains, itemgetter
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -97,7 +98,7 @@ class ExpertStack(nn.Module):
             (rows, out).
         """
         table = self.table(inputs) if len(inputs) else None
-        if table is not None and inputs.shape[1] == table.ins:
+        if table is not None and inputs.shape[1] == table.ins and table.takes(len(inputs)):
             with torch.cuda.device_of(inputs):
                 return table.grouped(inputs, ends.to(torch.int32).contiguous())
         parts, start = [], 0
@@ -169,18 +170,18 @@ class Known:
         ]
         names = ("mask", "values", "A", "B", "bias")
         present = [name for name in names if self._are_packed and self._parameters[0].get(name) is not None]
-        self._tensors = itemgetter(*present) if len(present) > 1 else None
+        self._tensors, self._each = itemgetter(*present) if len(present) > 1 else None, len(present)
 
     def table(self, inputs: torch.Tensor) -> "ExpertTable | None":
-        if self._tensors is None or any(self._more) or any("forward" in state for state in self._states):
+        if self._tensors is None or any(self._more) or any(map(contains, self._states, repeat("forward"))):
             return None
         if chosen_kernel(self.layers[0].kernel) == "dense":
             return None
         try:
-            tensors = [tensor for parameters in self._parameters for tensor in self._tensors(parameters)]
+            tensors = list(chain.from_iterable(map(self._tensors, self._parameters)))
         except KeyError:  # the copies of DataParallel have no parameters
             return None
-        return expert_table(inputs, tensors, [p["mask"] for p in self._parameters], self._weights)
+        return expert_table(inputs, tensors, tensors[:: self._each], self._weights)
 
     def _weights(self) -> list[PackedWeight]:
         return [layer.packed_weight for layer in self.layers]

@@ -71,19 +71,30 @@ def test_rows_in_order(out, ins, pattern, rank, bias, dtype, counts) -> None:
     assert_near(stack.multiply(x, ends), expected(layers, x, ids), dtype)
 
 
-@pytest.mark.parametrize("config", [
-    cuda.Config(tiles=1, ahead=4), cuda.Config(tiles=2, ahead=1), cuda.Config(tiles=4, ahead=1, resident=2),
-    cuda.Config(tiles=4, ahead=1, resident=1, samples=128, parts=4, across=2),
-    cuda.Config(tiles=4, ahead=1, resident=2, samples=64, parts=2), cuda.Config(unpack=True),
-])  # fmt: skip
+CONFIGS = [
+    cuda.Config(tiles=1, ahead=4), cuda.Config(tiles=2, warps=4, ahead=1, resident=6),
+    cuda.Config(tiles=4, ahead=1, resident=2), cuda.PAIRS_32, cuda.PAIRS_64, cuda.PAIRS_128,
+    cuda.Config(resident=1, ahead=1, samples=128, parts=4, across=2),
+    cuda.Config(unpack=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("counts", COUNTS)
 def test_every_configuration(config, counts) -> None:
     layers = layers_of(520, 512, "2:4", 0, not config.unpack, torch.bfloat16, ranks=(4, 16, 20, 8, 64))
-    weights = [layer.packed_weight for layer in layers]
+    table = cuda.ExpertTable([layer.packed_weight for layer in layers])
     x, ids, ends = rows_for(counts, 512, torch.bfloat16)
     for by_row in (False, True):
-        y = cuda.ExpertTable(weights).bind(config, by_row)(x, ends)
-        assert_near(y, expected(layers, x, ids), torch.bfloat16)
+        assert_near(table.bind(config, by_row)(x, ends), expected(layers, x, ids), torch.bfloat16)
+
+
+@pytest.mark.parametrize("config", CONFIGS[3:])
+def test_rows_of_any_width(config) -> None:
+    layers = layers_of(71, 192, "2:4", 0, False, torch.bfloat16)
+    table = cuda.ExpertTable([layer.packed_weight for layer in layers])
+    x, ids, ends = rows_for(COUNTS[2], 192, torch.bfloat16)
+    assert_near(table.bind(config)(x, ends), expected(layers, x, ids), torch.bfloat16)
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])

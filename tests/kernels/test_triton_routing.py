@@ -10,7 +10,9 @@ pytest.importorskip("triton")
 from hf_sparselr.kernels.triton import routing
 
 
-@pytest.mark.parametrize(("tokens", "top", "experts"), [(1, 2, 8), (3, 1, 5), (9, 8, 128), (40, 2, 3), (300, 4, 6)])
+@pytest.mark.parametrize(
+    ("tokens", "top", "experts"), [(1, 2, 8), (3, 1, 5), (9, 8, 128), (40, 2, 3), (300, 4, 6), (600, 4, 6)]
+)
 def test_pairs_in_order(tokens: int, top: int, experts: int) -> None:
     index = torch.randint(experts, (tokens, top), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     token, places, ends = routing.order_pairs(index, experts)

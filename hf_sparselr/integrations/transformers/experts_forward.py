@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import SiLUActivation
 from transformers.integrations import moe
 
 from ...nn.packed_experts import ExpertStack
@@ -57,7 +58,7 @@ def run(
     if getattr(experts, "_is_expert_parallel", False) or top_k_weights.requires_grad:
         return None
     up, down = first.table(hidden), experts.down_proj.table(hidden)
-    if up is None or down is None or hidden.shape[1] != up.ins:
+    if up is None or down is None or hidden.shape[1] != up.ins or not up.takes(top_k_index.numel()):
         return None
     with torch.cuda.device_of(hidden):
         return _multiply(experts, hidden, top_k_index, top_k_weights, up, down)
@@ -86,7 +87,10 @@ def _multiply(
     room = down.room(rows)
     if not experts.has_gate:
         x = experts.act_fn(y)
-    elif isinstance(experts.act_fn, nn.SiLU) and getattr(type(experts), "_apply_gate", None) is _DEFAULT_GATE:
+    elif (
+        isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
+        and getattr(type(experts), "_apply_gate", None) is _DEFAULT_GATE
+    ):
         x, room = silu_gate(y, room), 0
     else:
         x = experts._apply_gate(y)

@@ -8,15 +8,15 @@
  *
  * Compiled for: what small_batch.cu is, BY_ROW (a block for each row, of which the first of each batch works; else a
  * block for each expert), and for `experts_pairs` MANY with SAMPLES rows of x of a block, PARTS tiles of 16 rows of S of
- * a warp, ACROSS warps beside each other along the rows of x.
+ * a warp, ACROSS warps beside each other along the rows of x, DEEP stages of loads.
  */
 struct Experts {
   const u16 *x;
-  float *u; /* x A^T; in 16 bits for `experts_pairs` */
+  float *u; /* x A^T */
   u16 *y;
   const Weight *weights; /* of each expert */
   const int *ends;       /* for each expert, the first row after its own */
-  long long experts, ins, blocks, widest; /* widest: floats of u for a row */
+  long long experts, ins, blocks, widest; /* widest: entries of u for a row */
 };
 
 struct Span {
@@ -88,53 +88,14 @@ __device__ __forceinline__ float total(int at) {
   return sum;
 }
 
-#ifdef MANY
-/* The rows of one tile of SAMPLES rows of x: tiles are counted over all experts. */
-__device__ __forceinline__ Span tile_of(const Experts &args, int tile) {
-  __shared__ int before[WARPS + 1], found[2];
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, passed = 0;
-  if (threadIdx.x == 0) found[0] = -1;
-  for (int at = threadIdx.x; at - (int)threadIdx.x < args.experts; at += THREADS) {
-    int rows = at < args.experts ? args.ends[at] - (at ? args.ends[at - 1] : 0) : 0;
-    int tiles = (rows + SAMPLES - 1) / SAMPLES, sum = tiles;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      int other = __shfl_up_sync(~0u, sum, step);
-      if (lane >= step) sum += other;
-    }
-    __syncthreads();
-    if (lane == 31) before[warp] = sum;
-    __syncthreads();
-    int all = 0, earlier = 0;
-    for (int i = 0; i < WARPS; i++) {
-      if (i < warp) earlier += before[i];
-      all += before[i];
-    }
-    int end = passed + earlier + sum;
-    if (tile < end && tile >= end - tiles) found[0] = at, found[1] = tile - (end - tiles);
-    passed += all;
-  }
-  __syncthreads();
-  int expert = found[0];
-  if (expert < 0) return {0, 0, 0, 0};
-  int first = expert ? args.ends[expert - 1] : 0, start = first + SAMPLES * found[1];
-  return {expert, first, start, min(args.ends[expert], start + SAMPLES)};
-}
-#endif
-
 #ifdef RANK
 /* u = x A^T. */
 extern "C" __global__ void __launch_bounds__(THREADS) experts_low_rank(const __grid_constant__ Experts args) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-#ifdef MANY
-  Span span = tile_of(args, blockIdx.x);
-  int top = ROWS * blockIdx.y;
-#else
   Span span = span_of(args);
   int top = ROWS * blockIdx.x;
-#endif
   if (span.start >= span.end) return;
   const Weight &w = args.weights[span.expert];
   int rank = (int)w.rank, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -148,11 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts_low_rank(const __g
     for (int at = threadIdx.x; at < BATCH * ROWS; at += THREADS) {
       int row = at % ROWS, sample = at / ROWS;
       if (top + row >= rank || sample >= count) continue;
-#ifdef MANY
-      ((u16 *)args.u)[base + sample * rank + top + row] = narrow(total(at));
-#else
       args.u[base + sample * rank + top + row] = total(at);
-#endif
     }
   }
 }
@@ -212,16 +169,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts(const __
 }
 
 #ifdef MANY
-#define DEEP 4           /* stages of shared memory */
-#define KEPT 80          /* bytes of shared memory for the values of a row of S in a step of 64 columns, and a gap */
+#define KEPT 80          /* bytes of shared memory for 64 columns of a row of S: values, the mask, and a gap */
 #define TAKEN 144        /* bytes for 64 columns of a row of x, and a gap */
 #define DOWN (WARPS / ACROSS) /* warps beside each other along the rows of S; ACROSS of them along the rows of x */
 #define HEIGHT (16 * PARTS * DOWN) /* rows of S of a block */
 #define NEAR (SAMPLES / 8 / ACROSS) /* tiles of 8 rows of x of a warp */
 #define STAGE (HEIGHT * KEPT + SAMPLES * TAKEN)
+#define PITCH (HEIGHT + 8) /* entries of a row of y in shared memory */
 
-__device__ __forceinline__ void copy16(u32 to, const void *from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
+__device__ __forceinline__ void copy16(u32 to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+
+__device__ __forceinline__ void copy8(u32 to, const void *from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from));
 }
 
 __device__ __forceinline__ uint4 load_matrices(u32 at) {
@@ -231,7 +192,40 @@ __device__ __forceinline__ uint4 load_matrices(u32 at) {
   return v;
 }
 
-/* Many rows of x at 2:4. A block owns HEIGHT rows of S and up to SAMPLES rows of x; a warp 16 PARTS rows of S. */
+/* The rows of one tile of SAMPLES rows of x: tiles are counted over all experts. */
+__device__ __forceinline__ Span tile_of(const Experts &args, int tile) {
+  __shared__ int before[WARPS + 1], found[2];
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, passed = 0;
+  if (threadIdx.x == 0) found[0] = -1;
+  for (int at = threadIdx.x; at - (int)threadIdx.x < args.experts; at += THREADS) {
+    int rows = at < args.experts ? args.ends[at] - (at ? args.ends[at - 1] : 0) : 0;
+    int tiles = (rows + SAMPLES - 1) / SAMPLES, sum = tiles;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      int other = __shfl_up_sync(~0u, sum, step);
+      if (lane >= step) sum += other;
+    }
+    __syncthreads();
+    if (lane == 31) before[warp] = sum;
+    __syncthreads();
+    int all = 0, earlier = 0;
+    for (int i = 0; i < WARPS; i++) {
+      if (i < warp) earlier += before[i];
+      all += before[i];
+    }
+    int end = passed + earlier + sum;
+    if (tile < end && tile >= end - tiles) found[0] = at, found[1] = tile - (end - tiles);
+    passed += all;
+  }
+  __syncthreads();
+  int expert = found[0];
+  if (expert < 0) return {0, 0, 0, 0};
+  int first = expert ? args.ends[expert - 1] : 0, start = first + SAMPLES * found[1];
+  return {expert, first, start, min(args.ends[expert], start + SAMPLES)};
+}
+
+/* Many rows of x at 2:4. A block owns HEIGHT rows of S and up to SAMPLES rows of x; a warp 16 PARTS rows of S. Of u, in
+   16 bits, each row has `widest` entries. */
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_pairs(const __grid_constant__ Experts args) {
   Span span = tile_of(args, blockIdx.x);
   if (span.start >= span.end) return;
@@ -245,49 +239,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_pairs(co
 
   auto fetch = [&](int step) {
     u32 to = base + step % DEEP * STAGE;
+    if (step < steps) {
 #pragma unroll
-    for (int i = threadIdx.x; i < HEIGHT * 4; i += THREADS) {
-      int row = min(top + i / 4, outs - 1);
-      copy16(to + i / 4 * KEPT + i % 4 * 16, w.values + row * width + 32 * step + i % 4 * 8, step < steps);
-    }
+      for (int i = threadIdx.x; i < HEIGHT * 4; i += THREADS) {
+        long long row = min(top + i / 4, outs - 1);
+        copy16(to + i / 4 * KEPT + i % 4 * 16, w.values + row * width + 32 * step + i % 4 * 8);
+      }
 #pragma unroll
-    for (int i = threadIdx.x; i < SAMPLES * 8; i += THREADS) {
-      int row = min(i / 8, count - 1);
-      copy16(to + HEIGHT * KEPT + i / 8 * TAKEN + i % 8 * 16, x + row * args.ins + 64 * step + i % 8 * 8, step < steps);
+      for (int i = threadIdx.x; i < HEIGHT; i += THREADS)
+        copy8(to + i * KEPT + 64, w.words + (long long)min(top + i, outs - 1) * args.blocks + step);
+#pragma unroll
+      for (int i = threadIdx.x; i < SAMPLES * 8; i += THREADS) {
+        long long row = min(i / 8, count - 1);
+        copy16(to + HEIGHT * KEPT + i / 8 * TAKEN + i % 8 * 16, x + row * args.ins + 64 * step + i % 8 * 8);
+      }
     }
     asm volatile("cp.async.commit_group;");
   };
-  const u64 *words[2 * PARTS];
-#pragma unroll
-  for (int i = 0; i < 2 * PARTS; i++)
-    words[i] = w.words + (long long)min(top + down + 8 * i + g, outs - 1) * args.blocks;
-  u64 next[2 * PARTS]; /* the mask of the next step */
-#pragma unroll
-  for (int i = 0; i < 2 * PARTS; i++) next[i] = __ldg(words[i]);
-  for (int step = 0; step < DEEP - 1; step++) {
-    if (step < steps) fetch(step);
-    else asm volatile("cp.async.commit_group;");
-  }
+  for (int step = 0; step < DEEP - 1; step++) fetch(step);
   float sums[PARTS][NEAR][4] = {};
   for (int step = 0; step < steps; step++) {
-    u32 code[PARTS];
-#pragma unroll
-    for (int i = 0; i < PARTS; i++)
-      code[i] = metadata((u32)(next[2 * i] >> 16 * t & 0xFFFF) | (u32)(next[2 * i + 1] >> 16 * t & 0xFFFF) << 16);
-    int later = min(step + 1, steps - 1);
-#pragma unroll
-    for (int i = 0; i < 2 * PARTS; i++) next[i] = __ldg(words[i] + later);
     asm volatile("cp.async.wait_group %0;" ::"n"(DEEP - 2));
     __syncthreads(); /* all see the values of this step, and have read those of the last one */
-    if (step + DEEP - 1 < steps) fetch(step + DEEP - 1);
-    else asm volatile("cp.async.commit_group;");
+    fetch(step + DEEP - 1);
     u32 here = base + step % DEEP * STAGE;
-    u32 kept[2 * PARTS][4];
+    u32 kept[2 * PARTS][4], code[PARTS];
 #pragma unroll
-    for (int i = 0; i < 2 * PARTS; i++)
+    for (int i = 0; i < 2 * PARTS; i++) {
+      u32 row = here + (down + 8 * i + g) * KEPT, bits;
 #pragma unroll
       for (int j = 0; j < 4; j++)
-        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(kept[i][j]) : "r"(here + (down + 8 * i + g) * KEPT + 4 * (t + 4 * j)));
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(kept[i][j]) : "r"(row + 4 * (t + 4 * j)));
+      asm volatile("{ .reg .b16 h; ld.shared.b16 h, [%1]; cvt.u32.u16 %0, h; }" : "=r"(bits) : "r"(row + 64 + 2 * t));
+      code[i / 2] = i % 2 ? metadata(code[i / 2] | bits << 16) : bits;
+    }
     here += HEIGHT * KEPT + (8 * NEAR * across + lane % 8) * TAKEN + lane / 8 * 16;
 #pragma unroll
     for (int n = 0; n < NEAR; n++) {
@@ -297,15 +282,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_pairs(co
       for (int i = 0; i < PARTS; i++) {
         u32 *p = kept[2 * i], *q = kept[2 * i + 1];
         multiply_sparse<0>(sums[i][n], p[0], q[0], p[1], q[1], b.x, b.y, b.z, b.w, code[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < PARTS; i++) {
+        u32 *p = kept[2 * i], *q = kept[2 * i + 1];
         multiply_sparse<1>(sums[i][n], p[2], q[2], p[3], q[3], c.x, c.y, c.z, c.w, code[i]);
       }
     }
   }
+  asm volatile("cp.async.wait_group 0;");
 #ifdef RANK
-  const u16 *u = (const u16 *)args.u + span.first * args.widest + (span.start - span.first) * w.rank;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  const u16 *u = (const u16 *)args.u + span.start * args.widest;
   for (int q = 4 * t; q - 4 * t < w.rank; q += 16) {
     uint2 factors[2 * PARTS], zero = make_uint2(0, 0);
 #pragma unroll
@@ -316,28 +303,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_pairs(co
 #pragma unroll
     for (int n = 0; n < NEAR; n++) {
       int sample = 8 * (NEAR * across + n) + g;
-      uint2 b = sample < count && q < w.rank ? *(const uint2 *)(u + sample * w.rank + q) : zero;
+      uint2 b = sample < count && q < w.rank ? __ldg((const uint2 *)(u + sample * args.widest + q)) : zero;
 #pragma unroll
       for (int i = 0; i < PARTS; i++)
         multiply(sums[i][n], factors[2 * i].x, factors[2 * i + 1].x, factors[2 * i].y, factors[2 * i + 1].y, b.x, b.y);
     }
   }
 #endif
+  __syncthreads(); /* the stages are no longer read: y takes their place, so that rows of it are written as a whole */
+  u16 *tile = (u16 *)shared;
 #pragma unroll
   for (int i = 0; i < PARTS; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      int row = top + down + 16 * i + g + 8 * (j / 2);
-      if (row >= outs) continue;
+      int row = down + 16 * i + g + 8 * (j / 2);
       float bias = 0;
 #ifdef BIAS
-      bias = widen(w.bias[row]);
+      if (top + row < outs) bias = widen(w.bias[top + row]);
 #endif
 #pragma unroll
-      for (int n = 0; n < NEAR; n++) {
-        int sample = 8 * (NEAR * across + n) + 2 * t + j % 2;
-        if (sample < count) args.y[(span.start + sample) * (long long)outs + row] = narrow(sums[i][n][j] + bias);
-      }
+      for (int n = 0; n < NEAR; n++)
+        tile[(8 * (NEAR * across + n) + 2 * t + j % 2) * PITCH + row] = narrow(sums[i][n][j] + bias);
     }
+  __syncthreads();
+  u16 *y = args.y + span.start * (long long)outs + top;
+  for (int i = threadIdx.x; i < count * (HEIGHT / 8); i += THREADS) {
+    int sample = i / (HEIGHT / 8), row = i % (HEIGHT / 8) * 8;
+    const u16 *from = tile + sample * PITCH + row;
+    u16 *to = y + sample * (long long)outs + row;
+    if (outs % 8 == 0 && top + row < outs) *(uint4 *)to = *(const uint4 *)from;
+    else
+      for (int j = 0; j < 8 && top + row + j < outs; j++) to[j] = from[j];
+  }
 }
 #endif

@@ -11,6 +11,7 @@ from ..gpu import ready
 from ..launch import COUNTERS, DriverLaunch, Varying, scratch
 from ..packed_weight import PackedWeight
 from ..support_index import SupportIndex, index_of
+from ..triton.decode import ceil_div
 from ..triton.experts import Unpacking
 from . import small_batch
 from .nvrtc import load_function
@@ -19,9 +20,8 @@ from .small_batch import in_fours, stride_of
 # x (rows, in) in the order of the experts, and for each expert the first row after its own, int32, to (rows, out).
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-UNPACK_ROWS = 64  # of an expert on average, above which S is unpacked
 _SOURCE = "small_batch.cu+experts.cu"
-_DEEP, _KEPT, _TAKEN = 4, 80, 144  # as in the source
+_KEPT, _TAKEN = 80, 144  # as in the source
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Config:
         rows, warps, resident, ahead: as of "mma" in `launch_config.LaunchConfig`.
         tiles: of eight rows of x that a block takes at a time.
         samples: rows of x of a block that takes many, or 0.
-        unpack: S + B A of all experts is written first, for torch's grouped product.
+        deep: with `samples`, stages of loads in shared memory.
+        unpack: S of all experts is written first, for torch's grouped product.
         parts, across: with `samples`, tiles of 16 rows of S of a warp, and warps beside each other along the rows of x.
     """
 
@@ -44,7 +45,13 @@ class Config:
     samples: int = 0
     parts: int = 0
     across: int = 1
+    deep: int = 4
     unpack: bool = False
+
+
+PAIRS_32 = Config(resident=2, ahead=1, samples=32, parts=2, deep=3)
+PAIRS_64 = Config(resident=2, ahead=1, samples=64, parts=2, deep=3)
+PAIRS_128 = Config(resident=1, ahead=1, samples=128, parts=2)
 
 
 class ExpertTable:
@@ -65,7 +72,7 @@ class ExpertTable:
         self.low_rank, self.bias = one.A is not None, one.bias is not None
         self.dtype, self.device = one.values.dtype, one.values.device
         whole = all(weight.A is None or (weight.rank % 4 == 0 and weight.B.data_ptr() % 8 == 0) for weight in weights)
-        self.takes_many = self.pairs and whole
+        self.takes_many = self.pairs and whole and self.dtype == torch.bfloat16
         self._bound: dict[tuple[Config, bool], Product] = {}
         self.entries = table_entries(weights, indices)
         self._tables = [tensor for index in indices for tensor in (index.padded, index.starts, index.offsets)]
@@ -85,7 +92,12 @@ class ExpertTable:
         return self.bind(config, len(x) < self.experts)(x, ends)
 
     def _config(self, rows: int) -> Config:
-        return best_config(rows, self.experts, self.ins, self.takes_many, not self.bias)
+        unpacks = not self.bias and self.dtype == torch.bfloat16  # torch's product waits for the device in FP16
+        return best_config(rows, self.experts, self.ins, self.takes_many, unpacks)
+
+    def takes(self, rows: int) -> bool:
+        """Whether there is a fast way for so many rows of x."""
+        return self.dtype == torch.bfloat16 or rows <= 48 * self.experts
 
     @functools.cached_property
     def unpacking(self) -> Unpacking:
@@ -116,51 +128,73 @@ class ExpertTable:
         return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
 
     def _bind(self, config: Config, by_row: bool) -> Product:
-        many = config.samples > 0
-        defines = [f"ROWS={config.rows}", f"WARPS={config.warps}", f"RESIDENT={config.resident}", "WEIGHTS=1"]
-        defines += [f"AHEAD={config.ahead}", f"TILES={config.tiles}", *["BY_ROW"] * by_row]
-        defines += ["PAIRS"] if self.pairs else [f"STRIDE={stride_of(self.densest)}"]
-        if self.per_block and not self.pairs:
-            defines.append(f"PER_BLOCK={self.per_block}")
-        defines += ["HALF"] * (self.dtype == torch.float16) + ["BIAS"] * self.bias
-        defines += ["RANK"] * self.low_rank + ["FOURS"] * self.in_fours
-        if many:
-            defines += ["MANY", f"SAMPLES={config.samples}", f"PARTS={config.parts}", f"ACROSS={config.across}"]
-        load = functools.partial(load_function, _SOURCE, defines=tuple(defines), device=self.device.index)
-        # Varying: x, u, y, the ends of the experts' rows.
-        widest = max(self.ranks)
-        arguments = [Varying(0, None), Varying(1, None), Varying(2, None), self.entries, Varying(3, None)]
-        arguments += [self.experts, self.ins, self.blocks, widest]
-        small, block = 32 * config.warps * config.tiles * config.rows, (32 * config.warps,)
-        height = 16 * config.parts * config.warps // config.across if many else config.rows
+        if config.samples:
+            return self._bind_pairs(config)
+        small = 32 * config.warps * config.tiles * config.rows
         shared = small
-        if many:
-            shared = _DEEP * (height * _KEPT + config.samples * _TAKEN)
-        elif not self.pairs:
+        if not self.pairs:
             shared = max(small, small_batch.shared_memory(config.warps, config.rows, self.densest))
+        load, block = self._loader(config, ["BY_ROW"] * by_row), (32 * config.warps,)
+        widest, experts, outs = max(self.ranks), self.experts, self.outs
+        arguments = self._arguments(widest)
         overlaps = self.low_rank and torch.cuda.get_device_capability(self.device) >= (9, 0)
-        name = "experts_pairs" if many else "experts"
-        main = DriverLaunch(load(name, shared=shared), (1,), block, shared, arguments, overlaps)
+        main = DriverLaunch(load("experts", shared=shared), (1,), block, shared, arguments, overlaps)
         first = None
         if self.low_rank:
             first = DriverLaunch(load("experts_low_rank", shared=small), (1,), block, small, arguments)
-        bands, factors = -(-self.outs // height), -(-widest // config.rows)
-        device, experts, outs = self.device.index, self.experts, self.outs
+        bands, factors = ceil_div(outs, config.rows), ceil_div(widest, config.rows)
+        device = self.device.index
 
         def product(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
             x, rows = ready(x), len(x)
             y = x.new_empty(rows, outs)
             u: int | torch.Tensor = 0
-            units = experts + rows // config.samples if many else rows if by_row else experts
+            units = rows if by_row else experts
             if first is not None:
-                size = rows * widest
-                start = scratch(device, COUNTERS + 4 * size)
-                u = torch.empty(size, dtype=torch.float32, device=x.device) if start is None else start + COUNTERS
-                first(x, u, y, ends, grid=(units, factors, 1) if many else (factors, units, 1))
-            main(x, u, y, ends, grid=(units, bands, 1) if many else (bands, units, 1))
+                start = scratch(device, COUNTERS + 4 * rows * widest)
+                u = x.new_empty(rows * widest, dtype=torch.float32) if start is None else start + COUNTERS
+                first(x, u, y, ends, grid=(factors, units, 1))
+            main(x, u, y, ends, grid=(bands, units, 1))
             return y
 
         return product
+
+    def _bind_pairs(self, config: Config) -> Product:
+        height = 16 * config.parts * config.warps // config.across
+        shared = config.deep * (height * _KEPT + config.samples * _TAKEN)
+        shared = max(shared, 2 * config.samples * (height + 8))  # y takes the place of the stages
+        unpacking = self.unpacking
+        function = self._loader(config, [])("experts_pairs", shared=shared)
+        launch = DriverLaunch(function, (1,), (32 * config.warps,), shared, self._arguments(unpacking.extra))
+        bands, experts, outs = ceil_div(self.outs, height), self.experts, self.outs
+
+        def product(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            x, rows = ready(x), len(x)
+            y = x.new_empty(rows, outs)
+            u = F.grouped_mm(x, unpacking.factors(ends).transpose(1, 2), offs=ends) if unpacking.extra else y
+            launch(x, u, y, ends, grid=(experts + rows // config.samples, bands, 1))
+            return y
+
+        return product
+
+    def _loader(self, config: Config, defines: list[str]) -> Callable[..., int]:
+        """Loads a kernel of the source by its name."""
+        defines += [f"ROWS={config.rows}", f"WARPS={config.warps}", f"RESIDENT={config.resident}", "WEIGHTS=1"]
+        defines += [f"AHEAD={config.ahead}", f"TILES={config.tiles}"]
+        defines += ["PAIRS"] if self.pairs else [f"STRIDE={stride_of(self.densest)}"]
+        if self.per_block and not self.pairs:
+            defines.append(f"PER_BLOCK={self.per_block}")
+        defines += ["HALF"] * (self.dtype == torch.float16) + ["BIAS"] * self.bias
+        defines += ["RANK"] * self.low_rank + ["FOURS"] * self.in_fours
+        if config.samples:
+            defines += ["MANY", f"SAMPLES={config.samples}", f"PARTS={config.parts}", f"ACROSS={config.across}"]
+            defines.append(f"DEEP={config.deep}")
+        return functools.partial(load_function, _SOURCE, defines=tuple(defines), device=self.device.index)
+
+    def _arguments(self, widest: int) -> list:
+        """Of the kernels. Varying: x, u, y, the ends of the experts' rows."""
+        given = [Varying(0, None), Varying(1, None), Varying(2, None), self.entries, Varying(3, None)]
+        return [*given, self.experts, self.ins, self.blocks, widest]
 
 
 def table_entries(weights: Sequence[PackedWeight], indices: Sequence[SupportIndex]) -> torch.Tensor:
@@ -179,16 +213,18 @@ def best_config(rows: int, experts: int, ins: int, takes_many: bool, unpacks: bo
 
     Args:
         takes_many: whether "experts_pairs" takes the weights.
-        unpacks: whether S may be unpacked for torch's grouped product, which adds no bias.
+        unpacks: whether S may be unpacked for torch's grouped product.
     """
     mean = rows / experts
-    if mean > UNPACK_ROWS and unpacks:
+    if takes_many and mean > 24:
+        return PAIRS_64 if mean <= 48 else PAIRS_128
+    if unpacks and mean > 24:
         return Config(unpack=True)
-    if mean > 32 and takes_many:
-        return Config(resident=1, tiles=4, ahead=1, samples=64, parts=2)
     narrow = ins <= 1024 or (ins <= 2048 and rows >= experts)
     if mean > 12:
-        return Config(tiles=4, warps=4, ahead=1, resident=4)
+        if takes_many and narrow:
+            return PAIRS_32
+        return Config(tiles=4, ahead=1, resident=2) if ins > 8192 else Config(tiles=4, warps=4, ahead=1, resident=4)
     tiles = 1 if mean <= 4 else 2
     return Config(tiles=tiles, warps=4, ahead=1, resident=6) if narrow else Config(tiles=tiles)
 

@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 
 from ..launch import TritonLaunch, Varying
+from ..tensor_cache import apart
 from .decode import ceil_div
 
-MOST_PAIRS = 1024  # of tokens and experts that one program brings into order
-_STEP = 64  # pairs that are compared with all others at a time
+MOST_PAIRS = 2048  # of tokens and experts that are all compared with each other; more are sorted
+_PAIRS = 32  # of a program
+_STEP = 64  # that a program compares with its own at a time
 _WIDTH = 1024  # columns of a program
 
 
@@ -27,11 +29,11 @@ def _order(
     STEP: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A stable counting sort: pairs (token, expert) in the order of their experts."""
-    pair = tl.arange(0, PAIRS)
+    """A stable counting sort: pairs (token, expert) in the order of their experts; PAIRS of them a program."""
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     mine = tl.load(ids + pair, mask=pair < count, other=experts).to(tl.int32)
     place = tl.zeros((PAIRS,), tl.int32)
-    number = tl.arange(0, WIDTH)
+    number = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     end = tl.zeros((WIDTH,), tl.int32)
     for first in range(0, count, STEP):
         other_pair = first + tl.arange(0, STEP)
@@ -64,21 +66,24 @@ def order_pairs(index: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.
         return order // top, places, ends
     tokens = torch.empty(count, dtype=torch.int64, device=device)
     places, ends = torch.empty(count + experts, dtype=torch.int32, device=device).split((count, experts))
-    _bind_order(max(16, 1 << (count - 1).bit_length()), experts, top, device)(index, tokens, places, ends, count)
+    programs = ceil_div(count, _PAIRS)
+    launch = _bind_order(programs, experts, top, device)
+    launch(index, tokens, places, ends, count, grid=(programs, 1, 1))
     return tokens, places, ends
 
 
 @functools.cache
 def _numbers(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.arange(count, dtype=dtype, device=device)
+    return apart(lambda: torch.arange(count, dtype=dtype, device=device), device)
 
 
 @functools.cache
-def _bind_order(pairs: int, experts: int, top: int, device: torch.device) -> TritonLaunch:
+def _bind_order(programs: int, experts: int, top: int, device: torch.device) -> TritonLaunch:
     long, short = (torch.empty(4, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
     given = Varying(0, long), Varying(1, long), Varying(2, short), Varying(3, short[1:]), Varying(4, 3)
-    constants = {"PAIRS": pairs, "STEP": min(_STEP, pairs), "WIDTH": max(16, 1 << (experts - 1).bit_length())}
-    return TritonLaunch(_order, (1,), (*given, experts, top), {**constants, "num_warps": 8})
+    width = max(16, 1 << (ceil_div(experts, programs) - 1).bit_length())
+    constants = {"PAIRS": _PAIRS, "STEP": _STEP, "WIDTH": width, "num_warps": 4}
+    return TritonLaunch(_order, (1, 1), (*given, experts, top), constants)
 
 
 @triton.jit
