@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", help="only these model types; they are run again")
     parser.add_argument("--limit", type=int, help="types a class, drawn at random; all without")
     parser.add_argument("--jobs", type=int, default=1, help="types at a time")
+    parser.add_argument("--time-limit", type=int, default=TIME_LIMIT, help="seconds a type")
     parser.add_argument("--outcomes", type=Path, default=Path("model-coverage.json"), help="JSON to go on with")
     parser.add_argument("--table", type=Path, help="Markdown page to write")
     arguments = parser.parse_args()
@@ -170,7 +171,7 @@ def main() -> None:
     tf.utils.logging.disable_progress_bar()
 
     with contextlib.suppress(KeyboardInterrupt):
-        for (task, name), outcome in try_in_forks(chosen, arguments.jobs):
+        for (task, name), outcome in try_in_forks(chosen, arguments.jobs, arguments.time_limit):
             known.setdefault(task, {})[name] = outcome
             arguments.outcomes.write_text(json.dumps(known, indent=1), encoding="utf-8")
             print(task, name, outcome["outcome"], outcome.get("step", ""), outcome.get("error", ""), flush=True)

@@ -62,9 +62,11 @@ def try_type(
 
 def build(config_class: type[tf.PreTrainedConfig], model_class: type[tf.PreTrainedModel]) -> Built:
     """A function that makes the dense model, the same each time, and one that draws its inputs."""
-    first = None
+    first, failed = None, set()
     # Images and text together come before text alone.
     for left_out, most, sizes in itertools.product(range(3), MOST_WEIGHTS, WAYS):
+        if (left_out, sizes) in failed:
+            continue
         try:
 
             def make(sizes: Sizes = sizes) -> tf.PreTrainedModel:
@@ -74,12 +76,14 @@ def build(config_class: type[tf.PreTrainedConfig], model_class: type[tf.PreTrain
             with torch.device("meta"):
                 weights = _weights(make)
             if weights > most:
-                raise RuntimeError(f"the shrunk model has {weights} weights")
+                first = first or RuntimeError(f"the shrunk model has {weights} weights")
+                continue
             model = make()
             if (kinds := most_kinds(model) - left_out) > 0:
                 return make, find_inputs(model, kinds)
         except Exception as error:
             first = first or error
+        failed.add((left_out, sizes))
     raise first or RuntimeError("forward takes neither text nor images nor sound")
 
 

@@ -21,7 +21,7 @@ from ...format.staging import Staging, stale, write_text
 from ...nn.linear import packed_layers
 from ..transformers.adapters import reject_adapters
 from ..transformers.checks import changed_ranks, check_saved
-from ..transformers.names import would_fuse
+from ..transformers.names import needs_own_names
 from .model_card import README, base_licence, is_generated, licence_fields, licence_of, model_card, tags_of
 
 __all__ = ["model_card", "save_pretrained", "upload", "write_extras"]
@@ -149,7 +149,7 @@ def save_pretrained(
     if distributed_checkpoint:
         raise ValueError("distributed_checkpoint=True is not supported for sparselr models: leave it out")
     reject_adapters(self, "save")
-    changes = {"save_original_format": False} if would_fuse(self, packed_layers(self)) else {}
+    changes = {"save_original_format": False} if needs_own_names(self, packed_layers(self)) else {}
     if push_to_hub:
         changes["repo_id"] = kwargs.get("repo_id", directory.name)
     with Staging(directory, variant) as staging, _passing_on(self, state_dict, staging):

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from ...compression.linear_layers import weight_shape
 from ...compression.model_structure import linear_layers
@@ -25,7 +24,7 @@ from ...format.patterns import NM
 from ...format.seal import SAVE_ID, check_seal, read_seal
 from ...nn.linear import SparseLRLinear
 from ...solvers.registry import PRECOMPUTED
-from .names import StoredNames, check_dense, is_written_by, missing_tensor, writing_class
+from .names import StoredNames, check_dense, is_written_by, missing_tensor, tensor_names, writing_class
 
 if TYPE_CHECKING:  # transformers imports this module before it has the class
     from transformers import PreTrainedModel
@@ -55,7 +54,7 @@ def check_checkpoint(
     if not entries:
         raise FormatError("the files of the checkpoint hold no tensors")
     stored, layers = group_layers(entries), linear_layers(model)
-    names = StoredNames(model, _tensor_names(model), entries, stored)
+    names = StoredNames(model, tensor_names(model), entries, stored)
     named = {layer: names.layer(layer) for layer in stored}
     for layer, parts in stored.items():
         dense = layers.get(named[layer])
@@ -85,7 +84,7 @@ def check_saved(model: "PreTrainedModel", config: SparseLRConfig, entries: Mappi
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLRLinear)}
     stored = group_layers(entries)
-    names = StoredNames(model, _tensor_names(model), entries, stored)
+    names = StoredNames(model, tensor_names(model), entries, stored)
     found = {names.layer(layer): layer for layer in stored}
     for name, layer in layers.items():
         if name not in found:
@@ -113,12 +112,6 @@ def changed_ranks(config: SparseLRConfig, layers: Mapping[str, SparseLRLinear]) 
     return ranks
 
 
-def _tensor_names(model: nn.Module) -> list[str]:
-    """Names of all tensors of a model, with a `weight` for packed layers."""
-    packed = (name for name, module in model.named_modules() if isinstance(module, SparseLRLinear))
-    return [*model.state_dict(), *(f"{name}.{SENTINEL}" for name in packed)]
-
-
 def _check_names(
     model: "PreTrainedModel", entries: Mapping[str, Entry], stored: Iterable[str], names: StoredNames
 ) -> None:
@@ -143,7 +136,7 @@ def _check_names(
     if writer is not None:
         with torch.device("meta"):
             skeleton = writer(copy.deepcopy(model.config))
-        names = StoredNames(skeleton, _tensor_names(skeleton), entries, stored)
+        names = StoredNames(skeleton, tensor_names(skeleton), entries, stored)
         check_dense(skeleton, {names.layer(layer) for layer in stored}, entries, names)
 
 

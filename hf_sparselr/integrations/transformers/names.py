@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -24,6 +25,7 @@ from transformers.core_model_loading import (
 from ...compression.model_structure import linear_layers
 from ...format.checkpoint import DTYPES, FLOATS, SENTINEL, Entry, FormatError
 from ...format.checkpoint_hierarchy import owner
+from ...nn.linear import SparseLRLinear
 
 if TYPE_CHECKING:  # transformers imports this module before it has the class
     from transformers import PreTrainedModel
@@ -131,13 +133,43 @@ def exclude_all(conversions: list) -> list:
     return conversions
 
 
-def would_fuse(model: "PreTrainedModel", layers: Iterable[str]) -> bool:
-    """Whether transformers would fuse or split tensors of packed layers on saving, to restore original names."""
+def needs_own_names(model: "PreTrainedModel", layers: Iterable[str]) -> bool:
+    """Whether a packed model has to be saved under its own names instead of those of its original checkpoint.
+
+    It has if transformers, to restore the original names, would fuse or split tensors of packed layers, put those of
+    one layer into several places, or give them a name that does not lead back to the layer.
+    """
+    layers, tensors = set(layers), tensor_names(model)
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
-    converters = [step.reverse_transform() for step in conversions if isinstance(step, WeightConverter)]
-    return any(step.rename_source_key(f"{layer}.{SENTINEL}")[1] for step in converters for layer in layers)
+        conversions = [step for step in conversions if not isinstance(step, PrefixChange)]  # as transformers does
+    reverse = [step.reverse_transform() for step in reversed(conversions)]
+    converters = [step for step in reverse if isinstance(step, WeightConverter)]
+    if any(step.rename_source_key(f"{layer}.{SENTINEL}")[1] for step in converters for layer in layers):
+        return True
+    original = {}
+    for name in sorted(tensors, key=dot_natural_key):
+        original[name] = name
+        for step in reverse:
+            if isinstance(step, WeightRenaming):
+                original[name], _ = step.rename_source_key(original[name])
+    places: dict[str, str] = {layer: owner(original[f"{layer}.{SENTINEL}"]) for layer in layers}
+    torn = any(
+        original[name] != places[owner(name)] + name.removeprefix(owner(name))
+        for name in tensors
+        if owner(name) in layers
+    )
+    if torn:
+        return True
+    names = StoredNames(model, tensors, original.values(), places.values())
+    return any(names.layer(place) != layer for layer, place in places.items())
+
+
+def tensor_names(model: nn.Module) -> list[str]:
+    """Names of all tensors of a model, with a `weight` for packed layers."""
+    packed = (name for name, module in model.named_modules() if isinstance(module, SparseLRLinear))
+    return [*model.state_dict(), *(f"{name}.{SENTINEL}" for name in packed)]
 
 
 def check_dense(model: "PreTrainedModel", packed: set[str], entries: Mapping[str, Entry], names: StoredNames) -> None:

@@ -9,7 +9,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 from hf_sparselr import compress
-from hf_sparselr.integrations.transformers.names import would_fuse
+from hf_sparselr.integrations.transformers.names import needs_own_names
 from hf_sparselr.nn.linear import packed_layers
 
 SIZES = {
@@ -46,7 +46,7 @@ def test_fused_names_reload_to_the_bit(name, overrides, tmp_path):
     config = tiny.settings(overrides=overrides, on_incompatible="skip")
     for source in (dense, tmp_path / "dense"):  # made in memory, and loaded from original names
         model = compress(source, config)
-        assert would_fuse(model, packed_layers(model))
+        assert needs_own_names(model, packed_layers(model))
         model.save_pretrained(tmp_path / "packed")
         again = type(dense).from_pretrained(tmp_path / "packed")
         assert tiny.same(tiny.snapshot(again), tiny.snapshot(model))
@@ -58,7 +58,7 @@ def test_fused_names_reload_to_the_bit(name, overrides, tmp_path):
 
 def test_models_without_fused_names_keep_their_original_names(tmp_path):
     model = compress(tiny.build("neox"), tiny.settings())
-    assert not would_fuse(model, packed_layers(model))
+    assert not needs_own_names(model, packed_layers(model))
     tiny.build("neox").save_pretrained(tmp_path / "dense")
     model.save_pretrained(tmp_path / "packed")
     assert names(tmp_path / "dense") <= names(tmp_path / "packed")
