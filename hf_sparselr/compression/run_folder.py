@@ -110,6 +110,8 @@ class RunFolder:
         if not self._world.first:
             return
         self._lock.close()
+        if error is None:
+            self._flush_output()
         if error is None or not self.finished:
             self._remove(made=error is not None)
         if error is None:
@@ -204,6 +206,12 @@ class RunFolder:
         text = json.dumps({"version": VERSION, "identity": self.identity, "blocks": blocks}, indent=1)
         with _renamed(self.path / MANIFEST) as beside:
             beside.write_text(text + "\n", encoding="utf-8")
+
+    def _flush_output(self) -> None:
+        """The checkpoint reaches the disk before the blocks that it was made of are deleted."""
+        for file in self.output_dir.iterdir():
+            if file.is_file():
+                _flush(file, os.O_RDWR)
 
     def _remove(self, made: bool) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

@@ -21,6 +21,7 @@ from ..utils import fingerprint
 from ..utils.modules import check_device, restored_on_error
 from ..utils.world import ALONE, World
 from .dense_model import dense_skeleton
+from .memory_needs import tell_distillation_memory
 from .output import check_folder, check_output, check_unused, save
 from .streaming import are_read_by_block, is_streamed
 
@@ -100,6 +101,7 @@ def _compress(
     if output_dir is not None:
         processors = check_output(output_dir, skeleton, plan, origin, config.tokenizer, keeps_blocks=True)
     samples = Samples.load(skeleton, config, origin)
+    tell_distillation_memory(skeleton, config)
     if output_dir is None:
         dense = given if given is not None else cls.from_pretrained(origin.name, **load_kwargs)
         with _restored(given):

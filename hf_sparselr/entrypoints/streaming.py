@@ -11,6 +11,7 @@ from ..compression.expert_products import unknown_products
 from ..config.sparselr_config import SparseLRConfig
 from ..utils.memory import available_memory
 from ..utils.world import World
+from .memory_needs import distillation_bytes, model_bytes
 
 logger = logging.getLogger("hf_sparselr")
 
@@ -63,12 +64,6 @@ def are_read_by_block(files: list[str], stream: bool | str) -> bool:
     return False
 
 
-def model_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a model's parameters and buffers, tied ones once."""
-    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
 def _obstacle(
     given: PreTrainedModel | None,
     skeleton: PreTrainedModel,
@@ -84,7 +79,7 @@ def _obstacle(
     if output_dir is None:
         return "finished blocks go to files: pass output_dir"
     if "distill" in config.refine_steps:
-        device = _training_bytes(skeleton, config)
+        device = distillation_bytes(skeleton, config)
         return (
             f"refine={config.refine!r} trains the whole model, and needs about {size * 2 / 1e9:.1f} GB of main memory "
             f"and {device / 1e9:.1f} GB on the device: use refine='tm', or stream=False, there with "
@@ -97,11 +92,3 @@ def _obstacle(
     if experts := unknown_products(skeleton, plan):
         return f"how {experts[0]} is multiplied is only seen in a pass of the dense model: use stream=False"
     return None
-
-
-def _training_bytes(model: PreTrainedModel, config: SparseLRConfig) -> int:
-    """Bytes that distillation holds on its device, about: the dense model, the masters, gradients and two moments."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if config.distill.train == "factors":
-        return 2 * model_bytes(model)
-    return parameters * 4 * 5

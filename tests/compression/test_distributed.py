@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.paths import ROOT
+from helpers.streamed import content
 from helpers.subprocesses import fork
 
 import hf_sparselr
@@ -66,6 +67,9 @@ def work(folder: Path) -> None:
         results = {pattern: solved(pattern, world) for pattern in PATTERNS}
         results |= {name: compressed(name, True) for name in RUNS}
         again = compressed("tm", True)[0]
+        for stream in (True, False):
+            name, options = str(folder / "dense"), RUNS["tm"][1]
+            hf_sparselr.compress(name, tiny.settings(**options), folder / f"stream-{stream}", True, stream=stream)
         torch.save((results, again), folder / f"{world.rank}.pt")
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -165,6 +169,10 @@ def test_a_second_run_gives_the_same_bits(folder: Path) -> None:
 def test_the_first_process_writes_and_prints(folder: Path) -> None:
     assert "written to" in (folder / "0.txt").read_text() and not (folder / "1.txt").read_text()
     assert (folder / "out" / "model.safetensors").is_file()
+
+
+def test_two_processes_stream(folder: Path) -> None:
+    assert content(folder / "stream-True") == content(folder / "stream-False")
 
 
 def test_a_run_ends_with_a_process_that_dies_and_goes_on_later(folder: Path, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_sparselr import compress
 from hf_sparselr.cli import main
-from hf_sparselr.compression import pipeline
+from hf_sparselr.compression import block_source, pipeline
 from hf_sparselr.compression import run as compression_run
 from hf_sparselr.compression.run_folder import NAME, RunFolder
-from hf_sparselr.entrypoints import streaming
+from hf_sparselr.entrypoints import memory_needs, streaming
 from hf_sparselr.integrations.transformers import lazy_loading
 
 
@@ -65,6 +65,30 @@ def test_a_snapshot_of_links_is_read(llama, whole, tmp_path):
         (snapshot / file.name).symlink_to(file)
     run(str(snapshot), tmp_path / "out")
     assert content(tmp_path / "out") == whole
+
+
+def test_every_block_is_read_once_and_not_kept(llama, tmp_path, monkeypatch):
+    read, in_memory = [], []
+    call, finish = lazy_loading.BlockReader.__call__, block_source.StreamedBlocks.finish
+
+    def finish_and_look(self, name, block):
+        finish(self, name, block)
+        in_memory.append({key for key, tensor in self.model.state_dict().items() if not tensor.is_meta})
+
+    monkeypatch.setattr(lazy_loading.BlockReader, "__call__", lambda self, name: read.append(name) or call(self, name))
+    monkeypatch.setattr(block_source.StreamedBlocks, "finish", finish_and_look)
+    run(llama, tmp_path / "out", refine="tm", tm={"passes": 1, "target": "stream"})
+    assert read == [f"model.layers.{number}" for number in range(3)]
+    assert in_memory == [{"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}] * 3
+
+
+def test_distillation_tells_what_it_holds(llama, tmp_path, caplog):
+    caplog.set_level("INFO", "hf_sparselr")
+    changes = {"refine": "distill", "distill": {"passes": 1, "self_samples": 0}}
+    model = run(llama, tmp_path / "out", "auto", **changes)
+    weights = sum(map(torch.numel, AutoModelForCausalLM.from_pretrained(llama).parameters()))
+    assert memory_needs.distillation_bytes(model.dequantize(), tiny.settings(**changes)) == 24 * weights
+    assert "distillation holds about 0.0 GB on cpu" in caplog.text
 
 
 def test_the_result_runs(llama, tmp_path):
