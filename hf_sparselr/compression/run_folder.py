@@ -111,11 +111,14 @@ class RunFolder:
             return
         self._lock.close()
         if error is None:
-            self._flush_output()
-        if error is None or not self.finished:
-            self._remove(made=error is not None)
-        if error is None:
+            try:
+                self._flush_output()
+            except OSError as failure:
+                raise self._told(failure) from failure
+            self._remove(made=False)
             return
+        if not self.finished:
+            self._remove(made=True)
         told = self._told(error)
         if told is not error:
             raise told from error
