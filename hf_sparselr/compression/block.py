@@ -103,18 +103,24 @@ def compress_block(
     with phases("propagation"):
         hidden, calls = place.keep(inputs.hidden), place.keep_calls(inputs.calls)
         dense_hidden, inputs.dense_hidden = inputs.dense_hidden, None  # so that they end with this block
-        if dense_hidden is not None:
-            dense_hidden = place.forward(dense, place.keep(dense_hidden), calls)
     if layers:
         with phases("capture and Gram"):
             groups = group_by_input(working, list(layers), hidden, calls, place)
             unused = _unused(name, working, layers, groups, hidden, calls, place)
-            targets = _matching_targets(dense, hidden, dense_hidden, calls, config, place)
         layer_rows = solve_layers(working, dense, layers, groups, hidden, calls, config, place, phases, precomputed)
-        if targets is not None:
-            with phases("TM"):
-                options = resolve_precision(config.tm, block, place.device)
-                tm = _match(name, working, hidden, targets, calls, config.seed, options, inputs.kept_back, fixed, world)
+    refined = bool(layers) and "tm" in config.refine_steps
+    with phases("propagation"):
+        if dense is working and layers and (refined or dense_hidden is not None):
+            dense = working_copy(block, place.device)  # only now: the solves take most of the memory
+        if dense_hidden is not None:
+            dense_hidden = place.forward(dense, place.keep(dense_hidden), calls)
+    if refined:
+        with phases("capture and Gram"):
+            targets = _matching_targets(dense, hidden, dense_hidden, calls, config, place)
+            del dense
+        with phases("TM"):
+            options = resolve_precision(config.tm, block, place.device)
+            tm = _match(name, working, hidden, targets, calls, config.seed, options, inputs.kept_back, fixed, world)
         del targets
     with phases("propagation"):
         dtypes = {key: tensor.dtype for key, tensor in _floats(block)}
@@ -206,10 +212,8 @@ def _matching_targets(
     calls: list[Call],
     config: SparseLRConfig,
     place: Workplace,
-) -> list[torch.Tensor] | None:
-    """The outputs that TM matches, see `TMOptions.target`; None without TM."""
-    if "tm" not in config.refine_steps:
-        return None
+) -> list[torch.Tensor]:
+    """The outputs that TM matches, see `TMOptions.target`."""
     if config.tm.target == "stream":
         return dense_hidden
     targets = place.forward(dense, hidden, calls)

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..config.sparselr_config import SparseLRConfig
 from ..format.decomposition import Decomposition
-from ..solvers.gram import ScaledGram, squared_error
+from ..solvers.gram import ScaledGram
 from ..solvers.registry import METHODS
 from ..utils.phase_timer import PhaseTimer
 from ..utils.precision import matmuls
@@ -74,16 +74,15 @@ def solve_layers(
 
     for group in groups:
         world = ALONE if group.experts else place.world
-        for number, (names, gram, stats) in enumerate(_problems(block, group, hidden, calls, place, phases)):
+        problems = _problems(block, group, layers, hidden, calls, config, place, phases)
+        for number, (names, gram, stats) in enumerate(problems):
             if group.experts and number % place.world.size != place.world.rank:
                 continue  # another process solves this expert
             planned = [layers[name] for name in names]
             started = time.perf_counter()
-            with naming(planned[0].name):
-                scaled = ScaledGram(gram, config.damping)
-                with phases("solve"):
-                    weights = [dense_weight(block.get_submodule(name)) for name in names]
-                    results = _decompose(weights, planned, scaled, config, world, precomputed)
+            with naming(planned[0].name), phases("solve"):
+                weights = [dense_weight(block.get_submodule(name)) for name in names]
+                results = _decompose(weights, planned, gram, config, world, precomputed)
             for result in results:
                 phases.add(result.stats.pop("phases", {}))
             seconds = (time.perf_counter() - started) / len(names)
@@ -104,19 +103,23 @@ def solve_layers(
 def _problems(
     block: nn.Module,
     group: LayerGroup,
+    layers: dict[str, Layer],
     hidden: list[torch.Tensor],
     calls: list[Call],
+    config: SparseLRConfig,
     place: Workplace,
     phases: PhaseTimer,
-) -> Iterator[tuple[list[str], torch.Tensor, dict]]:
+) -> Iterator[tuple[list[str], ScaledGram, dict]]:
     """(layers that are solved together, their Gram matrix, its entries in the report): a group, or each expert."""
     if not group.experts:
-        with phases("capture and Gram"):
-            gram = gram_of_inputs(block, group, hidden, calls, place)
-        yield group.layers, gram, {}
+        with phases("capture and Gram"), naming(layers[group.layers[0]].name):
+            scaled = ScaledGram(gram_of_inputs(block, group, hidden, calls, place), config.damping)
+        yield group.layers, scaled, {}
         return
     for layer, gram, tokens, share in grams_of_experts(block, group, hidden, calls, place):
-        yield [layer], gram, {"tokens": tokens, "share": share}
+        with naming(layers[layer].name):
+            scaled = ScaledGram(gram, config.damping)
+        yield [layer], scaled, {"tokens": tokens, "share": share}
 
 
 def _decompose(
@@ -156,10 +159,10 @@ def _decompose_alone(layer: Layer, weight: torch.Tensor, gram: ScaledGram, confi
     return method.solve_hierarchical(weight, gram, layer.pattern, layer.hierarchy, permutation, options, config.seed)
 
 
-def _row(layer: Layer, weight: torch.Tensor, result: Decomposition, gram: torch.Tensor, seconds: float) -> dict:
+def _row(layer: Layer, weight: torch.Tensor, result: Decomposition, gram: ScaledGram, seconds: float) -> dict:
     """A layer's row of the report."""
     with matmuls("high"):  # of errors, not of what is stored
-        error = squared_error(weight - result.dense(), gram) / max(squared_error(weight, gram), 1e-30)
+        error = gram.squared_error(weight - result.dense()) / max(gram.squared_error(weight), 1e-30)
     return {
         "name": layer.name,
         "shape": list(weight.shape),

@@ -66,6 +66,7 @@ class ScaledGram:
         diagonal = gram.diagonal().clone()
         self.dead = diagonal <= 0
         diagonal[self.dead] = 1.0
+        self._energy = diagonal.masked_fill(self.dead, 0.0)
         damped = diagonal * (1 + damping[0]) + damping[1] * diagonal.mean()
         if not bool(torch.isfinite(damped).all()):
             raise ValueError("the layer's inputs are so large that the sum of their squares overflows FP32")
@@ -73,6 +74,12 @@ class ScaledGram:
         self.matrix = gram / self.scale[:, None] / self.scale[None, :]
         self.matrix.fill_diagonal_(1.0)
         self._inverses: dict[float, torch.Tensor] = {}
+
+    def squared_error(self, error: torch.Tensor) -> float:
+        """tr(E H E^T) with H as it was before damping, for an error E (out, in) that is not scaled."""
+        scaled = error * self.scale
+        damping = (1 - self._energy / self.scale.square()) * scaled.square().sum(0, dtype=torch.float64)
+        return max(squared_error(scaled, self.matrix) - float(damping.sum()), 0.0)
 
     @cached_property
     def _eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,6 +123,7 @@ class ScaledGram:
         shifted = self.matrix.clone()
         shifted.diagonal().add_(rho)
         factor, failed = torch.linalg.cholesky_ex(shifted)
+        del shifted
         if not failed:
             return torch.cholesky_inverse(factor)
         values, vectors = self._eigen
@@ -133,8 +141,12 @@ def shift_inverse(M: torch.Tensor, rho: float, delta: float, precision: str = "f
     if e <= SMALL_SHIFT:
         slope = 1 / (1 + e)
         return square.mul_(-slope * delta).add_(M, alpha=(1 + 2 * math.sqrt(slope) - slope) / 2)
-    two_terms = torch.add(M, square, alpha=-delta)
-    return _symmetric_product(square, two_terms, precision).mul_(delta**2).add_(two_terms)
+    if precision == "bf16" and M.is_cuda:
+        rounded = square.bfloat16()
+        two_terms = square.mul_(-delta).add_(M)  # in the place of the square
+    else:
+        rounded, two_terms = square, torch.add(M, square, alpha=-delta)
+    return _symmetric_product(rounded, two_terms, precision).mul_(delta**2).add_(two_terms)
 
 
 def _symmetric_product(left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Tensor:
@@ -142,7 +154,7 @@ def _symmetric_product(left: torch.Tensor, right: torch.Tensor, precision: str) 
     size = len(left)
     if not left.is_cuda or size < SPLIT:
         return product(left, right, precision)
-    result = torch.empty_like(left)
+    result = torch.empty_like(right, dtype=torch.float32)
     if precision == "bf16":
         left, right = left.bfloat16(), right.bfloat16()
     step = -(-size // PARTS)

@@ -119,3 +119,13 @@ def test_leaves_its_argument_alone() -> None:
 def test_squared_error_is_the_error_of_the_outputs() -> None:
     X, E = randn(50, 12, dtype=torch.float64), randn(5, 12, seed=1, dtype=torch.float64)
     assert squared_error(E, X.T @ X) == pytest.approx(float((X @ E.T).square().sum()))
+
+
+@pytest.mark.parametrize("damping", [(0.0, 0.0), (0.005, 0.005), (0.3, 0.0)])
+def test_squared_error_of_a_scaled_matrix_is_without_damping(damping: tuple[float, float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(50, 12, generator=generator) * torch.logspace(-2, 2, 12)
+    X[:, 3] = 0
+    error = torch.randn(5, 12, generator=generator)
+    scaled = ScaledGram(X.T @ X, damping)
+    assert scaled.squared_error(error) == pytest.approx(float((error @ X.T).square().sum()), rel=1e-4)
