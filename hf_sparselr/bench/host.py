@@ -32,18 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patterns", nargs="+", default=["2:4", "0.5"])
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--passes", type=int, default=15)
+    parser.add_argument("--inference-mode", action="store_true", help="instead of no_grad, which `generate` uses")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE")
 
 
-@torch.no_grad()
 def run(args: argparse.Namespace) -> None:
-    results: list[dict[str, Any]] = []
-    for weights in ("dense", *args.patterns):
-        blocks = nn.ModuleList(_block(args, weights) for _ in range(args.blocks))
-        link_shared_inputs(blocks)
-        results += [{"rows": rows, "weights": weights, "us": _microseconds(args, blocks, rows)} for rows in args.rows]
-        del blocks
+    with torch.inference_mode() if args.inference_mode else torch.no_grad():
+        results = _measure(args)
     dense = {r["rows"]: r["us"] for r in results if r["weights"] == "dense"}
     lines = [("rows", "weights", "us a layer", "over dense")]
     for r in sorted(results, key=lambda r: r["rows"]):
@@ -52,6 +48,16 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=1)
+
+
+def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+    for weights in ("dense", *args.patterns):
+        blocks = nn.ModuleList(_block(args, weights) for _ in range(args.blocks))
+        link_shared_inputs(blocks)
+        results += [{"rows": rows, "weights": weights, "us": _microseconds(args, blocks, rows)} for rows in args.rows]
+        del blocks
+    return results
 
 
 def _block(args: argparse.Namespace, weights: str) -> nn.Module:

@@ -166,7 +166,7 @@ def _compare(layer: SparseLRLinear, pattern: str, rows: int, rate: float, args: 
         "error": error,
     }
     if device.type == "cuda":
-        result |= {"kernel": _chosen(layer, rows), "host_us": _host_microseconds(layer, x)}
+        result |= {"kernel": _chosen(layer, x), "host_us": _host_microseconds(layer, x)}
     return result
 
 
@@ -176,10 +176,10 @@ def _host_microseconds(layer: SparseLRLinear, x: torch.Tensor) -> float:
     return 1e3 * host_milliseconds(lambda: layer(x), x.device)
 
 
-def _chosen(layer: SparseLRLinear, rows: int) -> str:
-    from ..kernels.autotune import known
+def _chosen(layer: SparseLRLinear, x: torch.Tensor) -> str:
+    from ..kernels.gpu import select
 
-    return str(known(rows, layer.packed_weight, captured=True))
+    return str(select(x, len(x), layer.packed_weight, "auto"))
 
 
 def _table(results: list[dict[str, Any]]) -> str:

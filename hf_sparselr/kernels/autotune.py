@@ -1,7 +1,6 @@
 """Finds the configuration that computes a product fastest on this device: measures once, and keeps the answer on disk.
 
-Configurations are compared by the time that the GPU takes, because the host is ahead of it. cuSPARSELt takes the host
-longer than most layers take the GPU: outside of CUDA graphs it is judged by the longer of the two times.
+Configurations are compared by the time that the GPU takes: the host takes about the same for each.
 """
 
 import functools
@@ -18,10 +17,10 @@ import torch
 from huggingface_hub.constants import HF_HOME
 
 from . import launch_config
-from .launch_config import MEDIUM_ROWS, LaunchConfig, bucket
+from .launch_config import LaunchConfig, bucket
 from .packed_weight import PackedWeight
 from .support_index import index_of
-from .timing import host_milliseconds, milliseconds
+from .timing import milliseconds
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +29,9 @@ _FEW_OUTS = 4096  # rows of S, below which their number makes no difference to w
 _TIE = 1.04  # of times that are as good as the same: the first of the options costs the host the least
 
 
-def known(rows: int, weight: PackedWeight, captured: bool) -> LaunchConfig | None:
-    """The choice for such a product, in a CUDA graph or not; None if there is none yet."""
-    return _table(weight.values.device).get(_name(rows, weight, captured))
+def known(rows: int, weight: PackedWeight) -> LaunchConfig | None:
+    """The choice for such a product; None if there is none yet."""
+    return _table(weight.values.device).get(_name(rows, weight))
 
 
 def choose(
@@ -41,38 +40,28 @@ def choose(
     options: Iterable[LaunchConfig],
     run: Callable[[LaunchConfig], list[torch.Tensor]],
 ) -> LaunchConfig:
-    """The fastest of the options outside of a CUDA graph. Keeps that and the fastest in one.
+    """The fastest of the options, which is kept.
 
     Args:
         rows: of x, at least 1.
         run: computes the product by a configuration.
     """
-    device = weight.values.device
+    device, name = weight.values.device, _name(rows, weight)
     times = {config: milliseconds(functools.partial(run, config), device) for config in options}
-    _keep(rows, weight, True, times)
-    for config in times:
-        if config.kernel == "sparse_cores":
-            times[config] = max(times[config], host_milliseconds(functools.partial(run, config), device))
-    best = _keep(rows, weight, False, times)
+    fastest = min(times.values())
+    best = next(config for config, time in times.items() if time <= _TIE * fastest)
+    logger.info("%s: %s is the fastest (ms: %s)", name, best, {str(c): round(t, 4) for c, t in times.items()})
+    _table(device)[name] = best
     _save(device)
     return best
 
 
-def _keep(rows: int, weight: PackedWeight, captured: bool, times: dict[LaunchConfig, float]) -> LaunchConfig:
-    name, fastest = _name(rows, weight, captured), min(times.values())
-    best = next(config for config, time in times.items() if time <= _TIE * fastest)
-    logger.info("%s: %s is the fastest (ms: %s)", name, best, {str(c): round(t, 4) for c, t in times.items()})
-    _table(weight.values.device)[name] = best
-    return best
-
-
-def _name(rows: int, weight: PackedWeight, captured: bool) -> str:
+def _name(rows: int, weight: PackedWeight) -> str:
     index, dtype = index_of(weight.mask, weight.in_features), str(weight.values.dtype).removeprefix("torch.")
     # Layers that may share a launch share a choice: q, k and v differ in their rows.
     outs, ins = max(weight.out_features, _FEW_OUTS), weight.in_features
-    graph = " in a graph" if captured and rows > MEDIUM_ROWS else ""
     kind = "2:4" if index.pairs else f"{index.nonzeros / (weight.out_features * ins):.1f}"
-    return f"{outs}x{ins} {kind} rank {weight.rank} {dtype} {bucket(rows)}{graph}"
+    return f"{outs}x{ins} {kind} rank {weight.rank} {dtype} {bucket(rows)}"
 
 
 @functools.cache

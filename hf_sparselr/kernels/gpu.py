@@ -8,15 +8,18 @@ from collections.abc import Sequence
 import torch
 
 from .autotune import choose, known
-from .bindings import Binding, Product, binding_of
+from .bindings import Binding, binding_of
 from .cuda import small_batch
-from .cuda.sparse_cores import bind_sparse, prepare, sparse_configs
+from .cuda.medium_batch import bind_tiles, supports_tiles
+from .cuda.sparse_cores import bind_sparse, has_sparse_cores, sparse_configs
 from .launch import drives
 from .launch_config import FEW_ROWS, MEDIUM_ROWS, NATIVE_ROWS, LaunchConfig, bucket, candidates
 from .measured import measured
 from .packed_weight import PackedWeight, check_count
+from .program import Program, merge
 from .reference import no_product
 from .support_index import index_of
+from .triton import unpack
 from .triton.decode import bind_decode, kind_of
 from .triton.medium_batch import bind_medium_batch
 from .triton.unpack import bind_densify
@@ -26,6 +29,7 @@ _BINDERS = {
     "gemv": bind_decode,
     "small_batch": bind_decode,
     "mma": small_batch.bind_mma,
+    "tiles": bind_tiles,
     "medium_batch": bind_medium_batch,
     "unpack_then_gemm": bind_unpacked,
     "sparse_cores": bind_sparse,
@@ -45,13 +49,16 @@ def multiply(
         kernel: "auto" or "packed".
     """
     rows = inputs.numel() // binding.in_features if binding.in_features else 0
-    captured = rows > MEDIUM_ROWS and torch.cuda.is_current_stream_capturing()
-    if rows > MEDIUM_ROWS and binding.sparse:  # in eager calls too: a graph of this thread may follow
-        prepare(inputs.device, captured)
-    product = binding.products.get((rows if rows <= NATIVE_ROWS else bucket(rows), kernel, captured))
-    if product is None or binding.device != torch._C._cuda_getDevice():
-        return _first(inputs, rows, weights, binding, kernel, captured)
-    return product(ready(inputs), rows, weights)
+    program = ready_program(binding, rows, kernel)
+    if program is None or binding.device != torch._C._cuda_getDevice():
+        return _first(inputs, rows, weights, binding, kernel)
+    return program(ready(inputs), rows, weights)
+
+
+def ready_program(binding: Binding, rows: int, kernel: str) -> Program | None:
+    """What was made ready for so many rows of x, if that is there."""
+    program = binding.programs.get((rows if rows <= NATIVE_ROWS else bucket(rows), kernel))
+    return program if program is None or program.rows in (0, rows) else None
 
 
 def ready(inputs: torch.Tensor) -> torch.Tensor:
@@ -67,17 +74,16 @@ def _first(
     weights: Sequence[PackedWeight],
     binding: Binding,
     kernel: str,
-    captured: bool,
 ) -> list[torch.Tensor]:
     if rows == 0 or not all(weight.out_features for weight in weights) or not inputs.shape[-1]:
         return [no_product(inputs, weight) for weight in weights]
     with _on_device_of(inputs):
         plain = [weight.contiguous() for weight in weights]
-        binding.sparse = all(index_of(weight.mask, weight.in_features).pairs for weight in plain)
-        product = bind(ready(inputs), rows, plain, kernel)
-        if drives() and all(a is b for a, b in zip(plain, weights, strict=True)):
-            binding.products[rows if rows <= NATIVE_ROWS else bucket(rows), kernel, captured] = product
-        return product(ready(inputs), rows, plain)
+        program = bind(ready(inputs), rows, plain, kernel)
+        kept = drives() and all(a is b for a, b in zip(plain, weights, strict=True))
+        if kept and not torch.cuda.is_current_stream_capturing():  # where nothing could be measured
+            binding.programs[rows if rows <= NATIVE_ROWS else bucket(rows), kernel] = program
+        return program(ready(inputs), rows, plain)
 
 
 def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -85,7 +91,7 @@ def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def bind(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight], kernel: str) -> Product:
+def bind(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight], kernel: str) -> Program:
     """The product of these weights with so many rows, or up to the next power of two from 33 on.
 
     Raises:
@@ -100,9 +106,7 @@ def bind(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight], kerne
     for numbers in groups.values():
         largest = max(numbers, key=lambda number: weights[number].out_features)
         parts.append((numbers, run(rows, [weights[number] for number in numbers], configs[largest])))
-    if len(parts) == 1:
-        return parts[0][1]
-    return functools.partial(_in_parts, parts)
+    return parts[0][1] if len(parts) == 1 else merge(parts)
 
 
 def _kind_of(weight: PackedWeight, config: LaunchConfig) -> tuple:
@@ -112,44 +116,38 @@ def _kind_of(weight: PackedWeight, config: LaunchConfig) -> tuple:
     return kind_of(weight)
 
 
-def run(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Product:
+def run(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Program:
     """The product of these weights by one configuration."""
     for weight in weights:
         check_count(weight, index_of(weight.mask, weight.in_features).nonzeros)
     return _BINDERS[config.kernel](rows, weights, config)
 
 
-def _in_parts(
-    parts: list[tuple[list[int], Product]], inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight]
-) -> list[torch.Tensor]:
-    outs: dict[int, torch.Tensor] = {}
-    for numbers, product in parts:
-        results = product(inputs, rows, [weights[number] for number in numbers])
-        outs.update(zip(numbers, results, strict=True))
-    return [outs[number] for number in range(len(weights))]
-
-
 def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -> LaunchConfig:
     """The fastest configuration for a weight: known, measured on such cards before, or measured now."""
     index = index_of(weight.mask, weight.in_features)
-    native = small_batch.supports(weight, index)
+    native = small_batch.supports(weight, index) and (rows <= FEW_ROWS or not index.pairs or supports_tiles(weight))
     options = candidates(rows, weight, index.pairs, native)
     if kernel == "packed" and rows <= FEW_ROWS:
         return options[0]
     capturing = inputs.is_cuda and torch.cuda.is_current_stream_capturing()
-    sparse = rows > MEDIUM_ROWS and index.pairs and prepare(inputs.device, capturing)
-    config = known(rows, weight, capturing)
+    sparse = rows > NATIVE_ROWS and index.pairs and has_sparse_cores(inputs.device, capturing)
+    config = known(rows, weight)
     if config is None and native:
         config = measured(rows, weight.out_features, index.pairs, inputs.device)
-    if config is not None and (sparse or config.kernel != "sparse_cores") and (native or config.kernel != "mma"):
+    if (
+        config is not None
+        and (sparse or config.kernel != "sparse_cores")
+        and (native or config.kernel not in ("mma", "tiles"))
+    ):
         return config
     if capturing:  # nothing can be measured now
         return options[0]
-    if sparse:
+    if sparse and rows > MEDIUM_ROWS // 2:
         options += sparse_configs(inputs, weight)
 
     @functools.cache
-    def bound(config: LaunchConfig) -> Product:
+    def bound(config: LaunchConfig) -> Program:
         return run(rows, [weight], config)
 
     return choose(rows, weight, options, lambda config: bound(config)(inputs, rows, [weight]))
@@ -164,10 +162,10 @@ def densify(weight: PackedWeight) -> torch.Tensor:
     plain = weight.contiguous()
     binding = binding_of((plain,))
     with _on_device_of(weight.values):
-        make = binding.products.get(("densify",))
-        if make is None:
+        launch = binding.densify
+        if launch is None:
             check_count(plain, index_of(plain.mask, plain.in_features).nonzeros)
-            make = bind_densify(plain)
+            launch = bind_densify(plain)
             if drives() and plain is weight:
-                binding.products["densify",] = make
-        return make()
+                binding.densify = launch
+        return unpack.densify(plain, launch)

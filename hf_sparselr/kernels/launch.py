@@ -7,7 +7,7 @@ import ctypes
 import functools
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,18 @@ class DriverLaunch:
         self._launch = _driver().cuLaunchKernelEx
         self._lock = threading.Lock()
 
+    @property
+    def content(self) -> tuple[int, tuple[int, ...], int, int, bool, list[int], list[int]]:
+        """function, grid, threads, shared bytes, overlaps, the arguments as words, and the places of the `Varying`."""
+        config = self._config
+        threads = config.block[0] * config.block[1] * config.block[2]
+        return (
+            self._function, tuple(config.grid), threads, config.shared, bool(config.count), list(self._values),
+            self._varying,
+        )  # fmt: skip
+
+    takes_addresses = True
+
     def __call__(self, *varying: Any, grid: tuple[int, int, int] | None = None) -> None:
         """Launches on the current stream, with these tensors and integers in the places of the `Varying`.
 
@@ -97,14 +109,6 @@ class DriverLaunch:
             raise RuntimeError(f"CUDA refused to launch a kernel: error {status}")
 
 
-def empty(inputs: torch.Tensor, outs: list[int]) -> list[torch.Tensor]:
-    """New tensors (..., out) for each; of one row, parts of one, as every allocation costs time."""
-    lead = inputs.shape[:-1]
-    if len(outs) > 1 and inputs.numel() == inputs.shape[-1]:
-        return list(torch.unsafe_split_with_sizes(inputs.new_empty((*lead, sum(outs))), outs, -1))
-    return [inputs.new_empty((*lead, out)) for out in outs]
-
-
 COUNTERS = 64  # bytes at the start of scratch memory that are zero between launches
 _SCRATCH: dict[tuple[int, int], tuple[int, int, torch.Tensor]] = {}  # of a device and stream: address, bytes, memory
 
@@ -120,11 +124,58 @@ def scratch(device: int, size: int) -> int | None:
         where, size = torch.device("cuda", device), max(2**18, size)
         memory = apart(lambda: torch.zeros(size, dtype=torch.uint8, device=where), where)
         kept = _SCRATCH[key] = memory.data_ptr(), size, memory
+        for notice in _NOTICES:
+            notice(*key, *kept[:2])
     return kept[0]
+
+
+_NOTICES: list[Callable[[int, int, int, int], Any]] = []
+
+
+def on_new_scratch(notice: Callable[[int, int, int, int], Any]) -> None:
+    """Calls a function with device, stream, address and bytes of every piece of scratch memory, those that are there
+    first."""
+    _NOTICES.append(notice)
+    for key, kept in _SCRATCH.items():
+        notice(*key, *kept[:2])
 
 
 def _word(argument: Any) -> int:
     return argument if isinstance(argument, int) else argument.data_ptr()
+
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_SHARED_WITHOUT_ASKING = 48 * 1024
+
+
+def load_cubin(cubin: bytes, name: str, device: int, shared: int) -> int:
+    """The handle of a kernel, a CUfunction. Loaded for good.
+
+    Args:
+        device: the current one.
+        shared: bytes of dynamic shared memory that it is launched with.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    module, function = ctypes.c_void_p(_module(cubin, device)), ctypes.c_void_p()
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), name)
+    if shared > _SHARED_WITHOUT_ASKING:
+        _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared), name)
+    return function.value or 0
+
+
+@functools.cache
+def _module(cubin: bytes, device: int) -> int:
+    """A CUmodule on the current device."""
+    module = ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), "a kernel")
+    return module.value or 0
+
+
+def _check(status: int, name: str) -> None:
+    if status:
+        raise RuntimeError(f"CUDA's driver, {name}: error {status}")
 
 
 @functools.cache
@@ -146,18 +197,18 @@ class TritonLaunch:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]) -> None:
         self._kernel, self._grid, self._constants = kernel, grid, constants
-        self._bound = _bind(kernel, grid, arguments, constants) if drives() else None
-        self._arguments = None if self._bound else arguments
+        self.bound = _bind(kernel, grid, arguments, constants) if drives() else None
+        self._arguments = None if self.bound else arguments
 
     @property
     def takes_addresses(self) -> bool:
         """Whether an integer may stand for a tensor, as its address."""
-        return self._bound is not None
+        return self.bound is not None
 
     def __call__(self, *varying: Any, grid: tuple[int, int, int] | None = None) -> None:
         """As `DriverLaunch`."""
-        if self._bound is not None:
-            self._bound(*varying, grid=grid)
+        if self.bound is not None:
+            self.bound(*varying, grid=grid)
         else:
             self._kernel[grid or self._grid](*_fill(self._arguments, varying), **self._constants)
 
@@ -179,20 +230,25 @@ def _bind(kernel: Any, grid: tuple, arguments: tuple, constants: dict[str, Any])
     memory that these kernels do not use."""
     compiled = kernel.run(*map(_example, arguments), grid=grid, warmup=True, **constants)
     try:
-        compiled._init_handles()
         metadata, types = compiled.metadata, list(compiled.src.signature.values())[: len(arguments)]
         if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
             return None
         flat = [argument for argument, kind in _flatten(arguments, types) if kind != "constexpr"]
         return DriverLaunch(
-            compiled.function,
+            load_cubin(compiled.asm["cubin"], metadata.name, torch.cuda.current_device(), metadata.shared),
             grid,
             (32 * metadata.num_warps,),
             metadata.shared,
             [*flat, 0, 0],
             metadata.launch_pdl,
         )
-    except (AttributeError, TypeError, ValueError) as error:  # another Triton than those that were seen
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # another Triton than those that were seen
         _say_slow(error)
         return None
 

@@ -7,6 +7,7 @@ from .packed_weight import PackedWeight
 FEW_ROWS = 16  # of x that "gemv" and "small_batch" take
 NATIVE_ROWS = 32  # of x that "mma" takes
 MEDIUM_ROWS = 256  # of x for which "medium_batch" is worth trying, as it unpacks S for each 128
+TILE_ROWS = 256  # for which "tiles" is
 MOST_ROWS = 8192  # with more rows the same configuration is the fastest
 
 
@@ -16,15 +17,15 @@ class LaunchConfig:
 
     Attributes:
         kernel: reads the packed S: "gemv" multiplies one row of x in FP32 registers, "small_batch" gives up to 16 rows
-            of 16 bits to the tensor cores, "medium_batch" more of them; "mma" does as "small_batch", in CUDA C++.
-            "unpack_then_gemm" unpacks S first.
+            of 16 bits to the tensor cores, "medium_batch" more of them; "mma" does as "small_batch", in CUDA C++, and
+            "tiles" as "medium_batch", at 2:4. "unpack_then_gemm" unpacks S first.
             "sparse_cores": the sparse tensor cores, by cuSPARSELt.
-        rows: output rows of a program, a power of two ("small_batch": at least 16).
+        rows: output rows of a program, a power of two ("small_batch": at least 16); of a warp ("tiles").
         warps: of a program.
         split: programs that share output rows, each with a part of the columns (not for "gemv").
         ahead: "small_batch": read the mask of the next columns, of 2:4 also the values, before multiplying these. "mma"
             at 2:4: steps along the columns whose loads are issued together.
-        resident: blocks of a multiprocessor that registers are left for ("mma" only).
+        resident: blocks of a multiprocessor that registers are left for ("mma" and "tiles").
         joined: "unpack_then_gemm" multiplies by S + B A, not by S, B and A; "sparse_cores" by [S, B] and A.
         algorithm: cuSPARSELt's number for one ("sparse_cores" only).
     """
@@ -85,6 +86,10 @@ MMA_PAIRS_WIDE = (
     LaunchConfig("mma", 32, 8, ahead=1),
     LaunchConfig("mma", 32, 4, ahead=1, resident=2),
 )
+TILES = tuple(
+    LaunchConfig("tiles", rows, 4, split=split, resident=2 if rows == 16 else 1)
+    for rows, split in ((32, 1), (32, 2), (32, 4), (16, 1), (16, 2), (16, 4), (16, 8))
+)
 MEDIUM_BATCH = tuple(LaunchConfig("medium_batch", 64, 4, split=split) for split in (1, 2, 4, 8))
 JOINED = LaunchConfig("unpack_then_gemm", joined=True)
 BESIDE = LaunchConfig("unpack_then_gemm")
@@ -94,8 +99,8 @@ TABLE = {
     "native 2:4": (
         (1, (*MMA_PAIRS[:2], GEMV[0])),
         (FEW_ROWS, MMA_PAIRS),
-        (NATIVE_ROWS, (*MMA_PAIRS_WIDE, *MEDIUM_BATCH)),
-        (MEDIUM_ROWS, (*MEDIUM_BATCH, JOINED)),
+        (NATIVE_ROWS, (*MMA_PAIRS_WIDE, *TILES)),
+        (TILE_ROWS, (*TILES, JOINED)),
         (MOST_ROWS, (JOINED, BESIDE)),
     ),
     "native": (

@@ -1,4 +1,4 @@
-"""The fastest configurations on cards that were measured. On these, nothing is measured again up to 256 rows of x.
+"""The fastest configurations on cards that were measured. On these, nothing is measured again.
 
 On one H100 80GB HBM3, layers of 14336 x 4096, 4096 x 14336 and 4096 x 4096, rank 64, BF16 (2026-11-27).
 """
@@ -7,11 +7,17 @@ import functools
 
 import torch
 
-from .launch_config import GEMV, JOINED, MEDIUM_BATCH, MMA, MMA_PAIRS, LaunchConfig
+from .launch_config import GEMV, JOINED, MEDIUM_BATCH, MMA, MMA_PAIRS, MOST_ROWS, TILES, LaunchConfig
 
 _MANY_OUTS = 8192  # rows of S that keep a GPU busy without splitting the columns
 
-_WHOLE, _HALVES, _QUARTERS, _EIGHTHS = MEDIUM_BATCH  # parts of the columns
+_WHOLE, _, _QUARTERS, _EIGHTHS = MEDIUM_BATCH  # parts of the columns
+_WIDE, _WIDE_HALVES, _WIDE_QUARTERS, *_, _NARROW_QUARTERS, _NARROW_EIGHTHS = TILES
+
+
+def _sparse(joined: bool, algorithm: int) -> LaunchConfig:
+    return LaunchConfig("sparse_cores", joined=joined, algorithm=algorithm)
+
 
 # Up to so many rows of x: the configuration for many rows of S, and for few.
 _CARDS = {
@@ -19,28 +25,33 @@ _CARDS = {
         "2:4": (
             (1, GEMV[0], GEMV[0]),
             (16, MMA_PAIRS[0], MMA_PAIRS[0]),
-            (32, _QUARTERS, _EIGHTHS),
-            (64, _WHOLE, _QUARTERS),
-            (128, _WHOLE, _QUARTERS),
-            (256, _WHOLE, _HALVES),
+            (32, _NARROW_QUARTERS, _NARROW_EIGHTHS),
+            (64, _WIDE_HALVES, _NARROW_QUARTERS),
+            (128, _WIDE_HALVES, _WIDE_QUARTERS),
+            (256, _WIDE, _WIDE_QUARTERS),
+            (512, _sparse(True, 20), JOINED),
+            (1024, _sparse(True, 20), _sparse(False, 17)),
+            (MOST_ROWS, _sparse(True, 17), _sparse(False, 17)),
         ),
         "other": (
             (1, GEMV[0], GEMV[0]),
-            (16, MMA[0], MMA[1]),
+            (16, MMA[1], MMA[1]),
             (32, _QUARTERS, _EIGHTHS),
             (64, _QUARTERS, _QUARTERS),
             (128, _WHOLE, _QUARTERS),
-            (256, JOINED, _HALVES),
+            (MOST_ROWS, JOINED, JOINED),
         ),
     },
 }
 
 
 def measured(rows: int, outs: int, pairs: bool, device: torch.device) -> LaunchConfig | None:
-    """The configuration for so many rows of x and of S, of 16 bits, where there are kernels in CUDA C++; None for a
-    card that was not measured, and for more rows."""
+    """The configuration for so many rows of x and of S, of 16 bits, where there are kernels in CUDA C++.
+
+    None for a card that was not measured.
+    """
     for most, many, few in _table(device, pairs):
-        if rows <= most:
+        if min(rows, MOST_ROWS) <= most:
             return many if outs > _MANY_OUTS else few
     return None
 

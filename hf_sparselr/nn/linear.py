@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,10 +10,13 @@ from torch import nn
 from ..format.bitmask import pack, unpack
 from ..format.decomposition import Decomposition
 from ..kernels import PackedWeight, exportable_linear, packed_linear
+from ..kernels.fast_calls import Call, FastCall, not_ready, updated
 from .hierarchical import HierarchicalLowRank
 from .lazy_weight import LazyDenseWeight
 
 _PARTS = itemgetter("mask", "values", "A", "B", "bias")
+_OF_THIS_RUN = ("fast_call", "fast_call_alone", "_fast", "_prepared")
+MOST_PREPARED = 16  # times that a layer is prepared for C: one whose weights move with every call stays with Python
 _NOT_ASSIGNED = (
     "the weight S + B A of a compressed layer is computed and cannot be assigned: assign or train its values, A and B, "
     "or make the model dense first (model.dequantize(), or layer.to_dense())"
@@ -41,6 +45,11 @@ class SparseLRLinear(nn.Linear):
     kernel = "auto"
     shared_input: Callable[["SparseLRLinear", torch.Tensor], torch.Tensor] | None = None
     number = 0
+    # Computes the layer by C, as far as calls have shown how, or answers None; alone, where a group cannot.
+    fast_call: Call = staticmethod(not_ready)
+    fast_call_alone: Call = staticmethod(not_ready)
+    _fast: FastCall | None = None
+    _prepared = 0
 
     def __init__(
         self,
@@ -157,13 +166,22 @@ class SparseLRLinear(nn.Linear):
     ) -> torch.Tensor:
         """x: (..., in) to (..., out); `factors`, (A, B) or (None, None), stand in for the layer's own."""
         hierarchy = self.hierarchy
+        if factors is None and not torch.compiler.is_compiling():
+            out = self.fast_call(self._parameters, inputs, self.kernel)
+            if out is None and inputs.is_inference():
+                out = self.fast_call_alone(self._parameters, inputs, self.kernel)
+            if out is not None:
+                return out if hierarchy is None else hierarchy(inputs, out)
         if hierarchy is not None and factors is None and self._is_hierarchy_alone:
             return hierarchy(inputs)
         if factors is not None:
             A, B = factors
             out = _multiply(inputs, self.packed_weight._replace(A=A, B=B), self.kernel)
-        elif self.shared_input is None or torch.is_grad_enabled() or _is_exported():
+        elif torch.is_grad_enabled() or _is_exported():
             out = self.product(inputs)
+        elif self.shared_input is None:
+            out = self.product(inputs)
+            self.prepare(inputs)
         else:
             out = self.shared_input(self, inputs)
         return out if hierarchy is None else hierarchy(inputs, out)
@@ -176,6 +194,26 @@ class SparseLRLinear(nn.Linear):
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """`forward` of this layer alone, without the hierarchical part."""
         return _multiply(inputs, self.packed_weight, self.kernel)
+
+    def prepare(self, inputs: torch.Tensor, alone: bool = False) -> None:
+        """Lets C take the next such calls, after `product` of these inputs.
+
+        Args:
+            alone: only where the layers with the same input cannot be computed together.
+        """
+        if torch.compiler.is_compiling() or self._prepared > MOST_PREPARED or not self._parameters:
+            return
+        fast = updated(self._fast, (self.packed_weight,), (self._parameters,), self.kernel, inputs)
+        if fast is not None and fast is not self._fast:
+            self._fast, self._prepared = fast, self._prepared + 1
+            if alone:
+                self.fast_call_alone = fast.call
+            else:
+                self.fast_call = fast.call
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process and these parameters."""
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_THIS_RUN}
 
     def to_dense(self) -> nn.Module:
         """The layer it replaced, with S + B A as its weight."""

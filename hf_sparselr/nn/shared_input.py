@@ -4,8 +4,8 @@ The model's own calls show which layers form a group: layers below one module th
 the same tensor. From then on the first of them computes the products of all, and the others find theirs ready. A group
 that is called otherwise too often is dissolved.
 
-Groups serve up to `NATIVE_ROWS` rows of input, where nothing is differentiated. They do not serve inference mode, whose
-tensors do not show edits, nor autocast. Under torch.compile they serve only if they were found before.
+Groups serve where nothing is differentiated. They do not serve inference mode, whose tensors do not show edits, nor
+autocast. Under torch.compile they serve only if they were found before.
 """
 
 import weakref
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels import packed_linears
-from ..kernels.launch_config import NATIVE_ROWS
-from .linear import SparseLRLinear
+from ..kernels import PackedWeight, packed_linears
+from ..kernels.fast_calls import FastCall, updated
+from .linear import MOST_PREPARED, SparseLRLinear
 from .packed_experts import ExpertStack
 
 MOST_MISSES = 3  # calls in which a group was no group: an interrupted run may be one
@@ -43,6 +43,9 @@ class SharedInputGroup:
         self._seen: Any = None  # the last input, weakly
         self._seen_state: tuple | None = None
         self._run: list[int] = []  # the layers that were called with it
+        self._alone: dict[int, int] = defaultdict(int)  # calls of layers that are in no group
+        self._fast: dict[int, FastCall] = {}  # by the first layer
+        self._prepared = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for copies and files, without the parts that belong to one run."""
@@ -71,21 +74,69 @@ class SharedInputGroup:
             self._misses[first] += 1
             if self._misses[first] == MOST_MISSES:
                 self.groups[first] = None
-        if self.layers[number]() is not layer or not (compiling or _may_wait(inputs)):
+        if self.layers[number]() is not layer:
             return layer.product(inputs)  # a shallow copy, with values of its own
+        if not (compiling or _may_wait(inputs)):
+            return self._product(layer, inputs, alone=True)
+        if not compiling:
+            self._give_up(number)
         group = self.groups[number]
         if group is None:
-            if not compiling:
-                self._watch(number, inputs, state)
-            return layer.product(inputs)
-        if inputs.numel() > NATIVE_ROWS * layer.in_features:
-            return layer.product(inputs)
+            if compiling:
+                return layer.product(inputs)
+            self._watch(number, inputs, state)
+            return self._product(layer, inputs, alone=False)
         members = [self.layers[i]() for i in group]
         if not all(_is_at_hand(member, layer) for member in members):
             return layer.product(inputs)
-        outputs = packed_linears(inputs, [member.packed_weight for member in members], layer.kernel)
+        weights = [member.packed_weight for member in members]
+        outputs = packed_linears(inputs, weights, layer.kernel)
+        if not compiling:
+            self._prepare(number, members, weights, inputs)
         self._ready = inputs, state, number, dict(zip(group[1:], outputs[1:], strict=True))
         return outputs[0]
+
+    def _product(self, layer: SparseLRLinear, inputs: torch.Tensor, alone: bool) -> torch.Tensor:
+        """Of one layer, prepared for C where it is in no group, or a group cannot be used.
+
+        Args:
+            alone: see `SparseLRLinear.prepare`.
+        """
+        out = layer.product(inputs)
+        if not alone:
+            self._alone[layer.number] += 1
+        if alone or (
+            self._alone[layer.number] > 1 and not any(layer.number in group for group in self.groups if group)
+        ):
+            layer.prepare(inputs, alone)
+        return out
+
+    def _prepare(
+        self, first: int, members: list[SparseLRLinear], weights: list[PackedWeight], inputs: torch.Tensor
+    ) -> None:
+        """Lets C take the next such calls of a group."""
+        if self._prepared > MOST_PREPARED:
+            return
+        old, parameters = self._fast.get(first), [member._parameters for member in members]
+        fast = updated(old, weights, parameters, members[0].kernel, inputs)
+        if fast is not None and fast is not old:
+            self._fast[first] = fast
+            self._prepared += 1
+            members[0].fast_call = fast.call
+            for member in members[1:]:
+                member.fast_call = fast.take
+
+    def _give_up(self, first: int) -> None:
+        """Dissolves a group that C was called for otherwise too often."""
+        fast = self._fast.get(first)
+        if fast is not None and fast.misses >= MOST_MISSES:
+            for number in self.groups[first] or ():
+                layer = self.layers[number]()
+                if layer is not None:
+                    vars(layer).pop("fast_call", None)
+            self.groups[first] = None
+            self._misses[first] = MOST_MISSES
+            del self._fast[first]
 
     def _watch(self, number: int, inputs: torch.Tensor, state: tuple) -> None:
         same = self._seen is not None and self._seen() is inputs and self._seen_state == state
@@ -108,6 +159,7 @@ def link_shared_inputs(model: nn.Module) -> None:
         for child in module.children():
             if isinstance(child, SparseLRLinear):
                 child.shared_input = None
+                vars(child).pop("fast_call", None)
                 widths[child.in_features].append(child)
         for layers in widths.values():
             if len(layers) > 1:

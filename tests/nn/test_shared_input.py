@@ -7,11 +7,18 @@ import weakref
 
 import pytest
 import torch
+from helpers.fast_machine import Machine
 from helpers.kernel_cases import CUDA, DEVICE, draw, layer_of, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from hf_sparselr.kernels import PackedWeight, fast_calls
+from hf_sparselr.kernels.bindings import binding_of
+from hf_sparselr.kernels.fast_calls import FastCall
+from hf_sparselr.kernels.program import Memory, Multiply, Part, Program, X, merge, y
+from hf_sparselr.nn import linear, shared_input
+from hf_sparselr.nn.linear import SparseLRLinear
 from hf_sparselr.nn.shared_input import MOST_MISSES, link_shared_inputs
 
 WIDTH = 64
@@ -198,8 +205,119 @@ def test_a_member_of_another_dtype_is_left_alone() -> None:
     call(module, [(0, x.double()), (1, x)])
 
 
-def test_many_rows_are_computed_one_layer_after_the_other() -> None:
-    module = parent(8, 4)
-    x = draw(33, WIDTH, seed=0, dtype=torch.float32)
-    call(module, [(0, x), (1, x), (0, x)])
-    assert module.part0.shared_input.groups[0] == [0, 1] and module.part0.shared_input._ready is None
+class Slow(list):
+    """The numbers of the layers that Python computed."""
+
+
+@pytest.fixture
+def through_c(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    """Lets C compute layers on the CPU, as their factors alone, by programs that a GPU would have made ready."""
+    if fast_calls.compiled() is None:
+        pytest.skip("no C compiler")
+    machine, slow, real = Machine(), Slow(), SparseLRLinear.product
+    monkeypatch.setattr(fast_calls, "_library", lambda: machine.library)
+
+    def updated(fast, weights, parameters, kernel, x):
+        binding, rows = binding_of(weights), x.numel() // x.shape[-1]
+        if fast is None or fast.binding is not binding:
+            fast = FastCall(binding, weights, parameters, kernel)
+        fast.learn(rows, merge([([number], program_of(weight)) for number, weight in enumerate(weights)]), weights)
+        return fast
+
+    def program_of(weight: PackedWeight) -> Program:
+        u = Multiply(3, X, Part(0, "A"), weight.rank, WIDTH)
+        last = Multiply(y(0), 3, Part(0, "B"), weight.out_features, weight.rank)
+        return Program((weight.out_features,), (Memory(torch.float32, per_row=weight.rank),), (u, last))
+
+    for module in (linear, shared_input):
+        monkeypatch.setattr(module, "updated", updated)
+    monkeypatch.setattr(SparseLRLinear, "product", lambda layer, x: slow.append(layer.number) or real(layer, x))
+    return slow
+
+
+def factors_alone(*outs: int) -> nn.Module:
+    module = parent(*outs)
+    for layer in module.children():
+        layer.values.data.zero_()
+    return module
+
+
+def run(module: nn.Module, order: list[int], seed: int, inference: bool = False) -> None:
+    layers = list(module.children())
+    with torch.inference_mode() if inference else torch.no_grad():
+        x = inputs(seed)
+        for number in order:
+            layer = layers[number]
+            torch.testing.assert_close(layer(x), x @ layer.A.T @ layer.B.T)
+
+
+def test_c_takes_over_a_group_and_lone_layers(through_c: Slow) -> None:
+    module, lone = factors_alone(8, 4, 6), factors_alone(5)
+    for seed in range(4):
+        through_c.clear()
+        run(module, [0, 1, 2], seed), run(lone, [0], seed)
+    assert not through_c and module.part0.shared_input._ready is None
+    for name in ("values", "A"):
+        setattr(module.part1, name, nn.Parameter(getattr(module.part1, name).clone(), requires_grad=False))
+        run(module, [0, 1, 2], 7)  # in Python, which sees the new parameter
+        through_c.clear()
+        run(module, [0, 1, 2], 8)
+        assert not through_c
+
+
+def test_c_gives_a_group_up_that_is_called_otherwise(through_c: Slow) -> None:
+    module = factors_alone(8, 4)
+    for seed in range(3):
+        run(module, [0, 1], seed)
+    for seed in range(2 * MOST_MISSES):
+        run(module, [0], seed)
+    assert module.part0.shared_input.groups == [None, None]
+    for seed in range(4):
+        through_c.clear()
+        run(module, [1, 0], seed)
+    assert not through_c
+
+
+def test_c_serves_inference_mode_layer_by_layer(through_c: Slow) -> None:
+    module = factors_alone(8, 4)
+    run(module, [0, 1], 0), run(module, [0, 1], 1)
+    for seed in range(3):
+        through_c.clear()
+        run(module, [0, 1], seed, inference=True)
+    assert not through_c
+    run(module, [0, 1], 5)
+    assert not through_c  # together again
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda module: reloaded(module)])
+def test_copies_of_a_model_do_not_use_its_weights(through_c: Slow, copied) -> None:
+    module = factors_alone(8, 4)
+    for seed in range(3):
+        run(module, [0, 1], seed)
+    other = copied(module)
+    if copied is copy.copy:
+        other._modules = {name: copy.copy(layer) for name, layer in module._modules.items()}
+    for layer in other.children():
+        assert "fast_call" not in vars(layer)
+        layer.B = nn.Parameter(layer.B.detach() * 2, requires_grad=False)
+    run(other, [0, 1], 5), run(module, [0, 1], 5)
+
+
+def reloaded(module: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def test_c_does_not_keep_a_model(through_c: Slow) -> None:
+    module = factors_alone(8, 4)
+    for seed in range(3):
+        run(module, [0, 1], seed)
+    storage = weakref.ref(module.part1.values.untyped_storage())
+    gc.disable()
+    try:
+        del module
+        assert storage() is None
+    finally:
+        gc.enable()

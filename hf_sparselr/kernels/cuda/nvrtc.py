@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from huggingface_hub.constants import HF_HOME
 
+from ..launch import load_cubin
+
 logger = logging.getLogger(__name__)
 
-_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_SHARED_WITHOUT_ASKING = 48 * 1024
+_HEADER = "tensor_cores.cuh"  # that every source includes
 
 
 class CompileError(RuntimeError):
@@ -36,38 +37,39 @@ def load_function(source: str, name: str, defines: tuple[str, ...], device: int,
     Raises:
         CompileError: see there.
     """
-    function = ctypes.c_void_p()
-    module = _module(source, defines, device)
-    _check(_cuda().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), name)
-    if shared > _SHARED_WITHOUT_ASKING:
-        _check(_cuda().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared), name)
-    return function.value
+    try:
+        return load_cubin(_cubin(source, defines, device), name, device, shared)
+    except CompileError:
+        raise
+    except RuntimeError as error:
+        raise CompileError(str(error)) from error
 
 
 @functools.cache
-def _module(source: str, defines: tuple[str, ...], device: int) -> ctypes.c_void_p:
-    """Loaded for good: one for each combination of defines that a model needs."""
-    files = map(importlib.resources.files(__package__).joinpath, source.split("+"))
-    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+def _cubin(source: str, defines: tuple[str, ...], device: int) -> bytes:
+    """One for each combination of defines that a model needs, from the disk if it is there."""
+    folder = importlib.resources.files(__package__)
+    text = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in source.split("+"))
+    header = folder.joinpath(_HEADER).read_text(encoding="utf-8")
     major, minor = torch.cuda.get_device_capability(device)
     options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{define}" for define in defines))
     library = _nvrtc()
-    key = hashlib.sha256("\0".join((text, *options, str(_version(library)))).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join((text, header, *options, str(_version(library)))).encode()).hexdigest()[:24]
     file = Path(HF_HOME) / "hf_sparselr" / f"{Path(source).stem}-{key}.cubin"
     try:
         cubin = file.read_bytes()
     except OSError:
-        cubin = _compile(library, text, source, options)
+        cubin = _compile(library, text, header, source, options)
         _keep(file, cubin)
-    module = ctypes.c_void_p()
-    _check(_cuda().cuModuleLoadData(ctypes.byref(module), cubin), source)
-    return module
+    return cubin
 
 
-def _compile(library: ctypes.CDLL, text: str, name: str, options: tuple[str, ...]) -> bytes:
+def _compile(library: ctypes.CDLL, text: str, header: str, name: str, options: tuple[str, ...]) -> bytes:
     program = ctypes.c_void_p()
     given = [option.encode() for option in options]
-    _check(library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None), name)
+    headers, names = ((ctypes.c_char_p * 1)(content.encode()) for content in (header, _HEADER))
+    create = library.nvrtcCreateProgram
+    _check(create(ctypes.byref(program), text.encode(), name.encode(), 1, headers, names), name)
     try:
         status = library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
         size = ctypes.c_size_t()
@@ -114,11 +116,6 @@ def _version(library: ctypes.CDLL) -> tuple[int, int]:
     major, minor = ctypes.c_int(), ctypes.c_int()
     library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return major.value, minor.value
-
-
-@functools.cache
-def _cuda() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
 
 
 def _check(status: int, name: str) -> None:

@@ -12,9 +12,7 @@
  *
  * Nothing is read beyond `nonzeros` values, whatever the mask holds.
  */
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "tensor_cores.cuh"
 
 struct Weight {
   const u64 *words; /* the mask, 64 columns each */
@@ -44,82 +42,7 @@ struct Arguments {
 #define STAGES 2
 #define COLUMNS 128 /* of a step */
 
-__device__ __forceinline__ float widen(u16 value) {
-#ifdef HALF
-  float wide;
-  asm("{ .reg .b16 h; mov.b16 h, %1; cvt.f32.f16 %0, h; }" : "=f"(wide) : "h"(value));
-  return wide;
-#else
-  return __uint_as_float((u32)value << 16);
-#endif
-}
-
-__device__ __forceinline__ u16 narrow(float value) {
-  u16 bits;
-#ifdef HALF
-  asm("{ .reg .b16 h; cvt.rn.f16.f32 h, %1; mov.b16 %0, h; }" : "=h"(bits) : "f"(value));
-#else
-  asm("{ .reg .b16 h; cvt.rn.bf16.f32 h, %1; mov.b16 %0, h; }" : "=h"(bits) : "f"(value));
-#endif
-  return bits;
-}
-
-#ifdef HALF
-#define KIND "f32.f16.f16.f32"
-#else
-#define KIND "f32.bf16.bf16.f32"
-#endif
-
-__device__ __forceinline__ void multiply(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col." KIND " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-#define SPARSE(SELECTOR)                                                                                        \
-  asm("mma.sp" ORDERED ".sync.aligned.m16n8k32.row.col." KIND " {%0, %1, %2, %3}, {%4, %5, %6, %7}, "           \
-      "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, " #SELECTOR ";"                                              \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                          \
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(b2), "r"(b3), "r"(e))
-#if __CUDACC_VER_MAJOR__ * 10 + __CUDACC_VER_MINOR__ >= 125
-#define ORDERED "::ordered_metadata"
-#else
-#define ORDERED
-#endif
-
-template <int SELECTOR>
-__device__ __forceinline__ void multiply_sparse(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, u32 b2,
-                                                u32 b3, u32 e) {
-  if (SELECTOR) SPARSE(1);
-  else SPARSE(0);
-}
-
-__device__ __forceinline__ uint4 load16(const void *at) { return __ldg((const uint4 *)at); }
-
-__device__ __forceinline__ uint4 stream16(const void *at) {
-  uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
-  return v;
-}
-
-extern __shared__ __align__(16) unsigned char shared[];
-
 #ifdef PAIRS
-
-/* Bits 0..3 of each byte of a word of `mask >> 4 t`, for 16 groups of four columns: the places of the two kept columns
-   of groups t, t + 4, t + 8, t + 12, four bits each. */
-__device__ __forceinline__ u32 places(u32 low, u32 high, int t) {
-  u32 four = (__byte_perm(low >> 4 * t, high >> 4 * t, 0x6420)) & 0x0F0F0F0F;
-  four = (four | four >> 4) & 0x00FF00FF;
-  return (four | four >> 8) & 0xFFFF;
-}
-
-__device__ __forceinline__ u32 metadata(u32 mask) {
-  u32 b0 = mask & 0x11111111, b1 = mask >> 1 & 0x11111111, b2 = mask >> 2 & 0x11111111, b3 = mask >> 3 & 0x11111111;
-  u32 first = (b1 & ~b0) | (0x11111111 & ~(b0 | b1)) << 1;
-  u32 second = (b3 | (0x11111111 & ~b2)) | (b2 | b3) << 1;
-  return first | second << 2;
-}
 
 __device__ __forceinline__ void accumulate(const Weight &w, const Arguments &args, int top, int warp, int lane,
                                            float sums[ROWS / 16][TILES][4]) {
@@ -177,47 +100,16 @@ __device__ __forceinline__ void accumulate(const Weight &w, const Arguments &arg
 
 #else
 
-/* For each nibble of a mask: which bytes of the first two of its values make its first two columns, and which of its
-   last two the others. A value lies in bytes 0, 1 of a register; bytes 2 of the first are zero. */
-__device__ __forceinline__ u32 selectors(int nibble) {
-  int b0 = nibble & 1, b1 = nibble >> 1 & 1, b2 = nibble >> 2 & 1, b3 = nibble >> 3 & 1;
-  u32 c0 = b0 ? 0x10 : 0x22, c1 = b1 ? (b0 ? 0x54 : 0x10) : 0x22;
-  u32 c2 = b2 ? (b3 ? 0x10 : 0x54) : 0x22, c3 = b3 ? 0x54 : 0x22;
-  return c0 | c1 << 8 | c2 << 16 | c3 << 24;
-}
-
-__device__ __forceinline__ u32 load_value(u32 at) {
-  u16 value;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(at));
-  return value;
-}
-
-__device__ __forceinline__ u32 load_word(u32 at) {
-  u32 value;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at));
-  return value;
-}
-
-/* Eight columns as four registers, from their byte of the mask and the address of their first value. */
-__device__ __forceinline__ void expand(u32 byte, u32 at, u32 table, u32 *out) {
-  u32 low = load_word(table + 4 * (byte & 15)), high = load_word(table + (byte >> 4) * 4);
-  u32 middle = at + 2 * __popc(byte & 15), end = at + 2 * __popc(byte);
-  out[0] = __byte_perm(load_value(at), load_value(at + 2), low);
-  out[1] = __byte_perm(load_value(middle - 4), load_value(middle - 2), low >> 16);
-  out[2] = __byte_perm(load_value(middle), load_value(middle + 2), high);
-  out[3] = __byte_perm(load_value(end - 4), load_value(end - 2), high >> 16);
-}
-
 struct Step { /* what is known of 128 columns of a row */
-  u64 first, second;
+  u32 words[4];
   int offset; /* values of the row before them */
 };
 
 __device__ __forceinline__ Step read_step(const u64 *words, const u16 *offsets, int step, int blocks) {
-  Step s = {0, 0, 0};
+  Step s = {{0, 0, 0, 0}, 0};
   if (2 * step >= blocks) return s;
-  s.first = __ldg(words + 2 * step);
-  s.second = 2 * step + 1 < blocks ? __ldg(words + 2 * step + 1) : 0;
+  u64 first = __ldg(words + 2 * step), second = 2 * step + 1 < blocks ? __ldg(words + 2 * step + 1) : 0;
+  s.words[0] = (u32)first, s.words[1] = (u32)(first >> 32), s.words[2] = (u32)second, s.words[3] = (u32)(second >> 32);
 #ifdef PER_BLOCK
   s.offset = 2 * step * PER_BLOCK;
 #else
@@ -226,18 +118,22 @@ __device__ __forceinline__ Step read_step(const u64 *words, const u16 *offsets, 
   return s;
 }
 
-__device__ __forceinline__ int kept_of(Step s) { return __popcll(s.first) + __popcll(s.second); }
+__device__ __forceinline__ int kept_of(const Step &s) {
+  return __popc(s.words[0]) + __popc(s.words[1]) + __popc(s.words[2]) + __popc(s.words[3]);
+}
 
 __device__ __forceinline__ void copy_values(const u16 *values, long long nonzeros, long long place, int kept, u32 to,
                                             int t) {
   long long from = place & ~7ll;
-  int vectors = min((int)(place - from + kept + 7) / 8, STRIDE / 16);
-  for (int i = t; i < vectors; i += 4) {
-    long long left = 2 * (nonzeros - from - 8 * i);
-    int bytes = left < 0 ? 0 : left > 16 ? 16 : (int)left;
-    const u16 *source = values + (bytes ? from + 8 * i : 0);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + 16 * i), "l"(source), "r"(bytes));
-  }
+  int vectors = ((int)(place - from) + kept + 7) / 8, left = (int)max(min(nonzeros - from, 1ll << 20), 0ll) - 8 * t;
+  const u16 *source = values + from + 8 * t;
+#pragma unroll
+  for (int i = 0; i < (STRIDE / 16 + 3) / 4; i++) /* nothing is read where no bytes are left */
+    if (t + 4 * i < min(vectors, STRIDE / 16)) {
+      int bytes = 2 * max(min(left - 32 * i, 8), 0);
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + 16 * (t + 4 * i)), "l"(source + 32 * i),
+                   "r"(bytes));
+    }
 }
 
 __device__ __forceinline__ void accumulate(const Weight &w, const Arguments &args, int top, int warp, int lane,
@@ -266,7 +162,8 @@ __device__ __forceinline__ void accumulate(const Weight &w, const Arguments &arg
   }
   const u16 *x[TILES];
 #pragma unroll
-  for (int i = 0; i < TILES; i++) x[i] = args.x + min(8 * i + g, (int)args.count - 1) * args.ins + 8 * t;
+  for (int i = 0; i < TILES; i++)
+    x[i] = args.x + min(8 * i + g, (int)args.count - 1) * args.ins + COLUMNS * warp + 8 * t;
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
 #pragma unroll
@@ -281,14 +178,15 @@ __device__ __forceinline__ void accumulate(const Weight &w, const Arguments &arg
     int next = stage + STAGES - 1;
     next = next >= STAGES ? next - STAGES : next;
     __syncwarp(); /* all have read what was in that stage */
-    int here[PARTS]; /* the place of the next value, in shared memory, in bytes of its row */
+    u32 at[PARTS]; /* of the row's next value, in shared memory */
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
       masks[STAGES][i] = read_step(words[i], offsets[i], step + STAGES * WARPS, blocks);
       Step later = masks[STAGES - 1][i];
-      u32 to = own + (next * ROWS + 8 * i + g) * STRIDE;
-      copy_values(w.values, w.nonzeros, starts[i] + later.offset, kept_of(later), to, t);
-      here[i] = ((int)starts[i] + masks[0][i].offset & 7) * 2;
+      u32 row = (8 * i + g) * STRIDE;
+      copy_values(w.values, w.nonzeros, starts[i] + later.offset, kept_of(later), own + next * ROWS * STRIDE + row, t);
+      at[i] = own + stage * ROWS * STRIDE + row;
+      at[i] += ((int)starts[i] + masks[0][i].offset & 7) * 2;
     }
     asm volatile("cp.async.commit_group;");
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1));
@@ -298,17 +196,14 @@ __device__ __forceinline__ void accumulate(const Weight &w, const Arguments &arg
       u32 a[PARTS][4];
 #pragma unroll
       for (int i = 0; i < PARTS; i++) {
-        u64 both = word < 2 ? masks[0][i].first : masks[0][i].second;
-        u32 bits = word & 1 ? (u32)(both >> 32) : (u32)both;
-        u32 row = own + (stage * ROWS + 8 * i + g) * STRIDE;
-        u32 before = 2 * __popc(bits & ((1u << 8 * t) - 1));
-        expand(bits >> 8 * t & 255, row + here[i] + before, table, a[i]);
-        here[i] += 2 * __popc(bits);
+        u32 bits = masks[0][i].words[word];
+        expand(bits >> 8 * t & 255, at[i] + 2 * __popc(bits & ((1u << 8 * t) - 1)), table, a[i]);
+        at[i] += 2 * __popc(bits);
       }
-      int column = COLUMNS * step + 32 * word + 8 * t;
+      bool inside = COLUMNS * step + 32 * word + 8 * t < (int)args.ins;
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
-        uint4 b = column < args.ins ? load16(x[n] + COLUMNS * step + 32 * word) : make_uint4(0, 0, 0, 0);
+        uint4 b = inside ? load16(x[n] + 32 * word) : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int i = 0; i < ROWS / 16; i++) {
           multiply(sums[i][n], a[2 * i][0], a[2 * i + 1][0], a[2 * i][1], a[2 * i + 1][1], b.x, b.y);
@@ -316,6 +211,8 @@ __device__ __forceinline__ void accumulate(const Weight &w, const Arguments &arg
         }
       }
     }
+#pragma unroll
+    for (int n = 0; n < TILES; n++) x[n] += COLUMNS * WARPS;
 #pragma unroll
     for (int i = 0; i < PARTS; i++)
 #pragma unroll

@@ -4,13 +4,14 @@ import functools
 import logging
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 
-from ..bindings import Product
-from ..launch import COUNTERS, DriverLaunch, Varying, drives, empty, scratch
+from ..launch import DriverLaunch, Varying, drives
 from ..launch_config import LaunchConfig
 from ..packed_weight import PackedWeight
+from ..program import Launch, Memory, Program, X, y
 from ..support_index import SupportIndex, index_of
 from .nvrtc import CompileError, load_function
 
@@ -57,7 +58,7 @@ def in_fours(weight: PackedWeight) -> bool:
     return whole and weight.values.dtype == torch.bfloat16
 
 
-def bind_mma(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Product:
+def bind_mma(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Program:
     """x S^T + (x A^T) B^T + bias of every weight, summed in FP32.
 
     Args:
@@ -78,48 +79,38 @@ def bind_mma(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -
         defines.append(f"PER_BLOCK={indices[0].per_block}")
     defines += ["HALF"] * (one.values.dtype == torch.float16) + ["BIAS"] * (one.bias is not None)
     defines += ["RANK"] * low_rank + ["FOURS"] * in_fours(one)
-    outs, ranks = [weight.out_features for weight in weights], [weight.rank for weight in weights]
+    outs, ranks = tuple(weight.out_features for weight in weights), [weight.rank for weight in weights]
     places = [0, *accumulate(-(-rows * rank // 8) * 8 for rank in ranks)]  # of each weight in u
     blocks = list(accumulate(-(-out // config.rows) for out in outs))
-    # Varying: x, u, the counters of a fused launch, how many of its blocks compute u, and each y.
-    arguments = [Varying(0, None), Varying(1, None), rows, one.in_features, indices[0].shape[1]]
-    arguments += [Varying(2, None), Varying(3, None)]
+    weight_arguments = []
     for number, (weight, index) in enumerate(zip(weights, indices, strict=True)):
-        arguments += [
+        weight_arguments += [
             index.words(weight.mask), weight.values, index.starts, index.offsets,
             *(weight.values if tensor is None else tensor for tensor in (weight.B, weight.bias)),
-            Varying(4 + number, None), outs[number], ranks[number], places[number], index.nonzeros, blocks[number],
+            Varying(1 + number, None), outs[number], ranks[number], places[number], index.nonzeros, blocks[number],
             weight.values if weight.A is None else weight.A,
         ]  # fmt: skip
     load = functools.partial(load_function, "small_batch.cu", defines=tuple(defines), device=device)
-    block, total = (32 * config.warps,), sum(ranks)
-    main = load("small_batch", shared=shared)
+    block, total, last = (32 * config.warps,), sum(ranks), 1 + len(outs)
+
+    def launch(name: str, grid: int, u: Any, counters: Any, projecting: int, overlaps: bool = False) -> DriverLaunch:
+        sizes = [rows, one.in_features, indices[0].shape[1]]
+        arguments = [Varying(0, None), u, *sizes, counters, projecting, *weight_arguments]
+        return DriverLaunch(load(name, shared=shared), (grid,), block, shared, arguments, overlaps)
+
+    results = tuple(map(y, range(len(outs))))
     if not low_rank:
-        launch = DriverLaunch(main, (blocks[-1],), block, shared, arguments)
-
-        def product(inputs: torch.Tensor, _: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
-            ys = empty(inputs, outs)
-            launch(inputs, 0, 0, 0, *ys)
-            return ys
-
-        return product
-    fused = DriverLaunch(main, (total + blocks[-1],), block, shared, arguments)
+        step = Launch(launch("small_batch", blocks[-1], 0, 0, 0), (X, *results))
+        return Program(outs, (), (step,))
+    fused = launch("small_batch", total + blocks[-1], Varying(last, None), Varying(last + 1, None), total)
+    first = launch("low_rank", total, Varying(last, None), 0, 0)
     overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
-    second = DriverLaunch(main, (blocks[-1],), block, shared, arguments, overlaps)
-    first = DriverLaunch(load("low_rank", shared=shared), (total,), block, shared, arguments)
-
-    def fused_product(inputs: torch.Tensor, _: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
-        ys = empty(inputs, outs)
-        memory = scratch(device, COUNTERS + 4 * places[-1])
-        if memory is None:
-            u = torch.empty(places[-1], dtype=torch.float32, device=inputs.device)
-            first(inputs, u, 0, 0, *ys)
-            second(inputs, u, 0, 0, *ys)
-        else:  # the counters are zero between launches
-            fused(inputs, memory + COUNTERS, memory, total, *ys)
-        return ys
-
-    return fused_product
+    second = launch("small_batch", blocks[-1], Varying(last, None), 0, 0, overlaps)
+    u = Memory(torch.float32, places[-1])
+    slots = (X, *results, 2 + len(outs))
+    captured = Program(outs, (u,), (Launch(first, slots), Launch(second, slots)))
+    counters = Memory(torch.float32, counters=True)
+    return Program(outs, (u._replace(shared=True), counters), (Launch(fused, (*slots, 3 + len(outs))),), captured)
 
 
 def stride_of(densest: int) -> int:

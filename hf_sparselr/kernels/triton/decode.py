@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..bindings import Product
-from ..launch import COUNTERS, TritonLaunch, Varying, empty, scratch
+from ..launch import COUNTERS, TritonLaunch, Varying, scratch
 from ..launch_config import LaunchConfig
 from ..packed_weight import PackedWeight
+from ..program import ROWS, Launch, Memory, PerRows, Program, X, y
 from ..support_index import SupportIndex, index_of
 from .gemv import multiply_vector
 from .small_batch import add_parts, multiply_tiles
@@ -48,7 +48,7 @@ def _project(x, factors, ends, ins, WIDTH: tl.constexpr, DEPENDENT: tl.constexpr
     tl.store(u + sample * rank + row, tl.sum(total, 0))
 
 
-def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Product:
+def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Program:
     """x S^T + (x A^T) B^T + bias of every weight, summed in FP32, by "gemv" or "small_batch".
 
     Args:
@@ -57,10 +57,11 @@ def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
     """
     one, ins = weights[0], weights[0].in_features
     index = index_of(one.mask, ins)
-    low_rank, outs = one.A is not None, [weight.out_features for weight in weights]
+    low_rank = one.A is not None
     dependent = low_rank and can_overlap(one.values.device)
     tile = config.warps * (64 if config.kernel == "small_batch" else 256)  # columns of a program at a time
     span, split = spread(ins, tile, config.split)
+    outs = tuple(weight.out_features for weight in weights)
     x = Varying(0, one.values.new_empty((rows, ins)))
     us = [Varying(1 + n, x.example.new_empty((1,), dtype=torch.float32)) for n in range(len(weights))]
     kept = torch.float32 if split > 1 else one.values.dtype
@@ -82,27 +83,19 @@ def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
         constants |= {"WARPS": config.warps, "AHEAD": config.ahead, "ALIGNED": _aligned(one.values)}
         constants["BATCH"] = 8 if rows <= 8 else 16
         main = TritonLaunch(multiply_tiles, (ends[-1], split), (*given, rows, span), constants)
-    project = _bind_low_rank(rows, weights, x, us, dependent) if low_rank else None
-    total = bind_sum(split, one.values) if split > 1 else None
-    sizes = [rows * weight.rank for weight in weights]
-
-    def product(inputs: torch.Tensor, rows: int, _: Sequence[PackedWeight]) -> list[torch.Tensor]:
-        ys = empty(inputs, outs)
-        if project is None:
-            us = [inputs] * len(ys)
-        else:
-            us = space(inputs, sizes, main)
-            project(inputs, *us)
-        if total is None:
-            main(inputs, *us, *ys)
-            return ys
-        parts = [inputs.new_empty((split, rows, out), dtype=torch.float32) for out in outs]
-        main(inputs, *us, *parts)
-        for out, part, y in zip(outs, parts, ys, strict=True):
-            add_up(total, part, y, rows * out)
-        return ys
-
-    return product
+    results, place = tuple(map(y, range(len(outs)))), 2 + len(outs)
+    memories, steps, factors, parts = [], [], (X,) * len(outs), results
+    if low_rank:
+        memories += [Memory(torch.float32, rows * weight.rank, shared=True) for weight in weights]
+        factors = tuple(range(place, place + len(outs)))
+        steps.append(Launch(_bind_low_rank(rows, weights, x, us, dependent), (X, *factors)))
+    if split > 1:
+        parts = tuple(place + len(memories) + n for n in range(len(outs)))
+        memories += [Memory(torch.float32, split * rows * out) for out in outs]
+    steps.append(Launch(main, (X, *factors, *parts)))
+    if split > 1:
+        steps += map(functools.partial(sum_of_parts, split, one.values), outs, parts, results)
+    return Program(outs, tuple(memories), tuple(steps))
 
 
 def space(inputs: torch.Tensor, sizes: list[int], launch: TritonLaunch) -> list:
@@ -134,15 +127,12 @@ def spread(ins: int, step: int, split: int) -> tuple[int, int]:
     return span, ceil_div(ins, span)
 
 
-def bind_sum(split: int, like: torch.Tensor) -> TritonLaunch:
-    """The launch of y = the sum of parts: parts (split, size), FP32; y, of the dtype of `like`; size."""
-    parts = Varying(0, like.new_empty((1,), dtype=torch.float32))
-    arguments = parts, Varying(1, like.new_empty((1,))), Varying(2, 512)
-    return TritonLaunch(add_parts, (1,), arguments, {"SPLIT": split, "WIDTH": 512})
-
-
-def add_up(launch: TritonLaunch, parts: torch.Tensor, y: torch.Tensor, size: int) -> None:
-    launch(parts, y, size, grid=(ceil_div(size, 512), 1, 1))
+def sum_of_parts(split: int, like: torch.Tensor, out: int, parts: int, result: int) -> Launch:
+    """y (rows, out), of the dtype of `like`, = the sum of its parts (split, rows, out), FP32; both by their slots."""
+    source = Varying(0, like.new_empty((1,), dtype=torch.float32))
+    arguments = source, Varying(1, like.new_empty((1,))), Varying(2, 1), out
+    launch = TritonLaunch(add_parts, (1,), arguments, {"SPLIT": split, "WIDTH": 512})
+    return Launch(launch, (parts, result, ROWS), (PerRows(out, 512), 1, 1))
 
 
 def can_pair(index: SupportIndex, values: torch.Tensor) -> bool:

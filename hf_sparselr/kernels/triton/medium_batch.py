@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional as F
 
-from ..bindings import Product
+from ..cuda.low_rank import factor_step
 from ..launch import TritonLaunch, Varying
 from ..launch_config import LaunchConfig
 from ..packed_weight import PackedWeight
+from ..program import ROWS, Launch, Memory, PerRows, Program, X, y
 from ..support_index import index_of
-from .decode import add_up, bind_sum, can_pair, ceil_div, spread
+from .decode import can_pair, ceil_div, spread, sum_of_parts
 from .support import (
     column_bits,
     expand,
@@ -139,7 +139,7 @@ def _head(
     return head
 
 
-def bind_medium_batch(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Product:
+def bind_medium_batch(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Program:
     """x S^T + (x A^T) B^T + bias of one weight of 16 bits, summed in FP32; x A^T is rounded once, as a product of
     torch's is. For up to `rows` rows of x, raised to a power of two."""
     (weight,) = weights
@@ -162,16 +162,16 @@ def bind_medium_batch(rows: int, weights: Sequence[PackedWeight], config: Launch
     }  # fmt: skip
     programs = ceil_div(outs, config.rows)
     main = TritonLaunch(_multiply, (programs, split, ceil_div(rows, batch)), arguments, constants)
-    total = bind_sum(split, values) if split > 1 else None
-
-    def product(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
-        A = weights[0].A
-        y = inputs.new_empty((*inputs.shape[:-1], outs))
-        u = inputs if A is None else F.linear(inputs, A)
-        part = y if total is None else inputs.new_empty((split, rows, outs), dtype=torch.float32)
-        main(inputs, u, part, rows, grid=(programs, split, ceil_div(rows, batch)))
-        if total is not None:
-            add_up(total, part, y, rows * outs)
-        return [y]
-
-    return product
+    grid = (programs, split, PerRows(1, batch))
+    memories, steps, factor, part = [], [], X, y(0)
+    if rank:
+        factor = 3
+        memories.append(Memory(values.dtype, per_row=rank))
+        steps.append(factor_step(rows, weight, factor))
+    if split > 1:
+        part = 3 + len(memories)
+        memories.append(Memory(torch.float32, per_row=split * outs))
+    steps.append(Launch(main, (X, factor, part, ROWS), grid))
+    if split > 1:
+        steps.append(sum_of_parts(split, values, outs, part, y(0)))
+    return Program((outs,), tuple(memories), tuple(steps))

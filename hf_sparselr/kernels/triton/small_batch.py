@@ -245,9 +245,10 @@ def _accumulate(sums, left, right, WARPS: tl.constexpr):
     return updated
 
 
-@triton.jit(do_not_specialize=["size"])
-def add_parts(parts, y, size, SPLIT: tl.constexpr, WIDTH: tl.constexpr):
-    """y = the sum of SPLIT parts."""
+@triton.jit(do_not_specialize=["rows"])
+def add_parts(parts, y, rows, out, SPLIT: tl.constexpr, WIDTH: tl.constexpr):
+    """y (rows, out) = the sum of SPLIT parts."""
+    size = rows * out
     at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
     for part in tl.static_range(SPLIT):

@@ -4,8 +4,6 @@
 For many rows of x, where the dense product is bound by arithmetic: the dense matrix lives for one product.
 """
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -171,11 +169,10 @@ def unpacking(ins: int, rank: int) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
-def bind_densify(weight: PackedWeight) -> Callable[[], torch.Tensor]:
-    """Makes S + B A as a new tensor (out, in); at rank 0, S.
+def bind_densify(weight: PackedWeight) -> TritonLaunch | None:
+    """The launch that writes S + B A, at rank 0 S, to a tensor (out, in); None if that is empty.
 
-    A new tensor costs nothing: the allocator hands the memory of the last layer's on, per stream. B A is rounded to
-    the dtype before it is added, as a product of torch's would be.
+    B A is rounded to the dtype before it is added, as a product of torch's would be.
 
     Args:
         weight: contiguous.
@@ -183,24 +180,25 @@ def bind_densify(weight: PackedWeight) -> Callable[[], torch.Tensor]:
     mask, values, A, B, _, ins = weight
     index, rank = index_of(mask, ins), weight.rank
     outs, blocks = index.shape
+    if not (outs and ins):
+        return None
     tiles = -(-ins // 256)
     A, B = (A, B) if rank else (values, values)
-    dense = Varying(0, values.new_empty((1,)))
     arguments = (
-        index.words(mask), values, index.starts, index.offsets, A, B, dense, outs, ins, blocks, rank, tiles,
+        index.words(mask), values, index.starts, index.offsets, A, B, Varying(0, values.new_empty((1,))), outs, ins,
+        blocks, rank, tiles,
     )  # fmt: skip
     constants = unpacking(ins, rank) | {"PER_BLOCK": index.per_block, "PAIRS": can_pair(index, values)}
     programs = tiles * -(-outs // constants["BAND"])
-    launch = TritonLaunch(_densify, (programs,), arguments, constants) if outs and ins else None
-    dtype, device = values.dtype, values.device
+    return TritonLaunch(_densify, (programs,), arguments, constants)
 
-    def densify() -> torch.Tensor:
-        dense = torch.empty((outs, ins), dtype=dtype, device=device)
-        if launch is not None:
-            launch(dense)
-        return dense
 
-    return densify
+def densify(weight: PackedWeight, launch: TritonLaunch | None) -> torch.Tensor:
+    """S + B A as a new tensor (out, in), by `bind_densify` of the weight."""
+    dense = weight.values.new_empty((weight.out_features, weight.in_features))
+    if launch is not None:
+        launch(dense)
+    return dense
 
 
 def collect(mask: torch.Tensor, index: SupportIndex, dense: torch.Tensor) -> torch.Tensor:

@@ -2,32 +2,26 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch.nn import functional as F
-
-from ..bindings import Product
+from ..cuda.low_rank import factor_step
 from ..launch_config import LaunchConfig
 from ..packed_weight import PackedWeight
+from ..program import Launch, Memory, Multiply, Part, Program, X, y
 from .unpack import bind_densify
 
 
-def bind_unpacked(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Product:
+def bind_unpacked(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Program:
     """The product of one weight: by S + B A where the configuration joins them, else by S, B and A."""
     (weight,) = weights
-    if config.joined or weight.A is None:
-        densify = bind_densify(weight)
-
-        def joined(inputs: torch.Tensor, _: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
-            return [F.linear(inputs, densify(), weights[0].bias)]
-
-        return joined
-    densify = bind_densify(weight._replace(A=None, B=None))
-
-    def beside(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
-        _, _, A, B, bias, ins = weights[0]
-        x = inputs.view(rows, ins)
-        y = F.linear(F.linear(x, A), B, bias)
-        y.addmm_(x, densify().T)  # y is read where the larger product waits anyway
-        return [y.view(*inputs.shape[:-1], -1)]
-
-    return beside
+    outs, ins, rank = weight.out_features, weight.in_features, weight.rank
+    bias = None if weight.bias is None else Part(0, "bias")
+    memory, dense = Memory(weight.values.dtype, outs * ins), 3
+    if config.joined or not rank:
+        steps = Launch(bind_densify(weight), (dense,)), Multiply(y(0), X, dense, outs, ins, bias)
+        return Program((outs,), (memory,), steps)
+    beside = (
+        factor_step(rows, weight, 4),
+        Multiply(y(0), 4, Part(0, "B"), outs, rank, bias),
+        Launch(bind_densify(weight._replace(A=None, B=None)), (dense,)),
+        Multiply(y(0), X, dense, outs, ins, adds=True),  # y is read where the larger product waits anyway
+    )
+    return Program((outs,), (memory, Memory(weight.values.dtype, per_row=rank)), beside)

@@ -1,0 +1,44 @@
+"""u = x A^T on the tensor cores, by `low_rank.cu`: for few rows of x cuBLAS takes the host five times as long."""
+
+import functools
+
+import torch
+
+from ..launch import DriverLaunch, Varying, drives
+from ..packed_weight import PackedWeight
+from ..program import ROWS, Launch, Multiply, Part, PerRows, Step, X
+from ..triton.decode import ceil_div
+from .nvrtc import CompileError, load_function
+
+_FACTORS = 16  # of a block
+_MOST_ROWS = 4096  # of x; with more, cuBLAS is faster than the host
+
+
+def factor_step(rows: int, weight: PackedWeight, u: int) -> Step:
+    """u (rows, rank) = x A^T, rounded to the dtype of the values; for up to `rows` rows of x, raised to a power of two.
+
+    Args:
+        u: its slot.
+    """
+    A, rank, ins = weight.A, weight.rank, weight.in_features
+    fits = A.is_cuda and A.element_size() == 2 and ins % 8 == 0 and A.data_ptr() % 16 == 0 and rows <= _MOST_ROWS
+    tiles = 1 if rows <= 64 else 2 if rows <= 128 else 4  # of eight rows of x: blocks enough to keep the GPU busy
+    warps = 16 if tiles < 4 else 8
+    function = _function(A.get_device(), A.dtype, warps, tiles) if fits and drives() else None
+    if function is None:
+        return Multiply(u, X, Part(0, "A"), rank, ins)
+    arguments = [Varying(0, None), A, Varying(1, None), Varying(2, None), ins, rank]
+    launch = DriverLaunch(function, (1, 1, 1), (32 * warps,), 0, arguments)
+    return Launch(launch, (X, u, ROWS), (ceil_div(rank, _FACTORS), PerRows(1, 8 * tiles), 1))
+
+
+@functools.cache
+def _function(device: int, dtype: torch.dtype, warps: int, tiles: int) -> int | None:
+    """None where NVRTC is missing, which `small_batch` has said."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    defines = (f"WARPS={warps}", f"TILES={tiles}", *(["HALF"] * (dtype == torch.float16)))
+    try:
+        return load_function("low_rank.cu", "low_rank", defines, device, 0)
+    except (CompileError, OSError):
+        return None
