@@ -1,6 +1,6 @@
 """Weights that were used before: the result of their checks, and the kernels that are ready for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from .tensor_cache import TensorCache, version
 _pointer, _size = torch.Tensor.data_ptr, torch.Tensor.numel
 _ABSENT = torch.empty(0)
 
+# x (..., in), its rows and the weights to (..., out) of each.
+Product = Callable[[torch.Tensor, int, Sequence[PackedWeight]], list[torch.Tensor]]
+
 
 class Binding:
     """Weights that were checked. Holds none of their memory.
@@ -19,7 +22,8 @@ class Binding:
         sizes: of all tensors.
         versions: of the masks.
         dtype, device, in_features: of all weights; the device as its index, -1 for the CPU.
-        programs: `Program`s, ready kernels for their addresses, by the number of rows and what else they depend on.
+        products: ready kernels for their addresses, by the number of rows and what else they depend on; on a GPU as
+            `Program`s.
         densify: writes S + B A of the first weight, once it was asked for.
     """
 
@@ -29,7 +33,7 @@ class Binding:
         self.sizes, self.versions = sizes, versions
         self.dtype, self.device = weights[0].values.dtype, weights[0].values.get_device()
         self.in_features = weights[0].in_features
-        self.programs: dict[tuple, Any] = {}
+        self.products: dict[tuple, Any] = {}
         self.densify: Any = None
 
     def fits(self, inputs: torch.Tensor) -> bool:

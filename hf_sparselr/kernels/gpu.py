@@ -57,7 +57,7 @@ def multiply(
 
 def ready_program(binding: Binding, rows: int, kernel: str) -> Program | None:
     """What was made ready for so many rows of x, if that is there."""
-    program = binding.programs.get((rows if rows <= NATIVE_ROWS else bucket(rows), kernel))
+    program = binding.products.get((rows if rows <= NATIVE_ROWS else bucket(rows), kernel))
     return program if program is None or program.rows in (0, rows) else None
 
 
@@ -82,7 +82,7 @@ def _first(
         program = bind(ready(inputs), rows, plain, kernel)
         kept = drives() and all(a is b for a, b in zip(plain, weights, strict=True))
         if kept and not torch.cuda.is_current_stream_capturing():  # where nothing could be measured
-            binding.programs[rows if rows <= NATIVE_ROWS else bucket(rows), kernel] = program
+            binding.products[rows if rows <= NATIVE_ROWS else bucket(rows), kernel] = program
         return program(ready(inputs), rows, plain)
 
 

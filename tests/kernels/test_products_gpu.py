@@ -113,7 +113,7 @@ def use(layer: nn.Module, rows: int, config: LaunchConfig) -> None:
 
     weights = [layer.packed_weight]
     key = rows if rows <= NATIVE_ROWS else bucket(rows), layer.kernel
-    binding_of(weights).programs[key] = gpu.run(rows, weights, config)
+    binding_of(weights).products[key] = gpu.run(rows, weights, config)
 
 
 @pytest.mark.parametrize("kind", ["2:4", 0.5])
@@ -144,7 +144,7 @@ def test_ready_kernels_are_launched_by_the_driver() -> None:
     layer = layer_of(problem(70, 320, 0.5, dtype=torch.bfloat16), 320)
     with torch.no_grad():
         layer(draw(1, 320, seed=6, dtype=torch.bfloat16))
-    assert drives() and binding_of([layer.packed_weight]).programs
+    assert drives() and binding_of([layer.packed_weight]).products
 
 
 def test_memory_is_freed_with_the_layer() -> None:

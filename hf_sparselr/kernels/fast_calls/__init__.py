@@ -132,7 +132,7 @@ def updated(
     if not plain or len(weights) > MEMBERS or not drives() or _library() is None:
         return None
     binding, rows = binding_of(weights), x.numel() // max(1, x.shape[-1])
-    program = binding.programs.get((rows if rows <= NATIVE_ROWS else bucket(rows), chosen_kernel(kernel)))
+    program = binding.products.get((rows if rows <= NATIVE_ROWS else bucket(rows), chosen_kernel(kernel)))
     if program is None or binding.device != torch.cuda.current_device():
         return None
     if fast is None or fast.binding is not binding:
