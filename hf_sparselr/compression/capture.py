@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from ..data.model_inputs import Sample
 from ..utils.modules import move_to_device, named_tensors
-from .model_structure import find_stacks, input_embeddings
+from .model_structure import find_stacks, input_embeddings, output_layer
 from .padding import padding_masks
 
 Keep = Callable[[list[torch.Tensor]], list[torch.Tensor]]
@@ -240,7 +240,7 @@ def halves(module: nn.Module) -> list[torch.Tensor]:
 def halves_outside(model: nn.Module, blocks: dict[str, nn.Module]) -> list[torch.Tensor]:
     """Half-precision tensors around the blocks: in FP32, so are the masks and position embeddings they make."""
     skipped = {id(tensor) for block in blocks.values() for tensor in halves(block)}
-    output, tokens = model.get_output_embeddings(), input_embeddings(model)
+    output, tokens = output_layer(model), input_embeddings(model)
     weight = getattr(output, "weight", None)
     if weight is not None and weight is not getattr(tokens, "weight", None):
         skipped.add(id(weight))  # never reached, and large

@@ -149,3 +149,9 @@ def input_embeddings(model: "PreTrainedModel") -> nn.Module | None:
         return model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
         return None
+
+
+def output_layer(model: "PreTrainedModel") -> nn.Module | None:
+    """The layer that makes logits, after all blocks, or None. Embeddings of tokens that make them too are none."""
+    layer = model.get_output_embeddings()
+    return None if isinstance(layer, nn.Embedding) else layer

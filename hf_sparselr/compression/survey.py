@@ -19,7 +19,7 @@ from .capture import (
     model_inputs,
     split_call,
 )
-from .model_structure import Stacks
+from .model_structure import Stacks, output_layer
 
 
 @dataclass
@@ -103,7 +103,7 @@ def _calls(model: nn.Module, blocks: dict[str, nn.Module], inputs: dict[str, Any
 
         return record
 
-    head = model.get_output_embeddings()
+    head = output_layer(model)
 
     def end(index: int, forward: Callable) -> Callable:
         def stop(*args: Any, **kwargs: Any) -> Any:

@@ -367,6 +367,16 @@ def test_a_model_that_fails_on_a_sample_is_a_clear_error():
         compress(vit(), tiny.settings(calibration=samples))
 
 
+def test_embeddings_that_make_the_logits_too_do_not_end_a_pass():
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 64))}
+    heads = {f"{side}_attention_heads": 4 for side in ("encoder", "decoder")}
+    config = tf.FSMTConfig(src_vocab_size=96, tgt_vocab_size=96, d_model=32, **sizes, **heads)
+    model = build(tf.FSMTForConditionalGeneration, config)
+    assert isinstance(model.get_output_embeddings(), nn.Embedding)
+    compress(model, tiny.settings())
+    assert model.sparselr_report.coverage["dense"] == {}
+
+
 def test_tied_weights_count_once():
     model = tiny.build("llama")
     model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight

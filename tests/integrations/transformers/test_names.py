@@ -90,3 +90,17 @@ def test_own_names_are_not_renamed_and_a_dense_model_gets_its_original_ones(tmp_
     assert tiny.same(tiny.snapshot(again), tiny.snapshot(model))
     again.dequantize().save_pretrained(tmp_path / "again")
     assert names(tmp_path / "again") == names(tmp_path / "dense")
+
+
+def test_names_that_tear_a_layer_apart_are_not_restored(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 8, "num_frames": 2, "tubelet_size": 2}
+    config = tf.VideoMAEConfig(
+        **sizes, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+    )
+    model = tf.VideoMAEModel(config).eval()
+    samples = [{"pixel_values": torch.randn(1, 2, 3, 16, 16)} for _ in range(4)]
+    compress(model, tiny.settings(calibration=samples), tmp_path)
+    assert "encoder.layer.0.attention.attention.query.bias" in names(tmp_path)  # originally q_bias, beside the layer
+    again = tf.VideoMAEModel.from_pretrained(tmp_path)
+    assert tiny.same(tiny.snapshot(again), tiny.snapshot(model))
