@@ -23,7 +23,6 @@ from ..format.hierarchy import (
     leaf_blocks,
     pad_factors,
     pad_to,
-    swap_siblings,
 )
 from ..utils.availability import TRITON
 from ..utils.precision import multiplies_natively
@@ -129,11 +128,14 @@ def _product(
 
 def _pass_to_siblings(shape: HierarchyShape, rows: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     """What every leaf gets from the siblings of its blocks, level by level: (2^depth, rows, sum of ranks)."""
-    levels = []
-    for level, span in enumerate(shape.spans, start=1):
-        seen = swap_siblings(_by_block(rows, A[span], 2**level))
-        levels.append(seen[:, None].expand(-1, 2 ** (shape.depth - level), -1, -1).flatten(0, 1))
-    return torch.cat(levels, dim=2)
+    seen = [_by_block(rows, A[span], 2**level) for level, span in enumerate(shape.spans, start=1)]
+    passed = seen[0].new_empty(2**shape.depth, len(rows), shape.rank)
+    for level, (span, sums) in enumerate(zip(shape.spans, seen, strict=True), start=1):
+        taken = passed[:, :, span].unflatten(0, (2 ** (level - 1), 2, -1))  # by pair of siblings and leaf
+        given = sums.unflatten(0, (-1, 2))[:, :, None]
+        taken[:, 0] = given[:, 1]
+        taken[:, 1] = given[:, 0]
+    return passed
 
 
 def _by_block(rows: torch.Tensor, A: torch.Tensor, blocks: int) -> torch.Tensor:
