@@ -17,7 +17,7 @@ from hf_sparselr.nn.linear import packed_layers
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 LENGTH = 128
-FP32 = torch.float32  # the quickstart runs in BF16, which is slow on a CPU without instructions for it
+FP32 = torch.float32  # BF16 is slow on a CPU without instructions for it
 QUICK = {"rho": 0.1, "check_every": 3, "growth": (1.2, 1.1, 1.05), "min_iterations": 30, "max_iterations": 90}
 
 
