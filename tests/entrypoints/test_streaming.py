@@ -33,7 +33,7 @@ def whole(llama, tmp_path_factory):
     return content(folder)
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "t5", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
 def test_a_streamed_run_writes_what_one_in_memory_writes(family, tmp_path):
     name = dense(family, tmp_path / "dense")
     for stream in (False, True):
@@ -112,8 +112,7 @@ def stopped(monkeypatch, after: int, *args, **kwargs) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("target", ["block", "stream"])
+@pytest.mark.parametrize(("stream", "target"), [(False, "block"), (True, "stream")])
 def test_a_run_goes_on_after_its_last_finished_block(stream, target, llama, tmp_path, monkeypatch):
     changes = {"refine": "tm", "tm": {"passes": 1, "target": target}}
     run(llama, tmp_path / "whole", **changes)
@@ -158,7 +157,7 @@ def test_other_files_than_safetensors_are_read_whole(llama, whole, tmp_path, mon
 @pytest.mark.parametrize("family", ["t5", "qwen3-moe"])
 def test_other_models_go_on_too(family, tmp_path, monkeypatch):
     name = dense(family, tmp_path / "dense")
-    run(name, tmp_path / "whole")
+    run(name, tmp_path / "whole", stream=False)
     stopped(monkeypatch, 1, name, tmp_path / "out")
     run(name, tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
