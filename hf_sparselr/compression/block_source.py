@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,7 +20,7 @@ from ..utils.modules import tensor_place
 from .capture import instance_forwards
 from .convolutions import LEAF
 from .experts import expert_weights, fused_weights
-from .model_structure import find_stacks
+from .model_structure import find_stacks, shared_tensors
 
 Tensors = dict[str, torch.Tensor]
 
@@ -68,7 +67,7 @@ class StreamedBlocks(BlockSource):
 
     def __init__(self, model: nn.Module, read: Callable[[str], Tensors], file_of: Callable[[str], Path]) -> None:
         super().__init__(model)
-        self._read, self._file_of = read, file_of
+        self._read, self._file_of, self._shared = read, file_of, shared_tensors(model)
         self._finished: set[str] = set()
 
     @contextmanager
@@ -106,9 +105,8 @@ class StreamedBlocks(BlockSource):
             yield
 
     def finish(self, name: str, block: nn.Module) -> None:
-        with safe_open(self._file_of(name), framework="pt") as reader:
-            stored = list(reader.keys())
-        for inner in stored:
+        state = block.state_dict(keep_vars=True)
+        for inner in [inner for inner, tensor in state.items() if id(tensor) not in self._shared]:
             container, key, tensor = tensor_place(block, inner)
             container[key] = _placeholder(tensor)
         self._finished.add(name)

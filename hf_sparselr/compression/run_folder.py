@@ -11,8 +11,9 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ class RunFolder:
         self.path = self.output_dir / NAME
         self.identity = plain(dict(identity))
         self._overwrite, self._world = overwrite, world
+        self._writer = ThreadPoolExecutor(1)
+        self._pending: Future | None = None
         self.finished: dict[str, FinishedBlock] = {}
 
     def __enter__(self) -> "RunFolder":
@@ -107,6 +110,9 @@ class RunFolder:
             raise
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        with suppress(OSError):  # an error that is told is the one that ended the run
+            self._settle()
+        self._writer.shutdown()
         if not self._world.first:
             return
         self._lock.close()
@@ -145,32 +151,51 @@ class RunFolder:
 
     def file(self, name: str) -> Path:
         """Where the tensors of a finished block are."""
+        self._settle()
         return self.path / f"{name}.safetensors"
 
     def store(
         self, name: str, block: nn.Module, row: dict, layer_rows: list[dict], dense: dict[str, str], shared: Set[int]
     ) -> None:
-        """Stores a finished block, unless it is stored.
+        """Stores a finished block, unless it is stored. It is flushed to the disk while the next one is worked on.
 
         Args:
             shared: ids of tensors that other parts of the model share, which are left out.
         """
         if name not in self.finished and self._world.first:
             self._store(name, block, row, layer_rows, dense, shared)
-        self.finished[name] = self._world.of_first(self.finished.get(name))
+        if self._world.size > 1:
+            self._settle()
+            self.finished[name] = self._world.of_first(self.finished.get(name))
 
     def _store(
         self, name: str, block: nn.Module, row: dict, layer_rows: list[dict], dense: dict[str, str], shared: Set[int]
     ) -> None:
+        self._settle()
         tensors = {
             inner: tensor.detach().cpu().contiguous()
             for inner, tensor in block.state_dict(keep_vars=True).items()
             if isinstance(tensor, torch.Tensor) and id(tensor) not in shared
         }
-        with _renamed(self.file(name)) as beside:
-            save_file(tensors, beside)
-        self.finished[name] = FinishedBlock(name, _checksum(tensors), plain(row), plain(layer_rows), dense)
+        entry = FinishedBlock(name, _checksum(tensors), plain(row), plain(layer_rows), dense)
+        path = self.path / f"{name}.safetensors"
+        try:
+            save_file(tensors, _beside(path))
+        except BaseException:
+            _beside(path).unlink(missing_ok=True)
+            raise
+        self._pending = self._writer.submit(self._complete, path, entry)
+
+    def _complete(self, path: Path, entry: FinishedBlock) -> None:
+        _rename_durably(path)
+        self.finished[entry.name] = entry
         self._write()
+
+    def _settle(self) -> None:
+        """Waits until the last block is on the disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def _read(self) -> None:
         path = self.path / MANIFEST
@@ -207,8 +232,9 @@ class RunFolder:
     def _write(self) -> None:
         blocks = [asdict(block) for block in self.finished.values()]
         text = json.dumps({"version": VERSION, "identity": self.identity, "blocks": blocks}, indent=1)
-        with _renamed(self.path / MANIFEST) as beside:
-            beside.write_text(text + "\n", encoding="utf-8")
+        path = self.path / MANIFEST
+        _beside(path).write_text(text + "\n", encoding="utf-8")
+        _rename_durably(path)
 
     def _flush_output(self) -> None:
         """The checkpoint reaches the disk before the blocks that it was made of are deleted."""
@@ -225,17 +251,15 @@ class RunFolder:
                 return
 
 
-@contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
-    """Another name to write to; after it the file is on the disk, and has its own name."""
-    beside = path.with_name(f"{path.name}.partial")
-    try:
-        yield beside
-        _flush(beside, os.O_RDWR)
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+def _beside(path: Path) -> Path:
+    """The name under which a file is written."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def _rename_durably(path: Path) -> None:
+    """Flushes the file beside a path to the disk, and gives it its name."""
+    _flush(_beside(path), os.O_RDWR)
+    os.replace(_beside(path), path)
     if os.name == "posix":
         _flush(path.parent, os.O_RDONLY)
 

@@ -99,12 +99,13 @@ def test_the_result_runs(llama, tmp_path):
 
 def stopped(monkeypatch, after: int, *args, **kwargs) -> str:
     """Interrupts a run when it has finished some blocks; what it says."""
-    store = RunFolder.store
+    store, stored = RunFolder.store, []
 
-    def store_some(self, *args):
-        if len(self.finished) == after:
+    def store_some(self, name, *args):
+        if len(stored) == after:
             raise KeyboardInterrupt
-        store(self, *args)
+        stored.append(name)
+        store(self, name, *args)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) as caught:
         patched.setattr(RunFolder, "store", store_some)
