@@ -55,7 +55,9 @@ def run(
     hidden, first = hidden_states, getattr(experts, "gate_up_proj" if experts.has_gate else "up_proj", None)
     if not isinstance(first, ExpertStack) or not hidden.is_cuda or hidden.ndim != 2 or not hidden.numel():
         return None
-    if getattr(experts, "_is_expert_parallel", False) or top_k_weights.requires_grad:
+    if getattr(experts, "_is_expert_parallel", False):
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (top_k_weights, *experts.parameters())):
         return None
     up, down = first.table(hidden), experts.down_proj.table(hidden)
     if up is None or down is None or hidden.shape[1] != up.ins or not up.takes(top_k_index.numel()):
@@ -88,7 +90,7 @@ def _multiply(
     if not experts.has_gate:
         x = experts.act_fn(y)
     elif (
-        isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
+        isinstance(getattr(experts, "act_fn", None), nn.SiLU | SiLUActivation)
         and getattr(type(experts), "_apply_gate", None) is _DEFAULT_GATE
     ):
         x, room = silu_gate(y, room), 0

@@ -212,14 +212,18 @@ def best_config(rows: int, experts: int, ins: int, takes_many: bool, unpacks: bo
     """The configuration for so many rows of x, as measured on an H100 (see the room's notes).
 
     Args:
-        takes_many: whether "experts_pairs" takes the weights, which is not chosen before it is measured.
+        takes_many: whether "experts_pairs" takes the weights.
         unpacks: whether S may be unpacked for torch's grouped product.
     """
     mean = rows / experts
-    if unpacks and mean > 48:
+    if unpacks and mean > (256 if takes_many else 24):
         return Config(unpack=True)
+    if takes_many and mean > 24:
+        return PAIRS_64 if mean <= 48 else PAIRS_128
     narrow = ins <= 1024 or (ins <= 2048 and rows >= experts)
     if mean > 12:
+        if takes_many and narrow:
+            return PAIRS_32
         return Config(tiles=4, ahead=1, resident=2) if ins > 8192 else Config(tiles=4, warps=4, ahead=1, resident=4)
     tiles = 1 if mean <= 4 else 2
     return Config(tiles=tiles, warps=4, ahead=1, resident=6) if narrow else Config(tiles=tiles)
