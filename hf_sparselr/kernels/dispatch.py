@@ -109,7 +109,10 @@ def _differentiable(inputs: torch.Tensor, weight: PackedWeight, kernel: str) -> 
     if not _has_operator(inputs.device.type, True):
         weight.check()
         return reference_linear(inputs, weight)
-    return ops.linear(inputs, *weight, _unless_trained(kernel, weight))
+    kernel = _unless_trained(kernel, weight)
+    if torch._C._len_torch_dispatch_stack():  # a mode that wants to see operators
+        return ops.linear(inputs, *weight, kernel)
+    return ops.Differentiable.apply(inputs, *weight, kernel)
 
 
 def _unless_trained(kernel: str, weight: PackedWeight) -> str:

@@ -4,10 +4,11 @@ Which kernel runs is decided when they run, so a compiled model does not depend 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..utils.availability import TRITON
@@ -163,10 +164,8 @@ def input_gradient(
     in_features: int,
     kernel: str,
 ) -> torch.Tensor:
-    """grad (S + B A): (..., out) to (..., in)."""
-    weight = PackedWeight(mask, values, A, B, None, in_features)
-    dense = resident_weight(weight, unpacked) if chosen_kernel(kernel) == "dense" else unpacked(weight)
-    return grad @ dense
+    """`_input_gradient` as an operator."""
+    return _input_gradient(grad, PackedWeight(mask, values, A, B, None, in_features), kernel)
 
 
 @input_gradient.register_fake
@@ -176,11 +175,8 @@ def _(grad, mask, values, A, B, in_features, kernel):
 
 @torch.library.custom_op("hf_sparselr::value_gradient", mutates_args=())
 def value_gradient(grad: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor, nonzeros: int) -> torch.Tensor:
-    """grad^T x on the support: (rows, out), (rows, in) to (nonzeros,)."""
-    from .triton.unpack import collect
-
-    with torch.cuda.device_of(grad):
-        return collect(mask, index_of(mask, inputs.shape[1]), grad.T @ inputs)
+    """`_value_gradient` as an operator."""
+    return _value_gradient(grad, inputs, mask)
 
 
 @value_gradient.register_fake
@@ -196,15 +192,34 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     x, mask, values, A, B = ctx.saved_tensors
-    need = ctx.needs_input_grad
+    weight = PackedWeight(mask, values, A, B, None, ctx.in_features)
+
+    def of_input(grad: torch.Tensor) -> torch.Tensor:
+        return input_gradient(grad, *weight[:4], ctx.in_features, ctx.kernel)
+
+    def of_values(rows: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        return value_gradient(rows, inputs, mask, values.shape[0])
+
+    return _gradients(ctx.needs_input_grad, grad, x, weight, of_input, of_values)
+
+
+def _gradients(
+    need: Sequence[bool],
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: PackedWeight,
+    of_input: Callable[[torch.Tensor], torch.Tensor],
+    of_values: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> tuple:
+    """Those of the arguments of `linear` that are needed. x (..., in) is there if one of them takes it."""
     rows = grad.reshape(-1, grad.shape[-1])
-    inputs = None if x is None else x.reshape(-1, ctx.in_features)
+    inputs = None if x is None else x.reshape(-1, weight.in_features)
     return (
-        input_gradient(grad, mask, values, A, B, ctx.in_features, ctx.kernel) if need[0] else None,
+        of_input(grad) if need[0] else None,
         None,
-        value_gradient(rows, inputs, mask, values.shape[0]) if need[2] else None,
-        (rows @ B).T @ inputs if need[3] else None,
-        rows.T @ (inputs @ A.T) if need[4] else None,
+        of_values(rows, inputs) if need[2] else None,
+        (rows @ weight.B).T @ inputs if need[3] else None,
+        rows.T @ (inputs @ weight.A.T) if need[4] else None,
         rows.sum(0) if need[5] else None,
         None,
         None,
@@ -212,3 +227,37 @@ def _backward(ctx, grad):
 
 
 linear.register_autograd(_backward, setup_context=_save)
+
+
+def _input_gradient(grad: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Tensor:
+    """grad (S + B A): (..., out) to (..., in)."""
+    dense = resident_weight(weight, unpacked) if chosen_kernel(kernel) == "dense" else unpacked(weight)
+    return grad @ dense
+
+
+def _value_gradient(grad: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """grad^T x on the support: (rows, out), (rows, in) to (nonzeros,)."""
+    from .triton.unpack import collect
+
+    with torch.cuda.device_of(grad):
+        return collect(mask, index_of(mask, inputs.shape[1]), grad.T @ inputs)
+
+
+class Differentiable(torch.autograd.Function):
+    """`linear` where no compiler and no mode looks on: an operator takes the host several times as long."""
+
+    @staticmethod
+    def forward(ctx, inputs, mask, values, A, B, bias, in_features, kernel):
+        ctx.in_features, ctx.kernel = in_features, kernel
+        trains = any(ctx.needs_input_grad[2:5])
+        ctx.save_for_backward(inputs if trains else None, mask, values, A, B)
+        return products(inputs, (PackedWeight(mask, values, A, B, bias, in_features),), chosen_kernel(kernel))[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, mask, values, A, B = ctx.saved_tensors
+        weight = PackedWeight(mask, values, A, B, None, ctx.in_features)
+        of_input = functools.partial(_input_gradient, weight=weight, kernel=ctx.kernel)
+        of_values = functools.partial(_value_gradient, mask=mask)
+        return _gradients(ctx.needs_input_grad, grad, x, weight, of_input, of_values)

@@ -358,3 +358,19 @@ def test_the_kernel_is_chosen_on_loading(tmp_path) -> None:
     assert {m.kernel for m in made.modules() if isinstance(m, SparseLRLinear)} == {"packed"}
     with pytest.raises(ValueError, match="kernel='none'"):
         SparseLRConfig(kernel="none")
+
+
+@pytest.mark.parametrize("trained", ["x", "A B bias"])
+def test_the_gradients_that_a_gpu_takes(trained: str) -> None:
+    """Everywhere but for the values, which a kernel collects."""
+    case = problem(5, 24, 0.5, dtype=torch.float64)
+    x, weight = draw(2, 3, 24, seed=6), case.weight
+    given = {"x": x, "A": weight.A, "B": weight.B, "bias": weight.bias}
+    for name in trained.split():
+        given[name] = given[name].clone().requires_grad_()
+
+    def product(*parts: torch.Tensor) -> torch.Tensor:
+        x, A, B, bias = parts
+        return ops.Differentiable.apply(x, weight.mask, weight.values, A, B, bias, 24, "auto")
+
+    assert torch.autograd.gradcheck(product, tuple(given.values()))
