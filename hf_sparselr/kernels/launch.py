@@ -225,6 +225,9 @@ def _example(argument: Any) -> Any:
     return tuple(map(_example, argument)) if isinstance(argument, tuple) else argument
 
 
+_OF_ANOTHER_TRITON = (AttributeError, KeyError, TypeError, ValueError, RuntimeError)
+
+
 def _bind(kernel: Any, grid: tuple, arguments: tuple, constants: dict[str, Any]) -> DriverLaunch | None:
     """The launch of the kernel that Triton compiles for such arguments, which ends them with two pointers to scratch
     memory that these kernels do not use."""
@@ -242,13 +245,7 @@ def _bind(kernel: Any, grid: tuple, arguments: tuple, constants: dict[str, Any])
             [*flat, 0, 0],
             metadata.launch_pdl,
         )
-    except (
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # another Triton than those that were seen
+    except _OF_ANOTHER_TRITON as error:
         _say_slow(error)
         return None
 

@@ -73,7 +73,7 @@ def test_caches(packed, expected, cache):
     "cache",
     [
         "offloaded",
-        pytest.param("offloaded_static", marks=pytest.mark.xfail(reason="fails on an H100, cause not known yet")),
+        pytest.param("offloaded_static", marks=pytest.mark.skip(reason="torch 2.11 crashes in Dynamo, dense too")),
     ],
 )
 def test_offloaded_caches(packed, cache):
