@@ -129,7 +129,8 @@ def run(
         progress.blocks_done()
     finally:
         _set_modes(model, "", modes)
-    report.seconds = time.perf_counter() - started
+    restored = sum(row["seconds"] for row in report.blocks if row["name"] in earlier)
+    report.seconds = time.perf_counter() - started + restored
     report.peak_memory = max((peak for row in report.blocks for peak in row["peaks"].values()), default=None)
     return report
 

@@ -54,7 +54,8 @@ def compress(
             own GPU. All of them call this with the same arguments, and get the same model; the first one writes it.
         stream: True reads one block at a time from the model's safetensors files, and writes it before the next. So
             the model need not fit into memory. "auto" does so where the model would take more than half of the free
-            memory and nothing stands against it. The result is the same to the byte.
+            memory and nothing stands against it. The files are the same to the byte, but for the times and the GPU
+            memory in report and model card.
         overwrite: replace a checkpoint in `output_dir`, or an unfinished run with other arguments.
         max_shard_size: of the files with the weights, as for `save_pretrained`.
         load_kwargs: for `from_pretrained` (dtype, revision, trust_remote_code, ...), when `model` is a name. Config,

@@ -278,7 +278,9 @@ def test_the_log_of_a_run(llama, tmp_path, monkeypatch):
         (2, 3, False),
         (3, 3, False),
     ]
-    rows = json.loads((tmp_path / "sparselr_report.json").read_text())["blocks"]
+    report = json.loads((tmp_path / "sparselr_report.json").read_text())
+    rows = report["blocks"]
+    assert report["seconds"] > sum(row["seconds"] for row in rows)  # those of the first run too
     assert [line["name"] for line in blocks] == [row["name"] for row in rows]
     assert [line["loss"] for line in blocks] == [row["tm"]["loss_after"] for row in rows]
     assert blocks[0]["remaining"] is None and blocks[1]["remaining"] == pytest.approx(blocks[1]["seconds"])
