@@ -6,7 +6,7 @@ Several rows of x go to the tensor cores together.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -32,8 +32,6 @@ TILES = {  # of A, and of B and the leaves
     "one row": (Tile(8, 256), Tile(8, 256, warps=2)),
     "more rows": (Tile(32, 128, stages=4), Tile(16, 256, stages=4)),
 }
-
-PROGRAMS = 1024
 
 
 @triton.jit
@@ -176,17 +174,6 @@ def _answer(
         tl.store(y + at, total, mask=real)
 
 
-def _tiles(count: int, leaves: int, rank: int, height: int) -> tuple[Tile, Tile]:
-    """Of A, and of B and the leaves. Tiles of one row of x get smaller where there would be too few programs."""
-    if count > 1:
-        return TILES["more rows"]
-    found = []
-    for tile, size in zip(TILES["one row"], (rank, height), strict=True):
-        few = leaves * -(-size // tile.rows) < PROGRAMS
-        found.append(replace(tile, rows=tile.rows // 2) if few else tile)
-    return found[0], found[1]
-
-
 Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
@@ -202,7 +189,7 @@ def bind_few(hierarchy: Hierarchy, count: int, based: bool) -> Product:
     (height, width), rank = shape.leaf, shape.rank
     leaves, permuted = 2**shape.depth, hierarchy.row_order is not None
     dependent = can_overlap(A.device)
-    see, answer = _tiles(count, leaves, rank, height)
+    see, answer = TILES["one row" if count == 1 else "more rows"]
     x, seen = Varying(0, A.new_empty((1,))), Varying(1, A.new_empty((1,), dtype=torch.float32))
     row_order, column_order = (hierarchy.row_order, hierarchy.column_order) if permuted else (A, A)
     common = {"PERMUTED": permuted, "DEPENDENT": dependent, "SAMPLES": 1 if count == 1 else 16}
