@@ -2,11 +2,9 @@
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
-
-from .attention import CausalAttention
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 # torch's names: LEVELS for the FP32 products that run beside products in a precision, _LEVELS_OF_PRODUCTS for FP32
@@ -42,7 +40,7 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             yield
         return
-    with matmuls(LEVELS[precision]), CausalAttention() if device.type == "cuda" else nullcontext():
+    with matmuls(LEVELS[precision]):
         yield
 
 

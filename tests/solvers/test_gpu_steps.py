@@ -117,6 +117,7 @@ def test_joined_steps_are_the_single_ones(ranks: tuple[int, int], monkeypatch) -
         return run
 
     monkeypatch.setattr(Admm, "_in_triton", lambda self, pattern=None: True)
+    monkeypatch.setattr(Admm, "_joined", property(lambda self: True, lambda self, value: None), raising=False)
     joined = run()
     monkeypatch.setattr(Admm, "_in_triton", lambda self, pattern=None: False)
     single = run()

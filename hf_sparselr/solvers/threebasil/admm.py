@@ -27,7 +27,7 @@ from ..base import randomized_range_finder
 from ..gram import ScaledGram, shift_inverse, squared_error
 from ..spread_rows import exact_mask, near_threshold
 from . import cpu_steps
-from .bands import bands_of
+from .bands import bands_of, set_bases
 
 LARGEST_SHIFT = 1.15  # a larger factor for rho needs a new factorisation
 ROUNDING = 5e-6  # share of the objective that rounding the product's factors may add
@@ -96,7 +96,8 @@ class Admm:
             self.layers.append(_Layer(len(weight), slice(first, first + len(part)), pattern, rank, world))
             first += len(part)
         self.kept = sum(pattern.kept(weight.shape) for weight, pattern in zip(weights, patterns, strict=True))
-        self._bands = bands_of([(layer.rows, layer.rank) for layer in self.layers], self.W, join=self.W.is_cuda)
+        self._joined = self.W.is_cuda and self.W.numel() <= LARGE  # launches limit the speed
+        self._bands = bands_of([(layer.rows, layer.rank) for layer in self.layers], self.W, join=self._joined)
         for band in self._bands:
             for index, basis in band.bases.items():
                 self.layers[index].basis = basis
@@ -209,7 +210,7 @@ class Admm:
 
     def _step(self, steps: int) -> None:
         pattern = self._common_pattern()
-        if pattern is not None and self._in_triton(pattern):
+        if self._joined and pattern is not None and self._in_triton(pattern):
             self._joined_steps(steps, pattern)
             return
         for _ in range(steps):
@@ -292,8 +293,7 @@ class Admm:
             seen = torch.cat([part.T @ band.basis for part, band in zip(parts, self._bands, strict=True)], 1)
             seen = (self.gram.matrix @ self.world.sum_(seen)).split([band.basis.shape[1] for band in self._bands], 1)
             spans = [part @ columns for part, columns in zip(parts, seen, strict=True)]
-        for band, span in zip(self._bands, spans, strict=True):
-            band.take(span, self.world)
+        set_bases(self._bands, spans, self.world)
         with self._products():
             return [self.world.sum_(band.basis.T @ part) for part, band in zip(parts, self._bands, strict=True)]
 

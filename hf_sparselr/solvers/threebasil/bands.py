@@ -1,7 +1,7 @@
 """The low-rank bases of the layers of a group.
 
-On a GPU they are the diagonal blocks of one matrix, so that a step takes as many kernels for a group as for a layer. A
-CPU would compute the zeros beside the blocks.
+Those of small layers on a GPU are the diagonal blocks of one matrix, so that a step takes as many kernels for a group
+as for a layer. Elsewhere the zeros beside the blocks would cost more than launches do.
 """
 
 from dataclasses import dataclass, field
@@ -30,18 +30,34 @@ class Band:
     bases: dict[int, torch.Tensor] = field(default_factory=dict)
     inside: torch.Tensor | None = None
 
-    def take(self, span: torch.Tensor, world: World) -> None:
-        """Sets P to orthonormal columns with the span of (rows, sum of ranks), block by block; writes to it."""
-        if self.inside is not None:
-            span *= self.inside
-        C = world.sum_(span.T @ span)
-        count, rank = len(self.ranks), self.ranks[0]
-        if count > 1 and set(self.ranks) == {rank}:  # small factorisations are faster than a large one
-            factors = torch.zeros_like(C)
-            _blocks(factors, count, rank).copy_(inverse_factors(_blocks(C, count, rank).contiguous()))
-        else:
-            factors = inverse_factors(C[None])[0]
-        torch.mm(span, factors.T, out=self.basis)
+
+def set_bases(bands: list[Band], spans: list[torch.Tensor], world: World) -> None:
+    """Sets every P to orthonormal columns with the span of its (rows, sum of ranks), block by block; writes to it."""
+    for band, span in zip(bands, spans, strict=True):
+        if band.inside is not None:
+            span *= band.inside
+    for C, chosen in _grams(bands, spans):
+        world.sum_(C)
+        for (band, span), factor in zip(chosen, _factors(C, chosen[0][0].ranks), strict=True):
+            torch.mm(span, factor.T, out=band.basis)
+
+
+def _grams(bands: list[Band], spans: list[torch.Tensor]) -> list[tuple[torch.Tensor, list[tuple[Band, torch.Tensor]]]]:
+    """Y^T Y (bands, r, r) of the bands of every width r, with these."""
+    widths: dict[int, list[tuple[Band, torch.Tensor]]] = {}
+    for band, span in zip(bands, spans, strict=True):
+        widths.setdefault(span.shape[1], []).append((band, span))
+    return [(torch.stack([span.T @ span for _, span in chosen]), chosen) for chosen in widths.values()]
+
+
+def _factors(C: torch.Tensor, ranks: list[int]) -> torch.Tensor:
+    """`inverse_factors`; those of one band with blocks of one rank block by block, which is faster."""
+    count, rank = len(ranks), ranks[0]
+    if count == 1 or set(ranks) != {rank}:
+        return inverse_factors(C)
+    factors = torch.zeros_like(C)
+    _blocks(factors[0], count, rank).copy_(inverse_factors(_blocks(C[0], count, rank).contiguous()))
+    return factors
 
 
 def _blocks(matrix: torch.Tensor, count: int, rank: int) -> torch.Tensor:
