@@ -114,6 +114,7 @@ def _candidates(model: tf.PreTrainedModel) -> dict[str, list[Maker]]:
     images = [_normal(1, channels, s, s) for s in sizes]
     flat = [_normal(side * side, channels * depth * patch * patch)]
     tiles = [_normal(1, n, channels, s, s) for s in (size, 64) for n in (1, 2, frames)]
+    patches = [_normal(1, side * side, *size) for size in ((channels * patch * patch,), (channels, patch, patch))]
     spectra = [shape for t in (times, 128) for shape in (_normal(1, mel, t), _normal(1, t, mel))]
     waves = [_normal(1, 4000), _normal(1, 1, 4000), _normal(1, 16000)]
     grid = torch.tensor([[1, side, side]])
@@ -129,7 +130,7 @@ def _candidates(model: tf.PreTrainedModel) -> dict[str, list[Maker]]:
         "attention_mask": [_constant(torch.ones(1, LENGTH, dtype=torch.long))],
         "token_type_ids": [_constant(torch.zeros(1, LENGTH, dtype=torch.long))],
         "bbox": [_constant(boxes)],
-        "pixel_values": [*images, *flat, *tiles, _normal(1, side * side, channels * patch * patch)],
+        "pixel_values": [*images, *flat, *tiles, *patches],
         "pixel_values_videos": tiles,
         "pixel_values_images": images,
         "flattened_patches": [_normal(1, 16, 2 + channels * patch * patch)],
@@ -139,6 +140,7 @@ def _candidates(model: tf.PreTrainedModel) -> dict[str, list[Maker]]:
         "grid_thw": [_constant(grid)],
         "image_grid_hw": [_constant(grid[:, 1:])],
         "image_grid_hws": [_constant(grid[:, 1:])],
+        "image_merge_sizes": [_constant(torch.tensor([merge]))],
         "image_attention_mask": [_constant(torch.ones(1, LENGTH, 1, dtype=torch.long))],
         "image_sizes": [_constant(torch.tensor([[size, size]]))],
         "spatial_shapes": [_constant(torch.tensor([[side, side]]))],
@@ -160,7 +162,8 @@ _IMAGE = ("pixel_values", "pixel_values_videos", "pixel_values_images", "flatten
 _SOUND = ("input_features", "input_values")
 _IMAGE_EXTRAS = (
     "image_grid_thw", "grid_thw", "image_grid_hw", "image_grid_hws", "image_sizes", "spatial_shapes",
-    "image_attention_mask", "pixel_attention_mask", "pixel_mask", "high_res_pixel_values", "image_position_ids",
+    "image_attention_mask", "image_merge_sizes", "pixel_attention_mask", "pixel_mask",
+    "high_res_pixel_values", "image_position_ids",
 )  # fmt: skip
 _SOUND_EXTRAS = ("input_features_mask", "feature_attention_mask", "padding_mask")
 

@@ -49,8 +49,12 @@ WAYS = (
 )
 
 
-def rules(sizes: Sizes) -> list[tuple[str, int | None]]:
-    """Pairs (pattern of a field's name, largest value); None leaves the field alone."""
+def rules(sizes: Sizes, pixels: bool = False) -> list[tuple[str, int | None]]:
+    """Pairs (pattern of a field's name, largest value); None leaves the field alone.
+
+    Args:
+        pixels: windows are measured in pixels, not in patches.
+    """
     return [
         (r"(attention|attn|relative|rel|key_value)_(buckets|bins|num_buckets)|sampling_rate|sample_rate", None),
         (r"vocab(ulary)?_size|codebook_size|num_embeddings|num_embeds|vocab_offset", VOCAB),
@@ -59,7 +63,8 @@ def rules(sizes: Sizes) -> list[tuple[str, int | None]]:
         (r"sliding_window|local_attention|attention_window|context_size|^(attention_)?chunk_size|block_size", 16),
         (r"image_size|img_size|crop_size|resolution$|^image_embedding_size", sizes.image),
         (r"^patch_size$|spatial_patch_size", 8),
-        (r"window_size$", 2),
+        (r"window_size$", sizes.image if pixels else 2),
+        (r"tokens_per_image", 4),
         (r"num_mel_bins|mel_dim|num_mels", 16),
         (r"(num|n)_(key_value|kv)_heads|^kv_n_heads|num_query_groups|num_kv|multi_query_group", sizes.kv_heads),
         (r"(top_?k|per_tok(en)?|moe_k)$", 2),
@@ -180,6 +185,8 @@ def _small_list(name: str, value: list | tuple, sizes: Sizes, factor: int, ids: 
     if re.search(r"ind(ex|ices|exes)|feature_layer|(?<!num)(?<!of)_layers$|attention_blocks|layers_block", name):
         kept = [item for item in value if isinstance(item, int) and -sizes.layers <= item < sizes.layers]
         return type(value)(kept or [sizes.layers - 1] * bool(value))
+    if name.endswith("pinpoints"):  # sizes of images, in tiles
+        return type(value)([[sizes.image, sizes.image]])
     if not _numbers(value):
         return value
     if name.endswith("heads"):  # widths of stages are powers of two times the first
@@ -195,7 +202,7 @@ def _small_list(name: str, value: list | tuple, sizes: Sizes, factor: int, ids: 
 
 
 def _capped(name: str, value: int, sizes: Sizes, factor: int) -> int:
-    for pattern, limit in rules(sizes):
+    for pattern, limit in rules(sizes, pixels=value >= 64):
         if not re.search(pattern, name):
             continue
         if limit is None or value <= limit:
