@@ -104,6 +104,8 @@ def routed_rows(block: nn.Module, stack: str, hooks: dict[str, Hook]) -> Iterato
     all_hooks = {name: preparing(experts[name], hook) for name, hook in hooks.items()}
     for other in others:
         for expert in experts.values():
+            if expert >= len(module.get_submodule(other)):  # experts that have no such weight
+                continue
             all_hooks[f"{parent}.{other}.{expert}".lstrip(".")] = confirming(expert)
     handle = module.register_forward_pre_hook(
         lambda _, args, kwargs: call.note([*args, *kwargs.values()]), with_kwargs=True

@@ -162,3 +162,23 @@ def test_experts_that_are_multiplied_otherwise_are_named(monkeypatch):
     assert not any(".experts." in name for name in packed_layers(model))
     assert any(".experts." in name for name in model.sparselr_report.dense)
     assert torch.isfinite(tiny.logits(model)).all()
+
+
+def test_stacks_of_one_module_may_differ_in_length(tmp_path):
+    """Experts that hand their tokens on have no second weight."""
+    heads = {
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "qk_head_dim": 16,
+        "v_head_dim": 8,
+    }
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "hidden_size": 32, "ffn_hidden_size": 64}
+    experts = {"expert_ffn_hidden_size": 32, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2}
+    config = tf.LongcatFlashConfig(**heads, **ranks, **experts, vocab_size=tiny.VOCAB, num_layers=1, pad_token_id=0)
+    torch.manual_seed(0)
+    model = compress(tf.LongcatFlashForCausalLM(config).eval(), tiny.settings(**LOOSE), tmp_path)
+    assert sum("down_proj." in name for name in packed_layers(model)) == 4
+    again = tf.LongcatFlashForCausalLM.from_pretrained(tmp_path)
+    assert tiny.same(tiny.snapshot(again), tiny.snapshot(model))

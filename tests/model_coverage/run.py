@@ -28,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .steps import try_type
 from .table import write_table
 
-TIME_LIMIT = 100  # seconds a type
+TIME_LIMIT = 200  # seconds a type
 MEMORY = 10 * 2**30  # bytes of address space a type, beyond those that the libraries take
 
 Pair = tuple[str, str]  # task class, model type
