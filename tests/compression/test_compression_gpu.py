@@ -143,7 +143,7 @@ def test_packed_compute_matches_float64(dtype):
 
 
 def test_replayed_distillation_takes_the_same_steps(monkeypatch, caplog):
-    options = {"passes": 4, "lr": 5e-5, "batch_size": 4, "self_samples": 0, "precision": "fp32"}
+    options = {"passes": 4, "lr": 2e-3, "batch_size": 4, "self_samples": 0, "precision": "fp32"}
     config = settings(refine="distill", sparsity=0.7, batch_size=4, distill=options)
 
     def losses() -> list[float]:
