@@ -282,9 +282,11 @@ def _lock(path: Path) -> Any:
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.close()
             raise ValueError(f"output_dir={str(path.parent)!r}: another process is compressing into it") from error
+        except OSError as error:  # a file system without locks
+            logger.debug("%s: %r", path, error)
     return file
 
 
