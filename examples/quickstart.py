@@ -18,7 +18,6 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import hf_sparselr
-from hf_sparselr.utils.precision import multiplies_natively
 
 MODEL = Path(__file__).parent / "pylm-4m"
 LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -26,7 +25,8 @@ HELD_OUT = "argparse shutil statistics textwrap csv heapq dataclasses zipfile pa
 HELD_OUT_PACKAGES = "logging asyncio email sqlite3 wsgiref".split()
 LENGTH = 512
 # Models are stored in BF16. A CPU without instructions for it runs dense layers several times as fast in FP32.
-DTYPE = torch.bfloat16 if torch.cuda.is_available() or multiplies_natively(torch.bfloat16) else torch.float32
+NATIVE = torch.cuda.is_available() or hf_sparselr.multiplies_natively(torch.bfloat16)
+DTYPE = torch.bfloat16 if NATIVE else torch.float32
 
 
 def read(held_out: bool) -> list[str]:

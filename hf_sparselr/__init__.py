@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .integrations.peft.lora_config import lora_config as lora_config
     from .integrations.peft.merging import merge_and_unload as merge_and_unload
     from .nn.linear import SparseLRLinear as SparseLRLinear
+    from .utils.precision import multiplies_natively as multiplies_natively
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _PUBLIC = {
     "load_texts": "data.sources:load_texts",
     "plot_report": "compression.report:plot",
     "format_table": "compression.report:table",
+    "multiplies_natively": "utils.precision:multiplies_natively",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -269,7 +269,7 @@ def test_the_disabled_adapter_is_the_reference_of_a_preference_loss(reference):
         policy = margin(adapted.train())
         with torch.no_grad(), adapted.disable_adapter():
             base = margin(adapted)
-        assert torch.equal(base, margin(frozen))
+            assert torch.equal(base, margin(frozen))
         loss = -nn.functional.logsigmoid(0.1 * (policy - base))
         loss.backward()
         optimizer.step()
