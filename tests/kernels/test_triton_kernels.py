@@ -1,6 +1,7 @@
 """The kernels in Triton against float64: compiled on a GPU, else by Triton's interpreter (see conftest)."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers.kernel_cases import DEVICE, SUPPORTS, Problem, assert_near, draw, p
 pytest.importorskip("triton")
 
 from hf_sparselr.kernels import autotune, gpu
+from hf_sparselr.kernels.cuda import sparse_cores
 from hf_sparselr.kernels.cuda.sparse_cores import arrange
 from hf_sparselr.kernels.launch_config import BESIDE, JOINED, LaunchConfig, candidates
 from hf_sparselr.kernels.measured import measured
@@ -186,6 +188,24 @@ def test_the_layout_of_the_sparse_tensor_cores(out: int, n: int, rank: int, join
         actual = arrange(case.weight, joined)
         assert actual.shape == (out, (n + 2 * rank * joined) * 9 // 16)
         assert torch.equal(actual.flatten().view(torch.int16), as_cusparselt_has_it(case, joined).view(torch.int16))
+
+
+@pytest.mark.parametrize("rank", [0, 3, 32])
+@pytest.mark.parametrize("rows", [16, 19])
+def test_what_the_sparse_tensor_cores_are_given(rows: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_cores, "plan_for", lambda *given: SimpleNamespace(workspace=0))
+    case = problem(64, 64, "2:4", rank, dtype=torch.bfloat16)
+    for joined in (False, rank == 32):
+        program = gpu.run(rows, [case.weight], LaunchConfig("sparse_cores", joined=joined))
+        x, given = draw(rows, 64, seed=6, dtype=torch.bfloat16), []
+        monkeypatch.setattr(
+            sparse_cores.SparseMultiply, "run", lambda step, slots, weights, given=given: given.append(slots[step.x])
+        )
+        program(x, rows, [case.weight])
+        expected = x if not joined else torch.cat([x, *[(x.double() @ case.A.double().T).to(x.dtype)] * 2], 1)
+        actual = given[0].flatten()[: expected.numel()].view_as(expected)
+        assert torch.equal(actual[:, :64], x)
+        assert_near(actual, expected.double(), torch.bfloat16)
 
 
 # Unpacking, and back

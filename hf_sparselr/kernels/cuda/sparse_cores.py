@@ -100,9 +100,9 @@ def _spread(codes):
 
 
 @triton.jit(do_not_specialize=["count"])
-def _append(x, u, out, count, ins, rank, WIDTH: tl.constexpr):
-    """[x, u, u], (count, ins + 2 rank)."""
-    row, width = tl.program_id(0).to(tl.int64), ins + 2 * rank
+def _append(x, u, out, count, ins, width, rank, WIDTH: tl.constexpr):
+    """x, or with a width of ins + 2 rank [x, u, u]: (count, width)."""
+    row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     left = tl.load(x + row * ins + column, mask=column < ins, other=0)
     right = tl.load(u + row * rank + (column - ins) % rank, mask=(column >= ins) & (column < width), other=0)
@@ -184,7 +184,7 @@ def bind_sparse(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
         steps.append(factor_step(rows, weight, factor))
     if joined or padded != rows:
         given = (Varying(n, weight.values.new_empty((64,))) for n in range(3))
-        arguments = *given, Varying(3, rows), ins, rank if joined else 1
+        arguments = *given, Varying(3, rows), ins, width, max(1, rank)
         columns = ceil_div(width, _CHUNK)
         append = TritonLaunch(_append, (rows, columns), arguments, {"WIDTH": _CHUNK})
         steps.append(Launch(append, (X, factor, inputs, ROWS), (PerRows(1, 1), columns, 1)))
