@@ -90,6 +90,13 @@ def test_layers_share_a_launch(kind: str | float, config) -> None:
         assert torch.equal(out, multiply(x, case, config))
 
 
+def test_the_memory_of_layers_that_share_a_launch_is_aligned() -> None:
+    weights = [problem(4, 64, 0.5, rank, dtype=torch.bfloat16).weight for rank in (3, 64, 2)]
+    for config in (LaunchConfig("gemv", 2, 1), LaunchConfig("small_batch", 16, 1)):
+        shared = [memory.fixed for memory in gpu.run(1, weights, config).memories if memory.shared]
+        assert shared == [4, 64, 4]
+
+
 def test_only_layers_that_are_alike_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     dtype, launches, real = torch.bfloat16, [], gpu.run
     monkeypatch.setattr(

@@ -86,7 +86,8 @@ def bind_decode(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
     results, place = tuple(map(y, range(len(outs)))), 2 + len(outs)
     memories, steps, factors, parts = [], [], (X,) * len(outs), results
     if low_rank:
-        memories += [Memory(torch.float32, rows * weight.rank, shared=True) for weight in weights]
+        sizes = (ceil_div(rows * weight.rank, 4) * 4 for weight in weights)  # all start at addresses for wide loads
+        memories += [Memory(torch.float32, size, shared=True) for size in sizes]
         factors = tuple(range(place, place + len(outs)))
         steps.append(Launch(_bind_low_rank(rows, weights, x, us, dependent), (X, *factors)))
     if split > 1:
