@@ -268,15 +268,6 @@ def update(values: list[torch.Tensor], parameters: list[nn.Parameter]) -> None:
         value.copy_(parameter.detach(), non_blocking=True)  # later work on the device waits for it, the host does not
 
 
-def _kept(parameters: list[nn.Parameter], place: list[torch.Tensor]) -> list[torch.Tensor]:
-    """A snapshot where the parameters are; in place of an older one, if that is there."""
-    if any(value.device != parameter.device for parameter, value in zip(parameters, place, strict=True)):
-        return snapshot(parameters)
-    for parameter, value in zip(parameters, place, strict=True):
-        value.copy_(parameter.detach())
-    return place
-
-
 def restore(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
     """Copies the values of a snapshot back."""
     for parameter, value in zip(parameters, values, strict=True):

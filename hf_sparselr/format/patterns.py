@@ -50,8 +50,6 @@ class NM:
                 ranks[i] += ~first_wins
         return torch.stack([rank < self.n for rank in ranks], dim=-1).flatten(-2)
 
-    near_mask = mask  # exact and cheap, see `Unstructured.near_mask`
-
     def allows(self, mask: torch.Tensor) -> bool:
         """Whether a support obeys the pattern: at most n entries in every group."""
         return bool((mask.unflatten(-1, (-1, self.m)).sum(-1) <= self.n).all())
@@ -82,10 +80,6 @@ class Unstructured:
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         """The largest scores of the whole matrix: bool, exactly `kept(shape)` True."""
         return top_mask(scores, self.kept(scores.shape))
-
-    def near_mask(self, scores: torch.Tensor) -> torch.Tensor:
-        """`mask` up to the errors of `threshold`, for the inside of an iteration."""
-        return scores > self.threshold(scores)
 
     def threshold(self, scores: torch.Tensor, guess: float | None = None) -> torch.Tensor:
         """The largest score that goes; all scores above it are kept.

@@ -169,14 +169,14 @@ def test_row_mask_with_ties() -> None:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.73, 0.99])
 @pytest.mark.parametrize("shape", [(1, 7), (31, 57), (64, 64)])
-def test_near_mask_of_a_small_matrix_is_exact(shape: tuple[int, int], sparsity: float) -> None:
+def test_the_threshold_of_a_small_matrix_is_exact(shape: tuple[int, int], sparsity: float) -> None:
     scores, pattern = random_matrix(*shape).abs(), Unstructured(sparsity)
-    assert torch.equal(pattern.near_mask(scores), pattern.mask(scores))
+    assert torch.equal(scores > pattern.threshold(scores), pattern.mask(scores))
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.73, 0.95])
 @pytest.mark.parametrize("kind", ["plain", "outlier columns", "dead columns", "equal rows"])
-def test_near_mask_of_a_large_matrix_keeps_nearly_what_it_should(kind: str, sparsity: float) -> None:
+def test_the_threshold_of_a_large_matrix_keeps_nearly_what_it_should(kind: str, sparsity: float) -> None:
     shape = (1024, 3072)  # three times the sample: every third entry would be that of every third column
     scores = random_matrix(*shape).abs()
     if kind == "outlier columns":
@@ -200,13 +200,8 @@ def test_a_guess_changes_no_threshold(sparsity: float, guess: float) -> None:
     assert torch.equal(pattern.threshold(scores, guess * float(exact) if sparsity else guess), exact)
 
 
-def test_near_mask_drops_ties_at_zero() -> None:
-    scores = random_matrix(32, 32).abs()
+def test_the_threshold_drops_ties_at_zero() -> None:
+    scores, pattern = random_matrix(32, 32).abs(), Unstructured(0.5)
     scores[:, :24] = 0
-    assert torch.equal(Unstructured(0.5).near_mask(scores), scores > 0)
-    assert not Unstructured(0.5).near_mask(torch.zeros(8, 8)).any()
-
-
-def test_near_mask_of_n_of_m_is_its_mask() -> None:
-    scores = random_matrix(16, 32).abs()
-    assert torch.equal(NM(2, 4).near_mask(scores), NM(2, 4).mask(scores))
+    assert torch.equal(scores > pattern.threshold(scores), scores > 0)
+    assert not (torch.zeros(8, 8) > pattern.threshold(torch.zeros(8, 8))).any()

@@ -96,18 +96,6 @@ def plan_for(device: int, outs: int, ins: int, rows: int, algorithm: int, bias: 
     return SparsePlan(device, outs, ins, rows, algorithm, bias)
 
 
-def algorithms(device: int, outs: int, ins: int, rows: int) -> int:
-    """The number of algorithms that there are for a product of such sizes."""
-    count = 0
-    try:
-        while count < 64:
-            SparsePlan(device, outs, ins, rows, count)
-            count += 1
-    except CuSparseLtError:
-        pass
-    return count
-
-
 @functools.cache
 def _handle(device: int) -> int:
     """Of a device, which is the current one."""
