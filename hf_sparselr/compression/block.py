@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from ..config.options import TMOptions
 from ..config.sparselr_config import SparseLRConfig
 from ..format.checkpoint_hierarchy import owner
-from ..utils.modules import detached_states, named_tensors
+from ..utils.modules import detached_states, named_tensors, tensor_place
 from ..utils.phase_timer import PhaseTimer
 from ..utils.world import ALONE, World
 from .activations import Workplace
@@ -150,8 +150,6 @@ def working_copy(block: nn.Module, device: torch.device) -> nn.Module:
 
     The copy keeps the model's config objects: models read them while they run, and users set them later.
     """
-    configs = {id(value): value for part in block.modules() for value in vars(part).values()}
-    configs = {key: value for key, value in configs.items() if isinstance(value, PreTrainedConfig)}
     weights = {  # copied once, to where they are needed; both steps at once would make FP32 of them before they move
         id(parameter): nn.Parameter(
             parameter.detach().to(device, copy=True).float(), requires_grad=parameter.requires_grad
@@ -159,11 +157,17 @@ def working_copy(block: nn.Module, device: torch.device) -> nn.Module:
         for parameter in block.parameters()
         if type(parameter) is nn.Parameter and parameter.is_floating_point()
     }
-    block = copy.deepcopy(block, {**configs, **detached_states(block), **weights}).to(device)
+    block = copy.deepcopy(block, {**same_configs(block), **detached_states(block), **weights}).to(device)
     block.eval()  # not chained: some modules override `train` and return nothing
     for _, tensor in _floats(block):
         tensor.data = tensor.data.float()
     return block
+
+
+def same_configs(block: nn.Module) -> dict[int, PreTrainedConfig]:
+    """A memo for `copy.deepcopy` with which a copy has the config objects of a block."""
+    values = (value for part in block.modules() for value in vars(part).values())
+    return {id(value): value for value in values if isinstance(value, PreTrainedConfig)}
 
 
 def _unused(
@@ -254,10 +258,8 @@ def _keep_shared(finished: nn.Module, block: nn.Module, names: frozenset[str]) -
     """Gives a finished block the tensors back that the dense block shares with other parts of the model."""
     own = dict(named_tensors(block))
     for name in names:
-        parent, _, key = name.rpartition(".")
-        module = finished.get_submodule(parent)
-        tensors = module._parameters if key in module._parameters else module._buffers
-        tensors[key] = own[name]
+        container, key, _ = tensor_place(finished, name)
+        container[key] = own[name]
 
 
 def _floats(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

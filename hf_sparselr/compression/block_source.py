@@ -16,11 +16,11 @@ from torch import nn
 from ..nn.packed_experts import ExpertStack
 from ..nn.pointwise import PointwiseConvolution, is_pointwise
 from ..utils.memory import release_memory
-from ..utils.modules import tensor_place
+from ..utils.modules import replace_module, tensor_place
 from .capture import instance_forwards
 from .convolutions import LEAF
 from .experts import expert_weights, fused_weights
-from .model_structure import find_stacks, shared_tensors
+from .model_structure import find_blocks, shared_tensors
 
 Tensors = dict[str, torch.Tensor]
 
@@ -48,10 +48,7 @@ class BlockSource:
 
     def finish(self, name: str, block: nn.Module) -> None:
         """The sink: puts a finished block into the model, wherever its dense self is."""
-        dense = self.model.get_submodule(name)
-        for place, part in list(self.model.named_modules(remove_duplicate=False)):
-            if part is dense:
-                self.model.set_submodule(place, block)
+        replace_module(self.model, self.model.get_submodule(name), block)
 
 
 class StreamedBlocks(BlockSource):
@@ -91,7 +88,7 @@ class StreamedBlocks(BlockSource):
 
     @contextmanager
     def on_call(self) -> Iterator[None]:
-        blocks = {name: block for stack in find_stacks(self.model).values() for name, block in stack.items()}
+        blocks = find_blocks(self.model)
         names = list(blocks)
 
         def make(index: int, forward: Callable) -> Callable:
@@ -116,15 +113,11 @@ class StreamedBlocks(BlockSource):
     def state_dict(self) -> Tensors:
         """All tensors of the model; those of blocks are views of files."""
         state = self.model.state_dict()
-        for stack in find_stacks(self.model).values():
-            for name, block in stack.items():
-                if any(tensor.is_meta for tensor in block.state_dict().values()):
-                    tensors = self._tensors(name, block)
-                    state |= {
-                        f"{name}.{inner}": tensors[inner]
-                        for inner, tensor in block.state_dict().items()
-                        if tensor.is_meta
-                    }
+        for name, block in find_blocks(self.model).items():
+            empty = [inner for inner, tensor in block.state_dict().items() if tensor.is_meta]
+            if empty:
+                tensors = self._tensors(name, block)
+                state |= {f"{name}.{inner}": tensors[inner] for inner in empty}
         return state
 
     def _tensors(self, name: str, block: nn.Module) -> Tensors:

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from ..data.model_inputs import Sample
 from ..utils.modules import move_to_device, named_tensors
-from .model_structure import find_stacks, input_embeddings, output_layer
+from .model_structure import find_blocks, input_embeddings, output_layer
 from .padding import padding_masks
 
 Keep = Callable[[list[torch.Tensor]], list[torch.Tensor]]
@@ -141,7 +141,7 @@ def capture_calls(
     calls: list[Call] = []
     indices: list[int] = []
     block = model.get_submodule(name)
-    blocks = {key: part for stack in find_stacks(model).values() for key, part in stack.items()}
+    blocks = find_blocks(model)
 
     def recorder(index: int, inputs: dict[str, Any]) -> Callable[[int, Callable], Callable]:
         def make(_: int, forward: Callable) -> Callable:

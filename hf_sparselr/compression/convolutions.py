@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..nn.pointwise import PointwiseConvolution, as_linear, is_pointwise
-from .model_structure import find_stacks, shared_tensors
+from ..utils.modules import replace_module
+from .model_structure import find_blocks, shared_tensors
 
 LEAF = "linear"  # the name of the linear layer below that of the convolution
 
@@ -17,11 +18,10 @@ def pointwise_convolutions(model: nn.Module) -> dict[str, nn.Module]:
     Those whose weight belongs to several modules are left out.
     """
     found: dict[int, tuple[str, nn.Module]] = {}
-    for blocks in find_stacks(model).values():
-        for block_name, block in blocks.items():
-            for name, module in block.named_modules(prefix=block_name):
-                if is_pointwise(module):
-                    found.setdefault(id(module), (name, module))
+    for block_name, block in find_blocks(model).items():
+        for name, module in block.named_modules(prefix=block_name):
+            if is_pointwise(module):
+                found.setdefault(id(module), (name, module))
     shared = shared_tensors(model) if found else set()
     return {name: module for name, module in found.values() if id(module.weight) not in shared}
 
@@ -36,14 +36,14 @@ def put_linear(model: nn.Module, layers: Iterable[str]) -> None:
     wanted = set(layers)
     for name, module in pointwise_convolutions(model).items():
         if f"{name}.{LEAF}" in wanted:
-            _replace(model, module, PointwiseConvolution(module))
+            replace_module(model, module, PointwiseConvolution(module))
 
 
 def restore_convolutions(model: nn.Module) -> None:
     """Puts convolutions in the place of those modules whose linear layer is dense."""
     for module in list(model.modules()):
         if isinstance(module, PointwiseConvolution) and type(module.linear) is nn.Linear:
-            _replace(model, module, module.to_convolution())
+            replace_module(model, module, module.to_convolution())
 
 
 @contextmanager
@@ -54,10 +54,3 @@ def linear_convolutions(model: nn.Module, layers: Iterable[str]) -> Iterator[Non
         yield
     finally:
         restore_convolutions(model)
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Wherever the old module is."""
-    for place, part in list(model.named_modules(remove_duplicate=False)):
-        if part is old:
-            model.set_submodule(place, new)

@@ -27,7 +27,7 @@ from ..utils.precision import arithmetic, available
 from ..utils.world import ALONE, World
 from .capture import first_tensor, instance_forwards, model_inputs
 from .masters import original_places, pack_masters, round_masters, unpack_masters
-from .model_structure import Stacks, find_stacks
+from .model_structure import find_blocks
 from .padding import MASKS
 from .training_loop import Groups, Training, is_large, restore, shared_steps, snapshot, train
 
@@ -38,11 +38,10 @@ JUDGING_WINDOWS = 8  # on which the loss before and after is measured, where non
 BETAS = (0.9, 0.95)
 
 
-def copy_sharing_blocks(model: nn.Module, stacks: Stacks) -> nn.Module:
+def copy_sharing_blocks(model: nn.Module, blocks: dict[str, nn.Module]) -> nn.Module:
     """A copy of a dense model, to distill from. Its blocks share their tensors with the model's: the pipeline replaces
     those and never edits them. The other tensors are its own."""
-    blocks = [block for stack in stacks.values() for block in stack.values()]
-    tensors = [tensor for block in blocks for _, tensor in named_tensors(block)]
+    tensors = [tensor for block in blocks.values() for _, tensor in named_tensors(block)]
     return copy.deepcopy(model, {**detached_states(model), **{id(tensor): tensor for tensor in tensors}})
 
 
@@ -248,10 +247,7 @@ def add_gradients(
 
 def block_pairs(model: nn.Module, teacher: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """The blocks of a model and those of the same names in its dense model."""
-    mine, theirs = (
-        {name: block for stack in find_stacks(each).values() for name, block in stack.items()}
-        for each in (model, teacher)
-    )
+    mine, theirs = find_blocks(model), find_blocks(teacher)
     return [(block, theirs[name]) for name, block in mine.items() if name in theirs]
 
 
@@ -365,7 +361,7 @@ def _steps(batches: list[Sample], counts: list[int], samples: int, world: World)
 @contextmanager
 def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Inside, blocks recompute their activations. transformers' own switch does nothing in eval mode."""
-    blocks = [block for stack in find_stacks(model).values() for block in stack.values()] if wanted else []
+    blocks = list(find_blocks(model).values()) if wanted else []
     recomputing = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     with instance_forwards(blocks, lambda _, forward: partial(recomputing, forward)):
         yield

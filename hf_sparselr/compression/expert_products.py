@@ -10,7 +10,7 @@ from ..nn.packed_experts import WatchedStack
 from ..utils.modules import eval_mode
 from .capture import computing_in_fp32, halves_outside, in_fp32, model_inputs
 from .experts import expert_parameters, stack_shape
-from .model_structure import find_stacks
+from .model_structure import find_blocks
 
 Places = dict[str, tuple[nn.Module, str, int]]
 
@@ -52,7 +52,7 @@ def unknown_products(model: nn.Module, names: Iterable[str]) -> list[str]:
 def _watch(model: nn.Module, places: Places, batch: Sample) -> dict[str, set[bool]] | None:
     """The uses of parameters in a forward pass; None if the pass fails because they are no tensors."""
     watched, parameters = {}, {}
-    blocks = {name: block for stack in find_stacks(model).values() for name, block in stack.items()}
+    blocks = find_blocks(model)
     try:
         for name, (module, key, experts) in places.items():
             parameters[name] = getattr(module, key)

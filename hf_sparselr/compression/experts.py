@@ -8,7 +8,7 @@ from torch import nn
 
 from ..nn.packed_experts import IMPLEMENTATIONS, ExpertStack
 from .convolutions import convolutions_as_layers
-from .model_structure import find_stacks, linear_layers
+from .model_structure import find_blocks, linear_layers
 
 
 def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str, int]]:
@@ -18,10 +18,9 @@ def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str, int]]
     (experts * a, b).
     """
     found = {}
-    for blocks in find_stacks(model).values():
-        for block_name, block in blocks.items():
-            for name, module in block.named_modules(prefix=block_name):
-                found |= {f"{name}.{key}": (module, key, count) for key, count in weights_of_experts(module).items()}
+    for block_name, block in find_blocks(model).items():
+        for name, module in block.named_modules(prefix=block_name):
+            found |= {f"{name}.{key}": (module, key, count) for key, count in weights_of_experts(module).items()}
     return found
 
 

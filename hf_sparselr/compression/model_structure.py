@@ -73,6 +73,11 @@ def find_stacks(model: nn.Module) -> Stacks:
     return {prefix: parts}
 
 
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of all stacks: {dotted name: block}."""
+    return {name: block for stack in find_stacks(model).values() for name, block in stack.items()}
+
+
 def _is_list(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
 
@@ -100,18 +105,17 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All linear layers inside the blocks: {dotted name: layer}, a layer that has several names once."""
     layers: dict[str, nn.Module] = {}
     seen: set[int] = set()
-    for blocks in find_stacks(model).values():
-        for block_name, block in blocks.items():
-            for name, module in block.named_modules():
-                if is_linear(module) and id(module) not in seen:
-                    seen.add(id(module))
-                    layers[f"{block_name}.{name}"] = module
+    for block_name, block in find_blocks(model).items():
+        for name, module in block.named_modules():
+            if is_linear(module) and id(module) not in seen:
+                seen.add(id(module))
+                layers[f"{block_name}.{name}"] = module
     return layers
 
 
 def shared_tensors(model: nn.Module) -> set[int]:
     """The ids of parameters and buffers that belong to several blocks, or to a block and another part of the model."""
-    blocks = {id(block) for members in find_stacks(model).values() for block in members.values()}
+    blocks = set(map(id, find_blocks(model).values()))
     owners: dict[int, set[int]] = {}
 
     def visit(module: nn.Module, block: int, path: tuple[int, ...]) -> None:

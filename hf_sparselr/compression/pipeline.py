@@ -26,7 +26,7 @@ from .capture import BrokenChainError, Keep, Recording, capture_block_inputs, ca
 from .distillation import copy_sharing_blocks
 from .distributed import even_batch, spread
 from .measuring import dense_groups
-from .model_structure import Stacks, find_stacks, shared_tensors
+from .model_structure import Stacks, find_blocks, find_stacks, shared_tensors
 from .plan import Layer, reachable_plan
 from .precomputed import Precomputed
 from .progress import Progress
@@ -165,7 +165,7 @@ def _compressed_blocks(work: _Run, segments: list[dict[str, nn.Module]]) -> Iter
                 f"tm.target={work.config.tm.target!r}: the blocks of this model are no chain, and their dense "
                 "activations need the whole dense model in memory: use stream=False, or tm.target='block'"
             )
-        reference = copy_sharing_blocks(work.model, find_stacks(work.model))
+        reference = copy_sharing_blocks(work.model, find_blocks(work.model))
     for segment in segments:
         if all(work.survey.most_calls[name] == 1 for name in segment):
             try:

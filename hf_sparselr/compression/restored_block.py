@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedConfig
 
 from ..config.sparselr_config import SparseLRConfig
 from ..format.checkpoint import group_layers, read_headers
@@ -14,7 +13,7 @@ from ..nn.linear import packed_layers
 from ..utils.modules import detached_states, named_tensors, tensor_place
 from ..utils.world import World
 from .activations import Workplace
-from .block import BlockInputs, BlockResult, working_copy
+from .block import BlockInputs, BlockResult, same_configs, working_copy
 from .empty_layer import empty_packed_layer
 from .run_folder import FinishedBlock
 from .working_linear import WorkingLinear
@@ -55,10 +54,9 @@ def restore_block(
 
 def _packed_block(block: nn.Module, file: Path) -> nn.Module:
     """A copy of a dense block with the tensors of a file; it shares the others."""
-    configs = [v for part in block.modules() for v in vars(part).values() if isinstance(v, PreTrainedConfig)]
-    shared = [tensor for _, tensor in named_tensors(block)]
+    shared = {id(tensor): tensor for _, tensor in named_tensors(block)}
     device = next(block.parameters()).device
-    packed = copy.deepcopy(block, {**detached_states(block), **{id(item): item for item in (*configs, *shared)}})
+    packed = copy.deepcopy(block, {**same_configs(block), **detached_states(block), **shared})
     for name, parts in group_layers(read_headers([str(file)])).items():
         dense = packed.get_submodule(name)
         packed.set_submodule(name, empty_packed_layer(dense, parts, dense.weight.dtype))

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from ..config.options import DistillOptions
 from ..config.sparselr_config import SparseLRConfig
 from ..data.model_inputs import Sample, make_batches
+from ..utils.modules import tensor_bytes
 from ..utils.phase_timer import PhaseTimer
 from ..utils.precision import available, plain_modes
 from ..utils.public_names import loaded_from_hub
@@ -25,7 +26,7 @@ from .expert_products import watch_experts
 from .experts import fuse_experts, one_expert_at_a_time, unfuse_experts
 from .linear_layers import weight_shape
 from .masters import on_device
-from .model_structure import find_stacks
+from .model_structure import find_blocks
 from .pipeline import run
 from .plan import Layer, usable_plan
 from .precomputed import Precomputed
@@ -78,11 +79,11 @@ def _compress(
     world: World,
 ) -> Report:
     base = precomputed.reference if precomputed else model
-    dense_bytes, progress = _bytes(model), _progress(folder, world)
+    dense_bytes, progress = tensor_bytes(model), _progress(folder, world)
     calibration = world.of_first(samples.calibration(base))
     teacher = None
     if "distill" in config.refine_steps:  # the model is replaced block by block, so its teacher is a copy
-        teacher = precomputed.reference if precomputed else copy_sharing_blocks(model, find_stacks(model))
+        teacher = precomputed.reference if precomputed else copy_sharing_blocks(model, find_blocks(model))
         device = work_device(config.device, model.device)
         with on_device(teacher, device, _distill_options(config, device)):
             check_logits(teacher, calibration[0], config)
@@ -90,10 +91,10 @@ def _compress(
     plan, reasons = usable_plan(plan, unusable, config)
     unfuse_experts(model, plan, transposed)
     if precomputed:
-        reference = copy_sharing_blocks(precomputed.reference, find_stacks(precomputed.reference))
+        reference = copy_sharing_blocks(precomputed.reference, find_blocks(precomputed.reference))
         unfuse_experts(reference, plan, transposed)
         precomputed = replace(precomputed, reference=reference)
-    blocks = [name for stack in find_stacks(model).values() for name in stack]
+    blocks = list(find_blocks(model))
     with linear_convolutions(model, plan), one_expert_at_a_time(model):
         warn_of_few_tokens(calibration, {name: weight_shape(model.get_submodule(name))[1] for name in plan})
         report = run(model, plan, config, calibration, source.finish, precomputed, source, folder, world, progress)
@@ -107,7 +108,7 @@ def _compress(
         distill_in_memory(model, teacher, calibration, samples, report, world, progress)
     report.base_model = base.config.name_or_path or None
     report.base_on_hub = loaded_from_hub(base.config) is not None
-    report.sizes = {"dense": dense_bytes, "packed": _bytes(model)}
+    report.sizes = {"dense": dense_bytes, "packed": tensor_bytes(model)}
     progress.end(report.seconds)
     return report
 
@@ -190,9 +191,3 @@ def _progress(folder: RunFolder | None, world: World) -> Progress:
     if folder is None or not world.first:
         return Progress()
     return Progress(folder.output_dir / FILE_NAME, goes_on=bool(folder.finished))
-
-
-def _bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters and buffers as they are stored, tied ones once."""
-    seen = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())

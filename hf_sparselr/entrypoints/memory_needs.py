@@ -7,22 +7,17 @@ from transformers import PreTrainedModel
 
 from ..compression.activations import work_device
 from ..config.sparselr_config import SparseLRConfig
+from ..utils.modules import tensor_bytes
 
 TRAINED = 24  # bytes a weight: FP32 teacher, master, gradient, two moments, the state at the start
 
 logger = logging.getLogger("hf_sparselr")
 
 
-def model_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a model's parameters and buffers, tied ones once."""
-    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
 def distillation_bytes(model: PreTrainedModel, config: SparseLRConfig) -> int:
     """Bytes that distillation holds on its device, without activations, about."""
     if config.distill.train == "factors":
-        return 2 * model_bytes(model)
+        return 2 * tensor_bytes(model)
     return TRAINED * sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -14,12 +14,13 @@ from transformers.utils import logging
 
 from ..compression.experts import compressible_layers
 from ..compression.linear_layers import weight_shape
-from ..compression.model_structure import find_stacks
+from ..compression.model_structure import find_blocks
 from ..compression.plan import Layer
 from ..compression.run_folder import NAME as RUN_FOLDER
 from ..data.origin import Origin
 from ..format.checkpoint import CONFIG
 from ..format.staging import weight_file
+from ..utils.modules import tensor_bytes
 
 logger = logging.get_logger("hf_sparselr")
 
@@ -123,18 +124,14 @@ def _check_space(output_dir: str | os.PathLike, checkpoint: int, blocks: int) ->
 
 def _block_bytes(model: PreTrainedModel, plan: Mapping[str, Layer]) -> int:
     """Of the packed checkpoint, the bytes of the blocks."""
-    blocks = [block for stack in find_stacks(model).values() for block in stack.values()]
+    blocks = find_blocks(model).values()
     inside = {id(tensor) for block in blocks for tensor in block.state_dict(keep_vars=True).values()}
-    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
-    outside = (tensor for key, tensor in tensors.items() if key not in inside)
-    return stored_bytes(model, plan) - sum(tensor.numel() * tensor.element_size() for tensor in outside)
+    return stored_bytes(model, plan) - tensor_bytes(model, without=inside)
 
 
 def stored_bytes(model: PreTrainedModel, plan: Mapping[str, Layer]) -> int:
     """Bytes of the packed checkpoint of a dense model, or of its skeleton, without the files' headers."""
-    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # tied ones once
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    layers = compressible_layers(model)
+    total, layers = tensor_bytes(model), compressible_layers(model)
     for name, layer in plan.items():
         weight = layers[name].weight
         shape = rows, columns = weight_shape(layers[name])

@@ -15,7 +15,7 @@ from ..compression.convolutions import LEAF, linear_convolutions, put_linear
 from ..compression.distillation import copy_sharing_blocks
 from ..compression.experts import compressible_layers
 from ..compression.linear_layers import dense_weight, weight_shape
-from ..compression.model_structure import find_stacks
+from ..compression.model_structure import find_blocks
 from ..compression.plan import Layer, plan_layers
 from ..compression.precomputed import Factors, Precomputed
 from ..compression.run import compress_in_memory
@@ -170,12 +170,12 @@ def _base_and_factors(
         if adapter is not None:
             model = PeftModel.from_pretrained(model, os.fspath(adapter))
     if not isinstance(model, PeftModel):
-        return copy_sharing_blocks(model, find_stacks(model)), {}
+        return copy_sharing_blocks(model, find_blocks(model)), {}
     if not isinstance(model.base_model, LoraModel):
         raise ValueError(f"model has adapters of type {model.peft_type}: expected LoRA, which gives B and A")
     layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     factors = {_name_as_linear(name, layer): _layer_factors(name, layer) for name, layer in layers.items()}
-    own = copy_sharing_blocks(model, find_stacks(model.get_base_model())).unload()
+    own = copy_sharing_blocks(model, find_blocks(model.get_base_model())).unload()
     return own, {name: pair for name, pair in factors.items() if pair is not None}
 
 

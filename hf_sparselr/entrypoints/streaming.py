@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from ..compression.expert_products import unknown_products
 from ..config.sparselr_config import SparseLRConfig
 from ..utils.memory import available_memory
+from ..utils.modules import tensor_bytes
 from ..utils.world import World
-from .memory_needs import distillation_bytes, model_bytes
+from .memory_needs import distillation_bytes
 
 logger = logging.getLogger("hf_sparselr")
 
@@ -35,7 +36,7 @@ def is_streamed(
         raise ValueError(f"stream={stream!r}: expected True, False or 'auto'")
     if not stream:
         return False
-    size, shares = model_bytes(skeleton), ""
+    size, shares = tensor_bytes(skeleton), ""
     if stream == "auto":
         free = world.of_first(available_memory())
         if given is not None or free is None or size * world.size <= free / 2:

@@ -1,7 +1,7 @@
 """Walks over modules and their tensors."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,23 @@ def tensor_place(module: nn.Module, name: str) -> tuple[dict[str, Any], str, tor
     owner = module.get_submodule(parent)
     container: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
     return container, key, container[key]
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module in the place of another one, wherever that is in the model."""
+    for place, part in list(model.named_modules(remove_duplicate=False)):
+        if part is old:
+            model.set_submodule(place, new)
+
+
+def tensor_bytes(module: nn.Module, without: Set[int] = frozenset()) -> int:
+    """Bytes of a module's parameters and buffers as they are stored, tied ones once.
+
+    Args:
+        without: ids of tensors that do not count.
+    """
+    tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() * tensor.element_size() for key, tensor in tensors.items() if key not in without)
 
 
 def check_device(device: Any, field: str = "device") -> None:

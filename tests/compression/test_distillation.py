@@ -26,7 +26,7 @@ from hf_sparselr.compression import run as offline
 from hf_sparselr.compression import samples as samples_module
 from hf_sparselr.compression.distillation import copy_sharing_blocks, distill
 from hf_sparselr.compression.masters import on_device, unpack_masters
-from hf_sparselr.compression.model_structure import find_stacks
+from hf_sparselr.compression.model_structure import find_blocks
 from hf_sparselr.compression.plan import plan_layers
 from hf_sparselr.compression.samples import Samples
 from hf_sparselr.config.options import DistillOptions
@@ -237,7 +237,7 @@ def test_checkpointing_computes_blocks_again_and_changes_nothing(name, train) ->
     found, calls = [], []
     for wanted in (False, True):
         model, teacher = packed(name)
-        block = next(iter(next(iter(find_stacks(model).values())).values()))
+        block = next(iter(find_blocks(model).values()))
         inner = next(part for key, part in block.named_modules() if "norm" in key)
         count = []
         inner.register_forward_pre_hook(lambda *_, count=count: count.append(torch.is_grad_enabled()))
@@ -331,7 +331,7 @@ def test_a_run_that_fails_leaves_the_users_model(spoil, train, monkeypatch) -> N
 
 def test_shadow_shares_the_blocks_alone() -> None:
     model = dense("llama-tied")
-    copied = copy_sharing_blocks(model, find_stacks(model))
+    copied = copy_sharing_blocks(model, find_blocks(model))
     assert copied.lm_head.weight is copied.model.embed_tokens.weight
     assert copied.lm_head.weight is not model.lm_head.weight
     for (name, mine), (_, theirs) in zip(model.named_parameters(), copied.named_parameters(), strict=True):

@@ -17,7 +17,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.utils import logging
 
 from ...compression.block_source import Tensors
-from ...compression.model_structure import find_stacks, shared_tensors
+from ...compression.model_structure import find_blocks, shared_tensors
 from .names import StoredNames
 
 
@@ -89,7 +89,7 @@ class BlockReader:
 
     def __init__(self, skeleton: PreTrainedModel, files: list[str], config: Any) -> None:
         self._skeleton, self._config = skeleton, config
-        self._blocks = {name: block for stack in find_stacks(skeleton).values() for name, block in stack.items()}
+        self._blocks = find_blocks(skeleton)
         block_of = _owners(skeleton, self._blocks)
         keys = {key: str(file) for file in files for key in _keys(file)}
         targets = StoredNames(skeleton, skeleton.state_dict(), keys, (), config.weight_mapping).targets
