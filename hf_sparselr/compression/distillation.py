@@ -154,8 +154,12 @@ class Scale:
         device: torch.device,
         world: World,
     ) -> None:
+        counts = {kind: sum(predictions(teacher, own, options)) for kind, own in judging.items()}
+        counts = {kind: world.total(count, device) for kind, count in counts.items()}
+
         def losses() -> dict[str, float]:
-            return {kind: _mean_loss(model, teacher, own, options, device, world) for kind, own in judging.items()}
+            found = {kind: _divergence(model, teacher, own, options, device) for kind, own in judging.items()}
+            return {kind: world.total(total, device) / counts[kind] for kind, total in found.items()}
 
         self._losses = losses
         self.history = [losses()]
@@ -236,7 +240,8 @@ def add_gradients(
                 loss += divergence.sum() / size
                 gradient[row] = slope / size
             count = student.shape[:-1].numel() if real is None else real.sum()
-        distances = [hidden_distance(*each, real) for each in zip(mine_hidden, their_hidden, strict=True)]
+        outputs = zip(mine_hidden, their_hidden, strict=True)
+        distances = [hidden_distance(*each, real) for each in outputs if each[0] is not None and each[1] is not None]
         if distances:
             hidden = options.hidden_weight * torch.stack(distances).mean() * count / size
             torch.autograd.backward([student, hidden], [gradient, None])
@@ -270,15 +275,13 @@ def outputs_of(blocks: list[nn.Module]) -> Iterator[list[torch.Tensor | None]]:
             handle.remove()
 
 
-def hidden_distance(mine: torch.Tensor | None, theirs: torch.Tensor | None, real: torch.Tensor | None) -> torch.Tensor:
-    """The mean over positions of |mine - theirs|^2 / |theirs|^2; 0 for a block that is not called.
+def hidden_distance(mine: torch.Tensor, theirs: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """The mean over positions of |mine - theirs|^2 / |theirs|^2.
 
     Args:
         mine, theirs: hidden states (..., width).
         real: (rows, length) bool, the positions that count; None for all.
     """
-    if mine is None or theirs is None:
-        return torch.zeros((), device=None if mine is None else mine.device)
     mine, theirs = mine.float(), theirs.float()
     least = torch.finfo(torch.float32).tiny
     share = (mine - theirs).square().sum(-1) / theirs.square().sum(-1).clamp(min=least)
@@ -288,9 +291,8 @@ def hidden_distance(mine: torch.Tensor | None, theirs: torch.Tensor | None, real
 
 
 @torch.no_grad()
-def _mean_loss(
-    model, teacher, batches: list[Sample], options: DistillOptions, device: torch.device, world: World
-) -> float:
+def _divergence(model, teacher, batches: list[Sample], options: DistillOptions, device: torch.device) -> torch.Tensor:
+    """Summed over the predictions of the batches."""
     total = torch.zeros((), device=device, dtype=torch.float64)
     for batch in batches:
         with arithmetic(device, options.precision):
@@ -305,7 +307,7 @@ def _mean_loss(
                 log_target=True,
                 reduction="sum",
             )
-    return world.total(total, device) / world.total(sum(predictions(teacher, batches, options)), device)
+    return total
 
 
 @torch.no_grad()

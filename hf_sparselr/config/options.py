@@ -155,8 +155,8 @@ class DistillOptions:
             few calibration tokens, they keep the model from learning these by heart.
         self_len: tokens in such a window, bounded by the model's context.
         hidden_weight: weight of the second term of the loss: the squared distance of each block's outputs from those of
-            the dense model, relative to their size, in the mean over blocks and positions. It tells more of a token
-            than its predictions do, which helps most on text unlike the calibration's.
+            the dense model, relative to their size, in the mean over the blocks that are called and positions. It tells
+            more of a token than its predictions do, which helps most on text unlike the calibration's.
         checkpointing: recompute activations in the backward pass; takes less memory and a third more time.
         precision: precision of the products: "fp32", "tf32" (GPUs only), or "bf16" (autocast with FP32 masters; "fp32"
             on a CPU without BF16 instructions).

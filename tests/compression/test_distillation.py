@@ -166,6 +166,20 @@ def test_the_second_term_is_the_distance_of_the_blocks_outputs(padded) -> None:
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_blocks_that_are_not_called_do_not_count() -> None:
+    model, teacher = packed()
+    options = DistillOptions(**{**FAST, "hidden_weight": 2.0})
+    pairs = module.block_pairs(model, teacher)
+    groups = unpack_masters(model, packed_layers(model), CPU, options)
+    parameters = [parameter.requires_grad_() for group in groups.values() for parameter in group]
+    found = []
+    for each in (pairs, [*pairs, (nn.Identity(), nn.Identity())]):
+        module.add_gradients(model, teacher, {"input_ids": tiny.IDS}, tiny.IDS.numel(), options, each)
+        found.append([parameter.grad.clone() for parameter in parameters])
+        model.zero_grad()
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("train", ["all", "factors"])
 def test_loss_before_is_that_of_the_packed_model(train) -> None:
     model, teacher = packed("llama", torch.bfloat16)
