@@ -13,7 +13,7 @@ from .cuda import small_batch
 from .cuda.medium_batch import bind_tiles, supports_tiles
 from .cuda.sparse_cores import bind_sparse, has_sparse_cores, sparse_configs
 from .launch import drives
-from .launch_config import FEW_ROWS, MEDIUM_ROWS, NATIVE_ROWS, LaunchConfig, bucket, candidates
+from .launch_config import FEW_ROWS, MEDIUM_ROWS, NATIVE_ROWS, LaunchConfig, candidates, row_key
 from .measured import measured
 from .packed_weight import PackedWeight, check_count
 from .program import Program, merge
@@ -57,7 +57,7 @@ def multiply(
 
 def ready_program(binding: Binding, rows: int, kernel: str) -> Program | None:
     """What was made ready for so many rows of x, if that is there."""
-    program = binding.products.get((rows if rows <= NATIVE_ROWS else bucket(rows), kernel))
+    program = binding.products.get((row_key(rows), kernel))
     return program if program is None or program.rows in (0, rows) else None
 
 
@@ -82,7 +82,7 @@ def _first(
         program = bind(ready(inputs), rows, plain, kernel)
         kept = drives() and all(a is b for a, b in zip(plain, weights, strict=True))
         if kept and not torch.cuda.is_current_stream_capturing():  # where nothing could be measured
-            binding.products[rows if rows <= NATIVE_ROWS else bucket(rows), kernel] = program
+            binding.products[row_key(rows), kernel] = program
         return program(ready(inputs), rows, plain)
 
 

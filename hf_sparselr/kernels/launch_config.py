@@ -144,3 +144,8 @@ def candidates(rows: int, weight: PackedWeight, pairs: bool, native: bool) -> tu
 def bucket(rows: int) -> int:
     """Numbers of rows that share a choice: the next power of two."""
     return min(1 << (rows - 1).bit_length(), MOST_ROWS)
+
+
+def row_key(rows: int) -> int:
+    """The number of rows of x under which a binding keeps a product: few as they are, more by their `bucket`."""
+    return rows if rows <= NATIVE_ROWS else bucket(rows)

@@ -4,10 +4,10 @@ import functools
 
 import torch
 
-from ..launch import DriverLaunch, Varying, drives
+from ..launch import DriverLaunch, TritonLaunch, Varying, drives
 from ..packed_weight import PackedWeight
-from ..program import ROWS, Launch, Multiply, Part, PerRows, Step, X
-from ..triton.decode import ceil_div
+from ..program import ROWS, Launch, Memory, Multiply, Part, PerRows, Program, Step, X, y
+from ..triton.decode import ceil_div, sum_of_parts
 from .nvrtc import CompileError, load_function
 
 _FACTORS = 16  # of a block
@@ -30,6 +30,31 @@ def factor_step(rows: int, weight: PackedWeight, u: int) -> Step:
     arguments = [Varying(0, None), A, Varying(1, None), Varying(2, None), ins, rank]
     launch = DriverLaunch(function, (1, 1, 1), (32 * warps,), 0, arguments)
     return Launch(launch, (X, u, ROWS), (ceil_div(rank, _FACTORS), PerRows(1, 8 * tiles), 1))
+
+
+def with_factors_and_parts(
+    rows: int, weight: PackedWeight, launch: DriverLaunch | TritonLaunch, grid: tuple, split: int
+) -> Program:
+    """The product by a launch of (x, u, y, ROWS), which reads u = x A^T where there is a low-rank part.
+
+    Args:
+        split: parts of the columns, whose results it writes to FP32 memory in the place of y; they are summed after it.
+    """
+    outs, like = weight.out_features, weight.values
+    memories: list[Memory] = []
+    steps: list[Step] = []
+    factor, target = X, y(0)
+    if weight.rank:
+        factor = 3
+        memories.append(Memory(like.dtype, per_row=weight.rank))
+        steps.append(factor_step(rows, weight, factor))
+    if split > 1:
+        target = 3 + len(memories)
+        memories.append(Memory(torch.float32, per_row=split * outs))
+    steps.append(Launch(launch, (X, factor, target, ROWS), grid))
+    if split > 1:
+        steps.append(sum_of_parts(split, like, outs, target, y(0)))
+    return Program((outs,), tuple(memories), tuple(steps))
 
 
 @functools.cache

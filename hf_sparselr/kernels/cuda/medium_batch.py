@@ -7,10 +7,10 @@ import torch
 from ..launch import DriverLaunch, Varying
 from ..launch_config import LaunchConfig
 from ..packed_weight import PackedWeight
-from ..program import ROWS, Launch, Memory, PerRows, Program, Step, X, y
+from ..program import PerRows, Program
 from ..support_index import index_of
-from ..triton.decode import ceil_div, spread, sum_of_parts
-from .low_rank import factor_step
+from ..triton.decode import ceil_div, spread
+from .low_rank import with_factors_and_parts
 from .nvrtc import load_function
 
 _STAGES = 3  # as in the source
@@ -44,17 +44,4 @@ def bind_tiles(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig)
     grid = ceil_div(outs, config.rows * config.warps), split, PerRows(1, 8 * tiles)
     overlaps = rank > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
     launch = DriverLaunch(function, (1, 1, 1), (32 * config.warps,), shared, arguments, overlaps)
-    memories: list[Memory] = []
-    steps: list[Step] = []
-    factor, target = X, y(0)
-    if rank:
-        factor = 3
-        memories.append(Memory(values.dtype, per_row=rank))
-        steps.append(factor_step(rows, weight, factor))
-    if split > 1:
-        target = 3 + len(memories)
-        memories.append(Memory(torch.float32, per_row=split * outs))
-    steps.append(Launch(launch, (X, factor, target, ROWS), grid))
-    if split > 1:
-        steps.append(sum_of_parts(split, values, outs, target, y(0)))
-    return Program((outs,), tuple(memories), tuple(steps))
+    return with_factors_and_parts(rows, weight, launch, grid, split)

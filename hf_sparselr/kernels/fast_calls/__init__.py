@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from ...utils.c_compiler import load
 from ..bindings import Binding, binding_of
 from ..launch import drives, on_new_scratch
-from ..launch_config import NATIVE_ROWS, bucket
+from ..launch_config import row_key
 from ..override import chosen_kernel
 from ..packed_weight import PackedWeight
 from ..program import Program
@@ -102,7 +102,7 @@ class FastCall:
 
     def learn(self, rows: int, program: Program, weights: Sequence[PackedWeight]) -> None:
         """Takes over a program for so many rows of x, if its steps are for C."""
-        entry = rows if rows <= NATIVE_ROWS else bucket(rows), program.rows
+        entry = row_key(rows), program.rows
         if entry in self._learnt:
             return
         self._learnt.add(entry)
@@ -132,7 +132,7 @@ def updated(
     if not plain or len(weights) > MEMBERS or not drives() or _library() is None:
         return None
     binding, rows = binding_of(weights), x.numel() // max(1, x.shape[-1])
-    program = binding.products.get((rows if rows <= NATIVE_ROWS else bucket(rows), chosen_kernel(kernel)))
+    program = binding.products.get((row_key(rows), chosen_kernel(kernel)))
     if program is None or binding.device != torch.cuda.current_device():
         return None
     if fast is None or fast.binding is not binding:

@@ -16,13 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..cuda.low_rank import factor_step
+from ..cuda.low_rank import with_factors_and_parts
 from ..launch import TritonLaunch, Varying
 from ..launch_config import LaunchConfig
 from ..packed_weight import PackedWeight
-from ..program import ROWS, Launch, Memory, PerRows, Program, X, y
+from ..program import PerRows, Program
 from ..support_index import index_of
-from .decode import can_pair, ceil_div, spread, sum_of_parts
+from .decode import can_pair, ceil_div, spread
 from .support import (
     column_bits,
     expand,
@@ -163,15 +163,4 @@ def bind_medium_batch(rows: int, weights: Sequence[PackedWeight], config: Launch
     programs = ceil_div(outs, config.rows)
     main = TritonLaunch(_multiply, (programs, split, ceil_div(rows, batch)), arguments, constants)
     grid = (programs, split, PerRows(1, batch))
-    memories, steps, factor, part = [], [], X, y(0)
-    if rank:
-        factor = 3
-        memories.append(Memory(values.dtype, per_row=rank))
-        steps.append(factor_step(rows, weight, factor))
-    if split > 1:
-        part = 3 + len(memories)
-        memories.append(Memory(torch.float32, per_row=split * outs))
-    steps.append(Launch(main, (X, factor, part, ROWS), grid))
-    if split > 1:
-        steps.append(sum_of_parts(split, values, outs, part, y(0)))
-    return Program((outs,), tuple(memories), tuple(steps))
+    return with_factors_and_parts(rows, weight, main, grid, split)
