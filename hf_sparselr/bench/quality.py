@@ -12,7 +12,6 @@ Every result is a line of DIR/results.jsonl. A second run of the command goes on
 """
 
 import argparse
-import gc
 import itertools
 import json
 import math
@@ -30,6 +29,7 @@ from ..data.sources import read_files
 from ..entrypoints.compress import compress
 from ..format.patterns import from_text
 from .measures import Passage, compare, last_word_accuracy, passages, round_to_8_bits, token_windows
+from .methods import load, release
 
 REFINEMENTS = ("none", "tm", "distill", "tm+distill", "published")
 ROUNDED = "8 bits"
@@ -143,9 +143,9 @@ class _Subject:
         return row
 
 
-def _model_rows(args: argparse.Namespace, model: str, done: set[tuple]) -> Iterator[dict[str, Any]]:
+def _model_rows(args: argparse.Namespace, name: str, done: set[tuple]) -> Iterator[dict[str, Any]]:
     """The rows of a model that are not done yet."""
-    subject = _Subject(args, model)
+    subject = _Subject(args, name)
     jobs = []
     grid = itertools.product(subject.calibrations, args.sparsity, args.refine, args.seeds)
     for calibration, sparsity, refine, seed in grid:
@@ -159,10 +159,12 @@ def _model_rows(args: argparse.Namespace, model: str, done: set[tuple]) -> Itera
         head = (subject.name, "", "", 0, refine, 0)
         if head in done:
             continue
-        rounded = AutoModelForCausalLM.from_pretrained(subject.path, dtype=torch.float32).to(args.device).eval()
-        saved = round_to_8_bits(rounded, plan) if refine == ROUNDED else 0
-        yield {**dict(zip(_KEY, head, strict=True)), "bytes": 1 - saved / size, **subject.measured(rounded)}
-        del rounded
+        model, saved = subject.dense, 0
+        if refine == ROUNDED:
+            model = load(subject.path, args.device).eval()
+            saved = round_to_8_bits(model, plan)
+        yield {**dict(zip(_KEY, head, strict=True)), "bytes": 1 - saved / size, **subject.measured(model)}
+        del model
     for head, config in jobs:
         if head in done:
             continue
@@ -171,9 +173,7 @@ def _model_rows(args: argparse.Namespace, model: str, done: set[tuple]) -> Itera
         head_and_size = {**dict(zip(_KEY, head, strict=True)), "bytes": report.sizes["packed"] / report.sizes["dense"]}
         yield {**head_and_size, "seconds": report.seconds, **subject.measured(packed.to(args.device, torch.float32))}
         del packed
-        gc.collect()  # reference cycles keep modules alive
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
 
 
 def _line(row: dict[str, Any]) -> str:

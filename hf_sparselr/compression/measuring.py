@@ -116,7 +116,7 @@ def _output_loss(
 ) -> Callable[[str, torch.Tensor], float]:
     """See `DenseGroup`. Measured on the first windows, in TF32 at least: BF16 would hide small losses."""
     world = place.world
-    few = world.of_first(-(-TRIAL_WINDOWS // len(hidden[0]))) if world.first else world.of_first(0)
+    few = world.of_first(-(-TRIAL_WINDOWS // len(hidden[0])) if hidden else 0)
     own = len(range(world.rank, few, world.size))  # batches are spread in turns
 
     @torch.no_grad()

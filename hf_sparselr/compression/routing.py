@@ -1,4 +1,4 @@
-"""The rows that experts see: which tokens they are, and how much the router weighs what an expert makes of them."""
+"""The rows that each expert gets: the tokens they come from, and the router's weights for the expert's output."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
