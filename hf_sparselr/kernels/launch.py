@@ -105,6 +105,9 @@ class DriverLaunch:
                 config.grid[:] = grid
             config.stream = torch._C._cuda_getCurrentRawStream(self._device)
             status = self._launch(self._address, self._function, self._places, None)
+            if status == _NO_CONTEXT:
+                _give_context(self._device)
+                status = self._launch(self._address, self._function, self._places, None)
         if status:
             raise RuntimeError(f"CUDA refused to launch a kernel: error {status}")
 
@@ -158,6 +161,7 @@ def load_cubin(cubin: bytes, name: str, device: int, shared: int) -> int:
     Raises:
         RuntimeError: the driver refuses.
     """
+    _give_context(device)
     module, function = ctypes.c_void_p(_module(cubin, device)), ctypes.c_void_p()
     _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), name)
     if shared > _SHARED_WITHOUT_ASKING:
@@ -171,6 +175,26 @@ def _module(cubin: bytes, device: int) -> int:
     module = ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), "a kernel")
     return module.value or 0
+
+
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+
+
+def _give_context(device: int) -> None:
+    """Makes torch's context on a device this thread's, if it has none: a new thread has none before torch calls CUDA's
+    runtime there."""
+    context, driver = ctypes.c_void_p(), _driver()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "the context of a thread")
+    if not context:
+        _check(driver.cuCtxSetCurrent(_primary_context(device)), "the context of a thread")
+
+
+@functools.cache
+def _primary_context(device: int) -> ctypes.c_void_p:
+    number, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(_driver().cuDeviceGet(ctypes.byref(number), device), "a device")
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), number), "the context of a device")
+    return context
 
 
 def _check(status: int, name: str) -> None:

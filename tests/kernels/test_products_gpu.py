@@ -176,6 +176,25 @@ def test_threads_share_a_layer_on_the_gpu() -> None:
             assert all(pool.map(run, range(8)))
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_new_thread_begins_with_a_packed_layer(rows: int, known: bool) -> None:
+    case, x = problem(70, 320, "2:4", dtype=torch.bfloat16), draw(rows, 320, seed=6, dtype=torch.bfloat16)
+    layer = layer_of(case, 320)
+    used = layer if known else layer_of(case, 320)
+
+    def results() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [used(x) for _ in range(3)]
+
+    with torch.no_grad():
+        expected = layer(x)
+        outs = [layer(x) for _ in range(9)]
+    del outs  # memory for results: else the first allocation is what calls CUDA's runtime
+    with ThreadPoolExecutor(1) as pool:
+        assert all(torch.equal(out, expected) for out in pool.submit(results).result())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["2:4", 0.5])
 @pytest.mark.parametrize("rows", [1, 8])
