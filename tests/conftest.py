@@ -9,8 +9,9 @@ if not torch.cuda.is_available():
     # Read when triton is imported, which transformers does where it is installed.
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
-        from helpers.triton_interpreter import speed_up
+        from helpers.triton_interpreter import speed_up, suit_numpy
 
+        suit_numpy()
         speed_up()
 
 
