@@ -3,12 +3,16 @@
     hf-sparselr bench families --teacher books-22m --text "file:train/*.txt" --output DIR
 
 Each model has the teacher's tokenizer and vocabulary, learns the text and the teacher's predictions on it, in equal
-parts, and is saved in BF16 to DIR/NAME. Minutes a model on a GPU. A second run leaves those that are there.
+parts, and is saved in BF16 to DIR/NAME. Minutes a model on a GPU. A second run leaves those that are there. Where the
+device has deterministic kernels, the same arguments give the same model; the printed checksum tells.
 """
 
 import argparse
 import math
-from collections.abc import Callable
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +83,7 @@ FAMILIES: dict[str, Callable[[int, int, dict[str, Any]], PretrainedConfig]] = {
         num_heads=hidden // 16,
         state_size=32,
         n_groups=1,
-        chunk_size=128,
+        chunk_size=32,  # without kernels of its own, memory grows with it
         tie_word_embeddings=True,
         use_cache=False,
         **{name: value for name, value in common.items() if name != "max_position_embeddings"},
@@ -90,7 +94,9 @@ FAMILIES: dict[str, Callable[[int, int, dict[str, Any]], PretrainedConfig]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", required=True, help="a Hub id or a directory of a causal language model")
     parser.add_argument("--text", required=True, metavar="file:GLOB")
-    parser.add_argument("--families", nargs="+", default=["opt", "gpt-neox", "gemma3", "qwen3"], choices=FAMILIES)
+    parser.add_argument(
+        "--families", nargs="+", default=["opt", "gpt-neox", "gemma3", "qwen3", "mamba2"], choices=FAMILIES
+    )
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=900)
@@ -111,11 +117,36 @@ def run(args: argparse.Namespace) -> None:
         folder = Path(args.output) / name
         if (folder / "config.json").exists():
             continue
-        model, loss = trained(name, teacher, windows, args)
+        with _deterministic():
+            model, loss = trained(name, teacher, windows, args)
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         size = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{name}: {size / 1e6:.1f} M parameters, last loss {loss:.3f}", flush=True)
+        known = _checksum(model)
+        print(f"{name}: {size / 1e6:.1f} M parameters, checksum {known:08x}, last loss {loss:.3f}", flush=True)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Inside, operators take deterministic kernels where they have them; torch warns of those that have none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def _checksum(model: torch.nn.Module) -> int:
+    """The CRC-32 of the parameters of a model in BF16."""
+    total = 0
+    for parameter in model.parameters():
+        total = zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data, total)
+    return total
 
 
 def trained(
@@ -137,7 +168,7 @@ def trained(
     groups = [[p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
     decays = (0.1, 0.0)
     rates = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)]
-    optimizer = torch.optim.AdamW(rates, lr=args.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(rates, lr=args.lr, betas=(0.9, 0.95), fused=args.device != "cpu")
     warm = max(1, args.steps // 10)
     loss = torch.zeros(())
     for step in range(args.steps):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..data.windows import start_ids
 
 BATCH = 8  # windows at a time
+PASSAGES = 16  # at a time
 SHORTEST, LONGEST = 40, 160  # words of a passage
 
 
@@ -104,13 +105,22 @@ def _ids(tokenizer: Any, text: str) -> torch.Tensor:
 
 @torch.no_grad()
 def last_word_accuracy(model: nn.Module, hidden: list[Passage]) -> float:
-    """The share of passages whose hidden word is the most probable continuation, token by token."""
+    """The share of passages whose hidden word is the most probable continuation, token by token.
+
+    Args:
+        model: a causal language model: passages of a batch are padded at their ends, which it does not see before.
+    """
     device = next(model.parameters()).device
     right = 0
-    for passage in hidden:
-        ids = torch.cat([passage.context, passage.word])[None].to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(passage.context) - 1 : -1]
-        right += bool((logits.argmax(-1) == passage.word.to(device)).all())
+    ordered = sorted(hidden, key=lambda passage: len(passage.context) + len(passage.word))
+    for start in range(0, len(ordered), PASSAGES):
+        batch = ordered[start : start + PASSAGES]
+        ids = [torch.cat([passage.context, passage.word]) for passage in batch]
+        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+        found = model(input_ids=padded, use_cache=False).logits.argmax(-1).cpu()
+        for passage, tokens in zip(batch, found, strict=True):
+            first = len(passage.context) - 1
+            right += torch.equal(tokens[first : first + len(passage.word)], passage.word)
     return right / len(hidden)
 
 

@@ -5,22 +5,23 @@
 
 A model is a Hub id or a directory. MODEL@TOKENS.safetensors takes its calibration windows (`calibration`) and
 evaluation windows (all other tensors) from a file of token ids. Evaluate on text like the calibration's and on text
-unlike it. `published` is 3BASiL-TM as its authors publish it; the last column is the geometric mean of the gaps on all
-evaluation texts, as shares of its gaps. The row `8 bits` is the dense model rounded to 255 levels a row.
+unlike it. `published` is 3BASiL-TM as its authors publish it. `8 bits` is the dense model rounded to 255 levels a row.
 
-Every result is a line of DIR/results.jsonl. A second run of the command goes on where the first one ended.
+Every result is a line of DIR/results.jsonl. A second run of the command goes on where the first one ended. Several
+processes may run the command with the same DIR at the same time: they share the work. The first seed of all models
+comes first.
 """
 
 import argparse
-import itertools
 import json
-import math
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..compression.plan import plan_layers
@@ -28,12 +29,31 @@ from ..config.sparselr_config import SparseLRConfig
 from ..data.sources import read_files
 from ..entrypoints.compress import compress
 from ..format.patterns import from_text
+from ..format.staging import write_text
 from .measures import Passage, compare, last_word_accuracy, passages, round_to_8_bits, token_windows
 from .methods import load, release
+from .quality_tables import DENSE, PUBLISHED, ROUNDED, markdown
 
-REFINEMENTS = ("none", "tm", "distill", "tm+distill", "published")
-ROUNDED = "8 bits"
-_KEY = ("model", "calibration", "sparsity", "rank", "refine", "seed")
+try:
+    import fcntl
+except ImportError:  # not on Windows, where only one process may run the command
+    fcntl = None
+
+REFINEMENTS = ("none", "tm", "distill", "tm+distill", PUBLISHED)
+
+
+class Cell(NamedTuple):
+    """What identifies a result."""
+
+    model: str
+    calibration: str
+    sparsity: str
+    rank: int
+    refine: str
+    seed: int
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,30 +83,99 @@ def _named(text: str) -> tuple[str, str]:
 
 def run(args: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = folder / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+    results = _Results(Path(args.output))
     for model in args.models:
-        for row in _model_rows(args, model, {_key(row) for row in rows}):
-            rows.append(row)
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(_line(row), flush=True)
-            (folder / "results.md").write_text(markdown(rows) + "\n", encoding="utf-8")
-    print(markdown(rows))
+        AutoConfig.from_pretrained(_path(model))
+    cells = list(_cells(args))
+    for _, cell in cells:  # checked before the first long run
+        SparseLRConfig(**_fields(args, cell))
+    subject, failed = None, []
+    for model, cell in cells:
+        with results.claimed(cell) as free:
+            if not free:
+                continue
+            if subject is None or subject.model != model:
+                subject = None  # its memory is free before the next one's is taken
+                subject = _Subject(args, model)
+            try:
+                row = {**cell._asdict(), **subject.result(args, cell)}
+            except Exception as error:  # hours of other results must not hang on one, which may only lack memory
+                traceback.print_exc()
+                failed.append(f"{cell}: {error}")
+            else:
+                results.add(row)
+                print(_line(row), flush=True)
+        release()
+    print(markdown(results.rows()))
+    if failed:
+        raise ValueError(f"{len(failed)} results are missing. {'; '.join(failed)}")
 
 
-def _key(row: dict[str, Any]) -> tuple:
-    return tuple(row[name] for name in _KEY)
+def _path(model: str) -> str:
+    return model.partition("@")[0]
+
+
+def _cells(args: argparse.Namespace) -> Iterator[tuple[str, Cell]]:
+    """(model, cell) of everything that is measured."""
+    for seed in args.seeds:
+        for model in args.models:
+            name = Path(_path(model)).name
+            if seed == args.seeds[0]:
+                for refine in (DENSE, ROUNDED):
+                    yield model, Cell(name, "", "", 0, refine, 0)
+            for calibration in ["tokens"] if "@" in model else dict(args.calibration):
+                for sparsity in args.sparsity:
+                    for refine in args.refine:
+                        yield model, Cell(name, calibration, sparsity, args.rank, refine, seed)
+
+
+def _fields(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
+    """Fields of SparseLRConfig that need no data."""
+    if cell.refine in (DENSE, ROUNDED):  # the layers that are rounded are those that would be compressed
+        return {"device": args.device, "rank": args.rank, **args.set}
+    refine = {"none": None, PUBLISHED: "tm"}.get(cell.refine, cell.refine)
+    fields = {"refine": refine, "seed": cell.seed, "device": args.device, "rank": cell.rank}
+    fields["sparsity"] = from_text(cell.sparsity)
+    return {**fields, **args.set, **({"effort": "published"} if cell.refine == PUBLISHED else {})}
+
+
+class _Results:
+    """The results in a folder, which several processes may fill together."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._locks = folder, folder / "locks"
+        self._file = folder / "results.jsonl"
+        self._locks.mkdir(parents=True, exist_ok=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        if not self._file.exists():
+            return []
+        return [json.loads(line) for line in self._file.read_text("utf-8").splitlines()]
+
+    @contextmanager
+    def claimed(self, cell: Cell) -> Iterator[bool]:
+        """Whether a cell is neither there nor in the works of another process; if so, it is this one's inside."""
+        with (self._locks / str(cell).replace("/", "_")).open("w") as lock:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield cell not in {Cell(*(row[name] for name in Cell._fields)) for row in self.rows()}
+
+    def add(self, row: dict[str, Any]) -> None:
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")  # in one call, so that lines of several processes stay whole
+        write_text(self._folder / "results.md", markdown(self.rows()) + "\n")
 
 
 class _Subject:
     """A dense model with its calibration and evaluation windows."""
 
     def __init__(self, args: argparse.Namespace, model: str) -> None:
+        self.model = model
         self.path, _, tokens = model.partition("@")
-        self.name = Path(self.path).name
         self.dense = AutoModelForCausalLM.from_pretrained(self.path, dtype="auto")
         self.dense.requires_grad_(False).to(args.device, torch.float32).eval()
         self.tokenizer = None
@@ -118,132 +207,45 @@ class _Subject:
         texts = read_files(args.last_word, f"--last-word {args.last_word}")
         return passages(texts, self.tokenizer, args.passages, args.seq_len)
 
-    def config(
-        self, args: argparse.Namespace, calibration: str, refine: str, seed: int, **fields: Any
-    ) -> SparseLRConfig:
-        source = self.calibrations[calibration]
-        given = isinstance(source, torch.Tensor)
-        options = {"effort": "published"} if refine == "published" else {}
-        refine = "tm" if refine == "published" else refine
-        return SparseLRConfig(
-            refine=None if refine == "none" else refine,
-            seed=seed,
-            calibration=source,
-            num_samples=len(source) if given else args.num_samples,
-            seq_len=source.shape[1] if given else args.seq_len,
-            tokenizer=self.tokenizer,
-            device=args.device,
-            **{**fields, **args.set, **options},
-        )
+    def result(self, args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
+        if cell.refine == DENSE:
+            return {"bytes": 1.0, **self._measured(self.dense)}
+        if cell.refine == ROUNDED:
+            return self._rounded(args, cell)
+        packed = compress(self.path, self._config(args, cell))
+        report = packed.sparselr_report
+        plain = packed.to(args.device, torch.float32).dequantize()
+        size = report.sizes["packed"] / report.sizes["dense"]
+        return {"bytes": size, "seconds": report.seconds, **self._measured(plain)}
 
-    def measured(self, model: torch.nn.Module) -> dict[str, Any]:
+    def _rounded(self, args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
+        model = load(self.path, args.device).eval()
+        size = 2 * sum(parameter.numel() for parameter in model.parameters())  # in half precision
+        saved = round_to_8_bits(model, plan_layers(self.dense, SparseLRConfig(**_fields(args, cell))))
+        return {"bytes": 1 - saved / size, **self._measured(model)}
+
+    def _config(self, args: argparse.Namespace, cell: Cell) -> SparseLRConfig:
+        source = self.calibrations[cell.calibration]
+        given = isinstance(source, torch.Tensor)
+        data = {
+            "calibration": source,
+            "num_samples": len(source) if given else args.num_samples,
+            "seq_len": source.shape[1] if given else args.seq_len,
+            "tokenizer": self.tokenizer,
+        }
+        return SparseLRConfig(**{**data, **_fields(args, cell)})
+
+    def _measured(self, model: torch.nn.Module) -> dict[str, Any]:
         row: dict[str, Any] = {"sets": {name: compare(model, self.dense, ids) for name, ids in self.sets.items()}}
         if self.hidden:
             row["last word"] = last_word_accuracy(model, self.hidden)
         return row
 
 
-def _model_rows(args: argparse.Namespace, name: str, done: set[tuple]) -> Iterator[dict[str, Any]]:
-    """The rows of a model that are not done yet."""
-    subject = _Subject(args, name)
-    jobs = []
-    grid = itertools.product(subject.calibrations, args.sparsity, args.refine, args.seeds)
-    for calibration, sparsity, refine, seed in grid:
-        head = (subject.name, calibration, sparsity, args.rank, refine, seed)
-        fields = {"sparsity": from_text(sparsity), "rank": args.rank}
-        # Checked before the first long run.
-        jobs.append((head, subject.config(args, calibration, refine, seed, **fields)))
-    plan = plan_layers(subject.dense, jobs[0][1])
-    size = 2 * sum(parameter.numel() for parameter in subject.dense.parameters())  # in half precision
-    for refine in ("dense", ROUNDED):
-        head = (subject.name, "", "", 0, refine, 0)
-        if head in done:
-            continue
-        model, saved = subject.dense, 0
-        if refine == ROUNDED:
-            model = load(subject.path, args.device).eval()
-            saved = round_to_8_bits(model, plan)
-        yield {**dict(zip(_KEY, head, strict=True)), "bytes": 1 - saved / size, **subject.measured(model)}
-        del model
-    for head, config in jobs:
-        if head in done:
-            continue
-        packed = compress(subject.path, config)
-        report = packed.sparselr_report
-        head_and_size = {**dict(zip(_KEY, head, strict=True)), "bytes": report.sizes["packed"] / report.sizes["dense"]}
-        yield {**head_and_size, "seconds": report.seconds, **subject.measured(packed.to(args.device, torch.float32))}
-        del packed
-        release()
-
-
 def _line(row: dict[str, Any]) -> str:
-    sets = ", ".join(f"{name} {value['perplexity']:.3f} ({value['gap']:+.3f})" for name, value in row["sets"].items())
-    return f"{' '.join(str(row[name]) for name in _KEY)}: {sets}"
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Tables of means over seeds: a row a model, calibration, pattern and refinement; then shares of `published`."""
-    names = list(dict.fromkeys(name for row in rows for name in row["sets"]))
-    header = ["model", "calibration", "sparsity", "refine", "bytes", "seconds"]
-    for name in names:
-        header += [f"{name}: gap", "KL", "same top token"]
-    header += ["last word", "share of published"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(_key(row)[:-1], []).append(row)
-    for key, group in groups.items():
-        cells = [str(key[0]), str(key[1]), str(key[2]), str(key[4]), f"{group[0]['bytes']:.3f}"]
-        cells.append(f"{_mean([row['seconds'] for row in group]):.0f}" if "seconds" in group[0] else "")
-        for name in names:
-            values = [row["sets"][name] for row in group if name in row["sets"]]
-            if not values:
-                cells += ["", "", ""]
-            elif key[4] == "dense":
-                cells += [f"{values[0]['perplexity']:.2f} (dense)", "", ""]
-            else:
-                cells += [_seeds([value["gap"] for value in values])]
-                cells += [f"{_mean([value[field] for value in values]):.4f}" for field in ("kl", "agreement")]
-        cells.append(f"{_mean([row['last word'] for row in group]):.3f}" if "last word" in group[0] else "")
-        shares = _shares(groups, key)
-        cells.append(f"{_geometric(shares):.2f}" if shares else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_summary(groups)])
-
-
-def _shares(groups: dict[tuple, list[dict[str, Any]]], key: tuple) -> list[float]:
-    """The gaps as shares of those of `published`, an evaluation text each; none where that gap is not above zero."""
-    published = groups.get((*key[:4], "published"))
-    if published is None:
-        return []
-    shares = []
-    for name in published[0]["sets"]:
-        theirs, own = (_mean([row["sets"][name]["gap"] for row in rows]) for rows in (published, groups[key]))
-        if theirs > 0:
-            shares.append(max(own, 0.0) / theirs)
-    return shares
-
-
-def _summary(groups: dict[tuple, list[dict[str, Any]]]) -> Iterator[str]:
-    """The geometric mean and the largest share of `published` of each refinement, over everything that was measured."""
-    refinements = dict.fromkeys(key[4] for key in groups)
-    for refine in refinements:
-        shares = [share for key in groups if key[4] == refine for share in _shares(groups, key)]
-        if shares and refine != "published":
-            mean = f"{_geometric(shares):.3f} of the published gap (geometric mean)"
-            yield f"{refine}: {mean}, at most {max(shares):.3f}."
-
-
-def _geometric(values: list[float]) -> float:
-    """The geometric mean; a value below 0.01 counts as 0.01, so that one of zero does not decide alone."""
-    return math.exp(_mean([math.log(max(value, 0.01)) for value in values]))
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _seeds(values: list[float]) -> str:
-    """The mean, and the extremes of several seeds."""
-    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-    return f"{_mean(values):.2f}{spread}"
+    sets = [
+        f"{name} {value['perplexity']:.3f} ({value['gap']:+.3f}), KL {value['kl']:.4f}"
+        for name, value in row["sets"].items()
+    ]
+    seconds = f"; {row['seconds']:.0f} s" if "seconds" in row else ""
+    return f"{Cell(*(row[name] for name in Cell._fields))}: {', '.join(sets)}{seconds}"

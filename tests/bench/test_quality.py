@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from hf_sparselr.bench import measures
-from hf_sparselr.bench.quality import markdown
+from hf_sparselr.bench.quality import Cell, _Results
+from hf_sparselr.bench.quality_tables import markdown
 from hf_sparselr.cli import main
 
 WORDS = [f"w{index}" for index in range(90)]
@@ -128,7 +129,49 @@ def _row(refine: str, seed: int, **gaps: float) -> dict:
 
 def test_shares_are_of_means_over_seeds() -> None:
     rows = [_row("published", 0, a=1.0, b=4.0), _row("published", 1, a=3.0, b=4.0)]
-    rows += [_row("tm", 0, a=0.5, b=1.0), _row("tm", 1, a=1.5, b=1.0)]
+    rows += [_row("tm", 0, a=0.5, b=1.0), _row("tm", 1, a=1.5, b=1.0), _row("tm", 2, a=90.0, b=90.0)]
     text = markdown(rows)
-    assert "tm: 0.354 of the published gap (geometric mean), at most 0.500." in text  # sqrt(1/2 * 1/4)
-    assert "| 1.00 (0.50 to 1.50) |" in text
+    # sqrt(1/2 * 1/4), over the seeds that both have
+    assert "tm: gap 0.354 of published (geometric mean of 2), at most 0.500 (m 2:4 a)." in text
+    assert "tm: KL 1.000 of published" in text
+    assert "| 30.67 (0.50 to 90.00) |" in text
+
+
+def test_summary_compares_refinements() -> None:
+    rows = [_row("none", 0, a=1.0, b=1.0), _row("tm", 0, a=0.8, b=0.95), _row("tm+distill", 0, a=0.4, b=0.96)]
+    rows[1]["seconds"], rows[2]["seconds"] = 2.0, 8.0
+    text = markdown(rows)
+    assert "gap of tm above 0.9 x none: 1 of 2. m 2:4 b 0.95" in text
+    assert "gap of tm+distill above 1 x tm: 1 of 2. m 2:4 b 1.01" in text
+    assert "tm: 2.00 x the seconds of none" in text and "tm+distill: 8.00 x the seconds of none" in text
+
+
+def test_a_gap_below_zero_has_no_share() -> None:
+    rows = [_row("published", 0, a=-5.0, b=2.0), _row("tm", 0, a=-4.0, b=-1.0)]
+    assert "tm: gap 0.010 of published (geometric mean of 1), at most 0.000 (m 2:4 b)." in markdown(rows)
+
+
+def test_processes_share_the_work(tmp_path, capsys) -> None:
+    """What another process has in the works is left to it."""
+    folder, tokens, out = tmp_path / "little", tmp_path / "tokens.safetensors", tmp_path / "out"
+    tiny.build("llama").save_pretrained(folder)
+    save_file({"calibration": tiny.IDS, "heldout": tiny.IDS.flip(1)}, tokens)
+    command = ["bench", "quality", f"{folder}@{tokens}", "--rank", "4", "--sparsity", "2:4", "--seeds", "0", "1"]
+    command += ["--set", '{"method": "eora"}', "--output", str(out), "--refine", "none"]
+    with _Results(out).claimed(Cell("little", "tokens", "2:4", 4, "none", 0)) as free:
+        assert free and main(command) == 0
+    refined = [(row["refine"], row["seed"]) for row in _Results(out).rows()]
+    assert refined == [("dense", 0), ("8 bits", 0), ("none", 1)]
+    assert main(command) == 0
+    assert len(_Results(out).rows()) == 4
+
+
+def test_one_failure_does_not_stop_the_others(tmp_path, capsys) -> None:
+    folder, tokens, out = tmp_path / "little", tmp_path / "tokens.safetensors", tmp_path / "out"
+    tiny.build("llama").save_pretrained(folder)
+    save_file({"calibration": tiny.IDS, "heldout": tiny.IDS.flip(1)}, tokens)
+    command = ["bench", "quality", f"{folder}@{tokens}", "--rank", "4", "--sparsity", "15:30", "2:4", "--seeds", "0"]
+    command += ["--set", '{"method": "eora"}', "--output", str(out), "--refine", "none"]
+    assert main(command) == 2
+    assert "1 results are missing. little tokens 15:30 4 none 0" in capsys.readouterr().err
+    assert [row["sparsity"] for row in _Results(out).rows()] == ["", "", "2:4"]
