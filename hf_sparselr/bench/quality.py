@@ -214,7 +214,7 @@ class _Subject:
             return self._rounded(args, cell)
         packed = compress(self.path, self._config(args, cell))
         report = packed.sparselr_report
-        plain = packed.to(args.device, torch.float32).dequantize()
+        plain = packed.to(args.device, torch.float32).dequantize(torch.float32)
         size = report.sizes["packed"] / report.sizes["dense"]
         return {"bytes": size, "seconds": report.seconds, **self._measured(plain)}
 
