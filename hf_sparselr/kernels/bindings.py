@@ -10,6 +10,7 @@ from .tensor_cache import TensorCache, version
 
 _pointer, _size = torch.Tensor.data_ptr, torch.Tensor.numel
 _ABSENT = torch.empty(0)
+ON_CPU = ("CPU",)  # among the products of a binding, that for every number of rows
 
 # x (..., in), its rows and the weights to (..., out) of each.
 Product = Callable[[torch.Tensor, int, Sequence[PackedWeight]], list[torch.Tensor]]
@@ -22,8 +23,7 @@ class Binding:
         sizes: of all tensors.
         versions: of the masks.
         dtype, device, in_features: of all weights; the device as its index, -1 for the CPU.
-        products: ready kernels for their addresses, by the number of rows and what else they depend on; on a GPU as
-            `Program`s.
+        products: `Program`s for their addresses, by the number of rows and what else they depend on.
         densify: writes S + B A of the first weight, once it was asked for.
     """
 

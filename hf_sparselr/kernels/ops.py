@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..utils.availability import TRITON
 from . import cpu
-from .bindings import Binding, Product, binding_of, tensors_of
+from .bindings import ON_CPU, Binding, Product, binding_of, tensors_of
 from .override import chosen_kernel
 from .packed_weight import PackedWeight, check_inputs
 from .reference import count_values, dense_weight, no_product, reference_linear
@@ -23,7 +23,6 @@ from .support_index import index_of
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _Optional = torch.Tensor | None
-_IN_C = ("C",)  # among the products of a binding
 
 
 @torch.library.custom_op("hf_sparselr::linear", mutates_args=())
@@ -94,7 +93,7 @@ def products(
         if inputs.is_cpu:
             count = inputs.numel() // binding.in_features
             if product := _product_in_c(inputs, count, weights, binding, tensors):
-                return product(inputs, count, weights)
+                return product(inputs.contiguous(), count, weights)
         elif _uses_triton(inputs):
             return _gpu().multiply(inputs, weights, binding, kernel)
     rows = inputs.reshape(-1, binding.in_features)
@@ -133,10 +132,10 @@ def _product_in_c(
     if not all(map(torch.Tensor.is_contiguous, tensors)):
         plain = [weight.contiguous() for weight in weights]
         return functools.partial(_keeping, cpu.bind(plain), plain)
-    product = binding.products.get(_IN_C)
-    if product is None:
-        binding.products[_IN_C] = product = cpu.bind(weights)
-    return product
+    program = binding.products.get(ON_CPU)
+    if program is None:
+        binding.products[ON_CPU] = program = cpu.bind(weights)
+    return program
 
 
 def _keeping(

@@ -2,6 +2,8 @@
 
 import ctypes
 
+import torch
+
 from hf_sparselr.kernels import fast_calls
 
 STREAM, CONTEXT, INS = 77, 5, 16
@@ -30,7 +32,7 @@ class Machine:
             zip(fast_calls._TORCH_CUDA, [*multiply, address[0]], strict=True)
         )
         driver = dict(zip(fast_calls._DRIVER, address[1:], strict=True))
-        self.library = fast_calls._Library(fast_calls.compiled(), of_torch, driver)
+        self.library = _OnDevice(fast_calls.compiled(), of_torch, driver)
 
     def _stream(self, device, out):
         out[0] = self.stream
@@ -55,6 +57,11 @@ class Machine:
 
     def _copy(self, target, source, size, stream):
         return 1
+
+
+class _OnDevice(fast_calls._Library):
+    def context_of(self, tensor: torch.Tensor) -> int:
+        return CONTEXT
 
 
 class Adder:

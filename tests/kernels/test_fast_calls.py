@@ -3,16 +3,17 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from helpers.fast_machine import CONTEXT, INS, STREAM, Adder, Machine
-from helpers.kernel_cases import draw, problem
+from helpers.kernel_cases import DEVICE, draw, problem
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_sparselr.kernels import fast_calls
+from hf_sparselr.kernels import cpu, fast_calls, packed_linear, packed_linears
 from hf_sparselr.kernels.bindings import Binding, binding_of
 from hf_sparselr.kernels.fast_calls import FastCall
 from hf_sparselr.kernels.packed_weight import PackedWeight
@@ -309,3 +310,67 @@ def test_the_binding_is_what_makes_it_new() -> None:
     assert isinstance(first, Binding) and binding_of([layer.weight]) is first
     layer.parameters["mask"].add_(0)
     assert binding_of([layer.weight]) is not first
+
+
+# The real products on the CPU
+
+
+def prepared(layers: list[Layer], x: torch.Tensor, kernel: str = "auto") -> FastCall | None:
+    weights = [layer.weight for layer in layers]
+    packed_linears(x, weights, kernel)
+    return fast_calls.updated(None, weights, [layer.parameters for layer in layers], kernel, x)
+
+
+on_cpu = pytest.mark.skipif(
+    not cpu.supports(torch.float32) or fast_calls._library() is None or DEVICE == "cuda", reason="no calls through C"
+)
+
+
+@on_cpu
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_products_on_the_cpu_are_those_of_python(rows: int) -> None:
+    layers, x = [Layer(6), Layer(33, bias=False), Layer(9, rank=0)], draw(rows, 1, INS, seed=1, dtype=torch.float32)
+    with torch.no_grad():
+        fast = prepared(layers, x)
+        assert fast is not None
+        for number, layer in enumerate(layers):
+            out = call(layers, fast, number, x)
+            assert out is not None and torch.equal(out, packed_linear(x, layer.weight))
+        assert call(layers, fast, 0, draw(rows, INS, seed=1, dtype=torch.bfloat16)) is None
+
+
+@on_cpu
+@torch.no_grad()
+def test_a_mask_that_was_edited_behind_torch_is_for_python_to_refuse() -> None:
+    layer, x = Layer(6), draw(2, INS, seed=1, dtype=torch.float32)
+    fast = prepared([layer], x)
+    assert fast is not None and fast.call(layer.parameters, x, "auto") is not None
+    layer.parameters["mask"].numpy()[:] = 255
+    assert fast.call(layer.parameters, x, "auto") is None
+    with pytest.raises(ValueError, match="the mask keeps 96"):
+        packed_linear(x, layer.weight)
+
+
+@on_cpu
+@torch.no_grad()
+def test_what_python_must_do_is_not_prepared() -> None:
+    layer, x = Layer(6), draw(2, INS, seed=1, dtype=torch.float32)
+    assert prepared([layer], x, "dense") is None
+    layer.parameters["A"] = layer.parameters["A"].T.contiguous().T  # C reads contiguous memory
+    assert prepared([layer], x) is None
+
+
+@on_cpu
+@torch.no_grad()
+def test_threads_call_at_the_same_time() -> None:
+    layers = [Layer(600), Layer(300)]
+    xs = [draw(20, INS, seed=seed, dtype=torch.float32) for seed in range(4)]
+    fasts = [prepared([layer], xs[0]) for layer in layers]
+    expected = [[packed_linear(x, layer.weight) for x in xs] for layer in layers]
+
+    def work(seed: int) -> bool:
+        outs = [fast.call(layer.parameters, xs[seed], "auto") for fast, layer in zip(fasts, layers, strict=True)]
+        return all(torch.equal(out, exact[seed]) for out, exact in zip(outs, expected, strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(torch.no_grad()(work), [seed % 4 for seed in range(200)]))

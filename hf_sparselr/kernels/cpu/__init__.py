@@ -8,15 +8,16 @@ import ctypes
 import functools
 import importlib.resources
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from ...utils.c_compiler import load
 from ...utils.precision import X86, multiplies_natively
-from ..bindings import Product
 from ..packed_weight import PackedWeight, check_count
+from ..program import Program
 
 logger = logging.getLogger(__name__)
 
@@ -59,41 +60,51 @@ class _Weight(ctypes.Structure):
         return cls(*pointers, weight.values.numel(), weight.out_features, weight.in_features, weight.rank)
 
 
-def bind(weights: Sequence[PackedWeight]) -> Product:
+class _Products:
+    """`multiply` of `packed.c` as the step of a program."""
+
+    def __init__(self, weights: Sequence[PackedWeight]) -> None:
+        self._function = _library(_KINDS[weights[0].values.dtype]).multiply
+        self._array = (_Weight * len(weights))(*map(_Weight.of, weights))
+        self._addresses = ctypes.c_void_p * len(weights)
+
+    def run(self, slots: list[Any], weights: Sequence[PackedWeight]) -> None:
+        rows, inputs, *ys = slots
+        kept = ctypes.c_int64()
+        _check(
+            self._function(
+                self._array, len(weights), inputs.data_ptr(), self._addresses(*(y.data_ptr() for y in ys)), rows,
+                _WIDE, torch.get_num_threads(), ctypes.byref(kept),
+            ),
+            kept, weights,
+        )  # fmt: skip
+
+    def moved(self, slot: Callable[[int], int], weight: Callable[[int], int]) -> "_Products":
+        raise NotImplementedError("programs of the CPU are not merged")
+
+    def words(self, weights: Sequence[PackedWeight]) -> list[int]:
+        function = ctypes.cast(self._function, ctypes.c_void_p).value or 0
+        size = ctypes.sizeof(self._array) // ctypes.sizeof(ctypes.c_int64)
+        return [4, function, _WIDE, len(weights), size, *(ctypes.c_int64 * size).from_buffer(self._array)]
+
+
+def bind(weights: Sequence[PackedWeight]) -> Program:
     """The product of weights with the same input: x S^T + (x A^T) B^T + bias of each, summed in FP32.
 
     Args:
         weights: checked, contiguous, of one width and dtype. Only their addresses are kept.
 
     Returns:
-        A function of x (..., in) of the weights' dtype, its rows, at least one, and the weights, to (..., out) of each.
-        It raises ValueError if a mask keeps another number of values than there are, and MemoryError if there is no
-        memory for x in FP32.
+        The product of x of the weights' dtype. It raises ValueError if a mask keeps another number of values than there
+        are, and MemoryError if there is no memory for x in FP32.
     """
-    function, size = _library(_KINDS[weights[0].values.dtype]).multiply, len(weights)
-    array, outs = (_Weight * size)(*map(_Weight.of, weights)), [weight.out_features for weight in weights]
-    addresses = ctypes.c_void_p * size
-
-    def product(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
-        inputs, kept = inputs.contiguous(), ctypes.c_int64()
-        shape = inputs.shape[:-1]
-        ys = [inputs.new_empty((*shape, out)) for out in outs]
-        _check(
-            function(
-                array, size, inputs.data_ptr(), addresses(*(y.data_ptr() for y in ys)), rows,
-                _WIDE, torch.get_num_threads(), ctypes.byref(kept),
-            ),
-            kept, weights,
-        )  # fmt: skip
-        return ys
-
-    return product
+    return Program(tuple(weight.out_features for weight in weights), (), (_Products(weights),))
 
 
 def multiply(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """`bind` and the product of one weight: x (..., in) to (..., out)."""
     plain = (weight.contiguous(),)
-    return bind(plain)(inputs, inputs.shape[:-1].numel(), plain)[0]
+    return bind(plain)(inputs.contiguous(), inputs.shape[:-1].numel(), plain)[0]
 
 
 def unpack_then_gemm(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

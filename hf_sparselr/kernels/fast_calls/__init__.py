@@ -2,7 +2,7 @@
 
 `FastCall` is made ready by calls through Python (`bindings`, `gpu`), whose programs it takes over. It answers None
 where anything is not as it was then: other weights, gradients, autocast, modes, transforms, a graph being captured. It
-needs a C compiler; without one every call goes through Python.
+needs Linux and a C compiler; elsewhere every call goes through Python.
 """
 
 import ctypes
@@ -18,7 +18,8 @@ import torch
 from torch.autograd import forward_ad
 
 from ...utils.c_compiler import load
-from ..bindings import Binding, binding_of
+from .. import cpu
+from ..bindings import ON_CPU, Binding, binding_of
 from ..launch import drives, on_new_scratch
 from ..launch_config import row_key
 from ..override import chosen_kernel
@@ -58,7 +59,7 @@ class FastCall:
 
     Args:
         binding: of the weights.
-        weights: of the layers; on the current device.
+        weights: of the layers; on the current device or the CPU.
         parameters: the `_parameters` of each.
         kernel: that they were called with.
     """
@@ -70,7 +71,7 @@ class FastCall:
         library, values = _library(), weights[0].values
         group = _Group()
         group.dtype, group.device_type, group.device = library.kind_of(values)
-        group.ins, group.count, group.context = weights[0].in_features, len(weights), library.context()
+        group.ins, group.count, group.context = weights[0].in_features, len(weights), library.context_of(values)
         for member, weight in zip(group.members, weights, strict=False):
             for place, tensor in zip(member.tensors, weight[:5], strict=True):
                 place[:] = (-1, 0) if tensor is None else (tensor.data_ptr(), tensor.numel())
@@ -128,12 +129,17 @@ def updated(
         kernel: that the layers were called with.
         x: their input.
     """
-    plain = x.is_cuda and type(x) is torch.Tensor and not torch.is_grad_enabled()
-    if not plain or len(weights) > MEMBERS or not drives() or _library() is None:
+    if type(x) is not torch.Tensor or torch.is_grad_enabled() or len(weights) > MEMBERS:
         return None
-    binding, rows = binding_of(weights), x.numel() // max(1, x.shape[-1])
-    program = binding.products.get((row_key(rows), chosen_kernel(kernel)))
-    if program is None or binding.device != torch.cuda.current_device():
+    if not (x.is_cpu or (x.is_cuda and drives())):
+        return None
+    binding, rows, kernel_now = binding_of(weights), x.numel() // max(1, x.shape[-1]), chosen_kernel(kernel)
+    if x.is_cuda:
+        program = binding.products.get((row_key(rows), kernel_now))
+        elsewhere = binding.device != torch.cuda.current_device()
+    else:
+        program, elsewhere = binding.products.get(ON_CPU), kernel_now == "dense" or not cpu.prefers(x.dtype, rows)
+    if program is None or elsewhere or _library() is None:
         return None
     if fast is None or fast.binding is not binding:
         fast = FastCall(binding, weights, parameters, kernel)
@@ -182,8 +188,10 @@ class _Library:
             answers.append(answer.value)
         return tuple(answers)
 
-    def context(self) -> int:
-        """The current context of the driver."""
+    def context_of(self, tensor: torch.Tensor) -> int:
+        """The current context of the driver, 0 for memory of the CPU."""
+        if tensor.is_cpu:
+            return 0
         context = ctypes.c_void_p()
         ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(self._driver["cuCtxGetCurrent"])(ctypes.addressof(context))
         return context.value or 0
@@ -194,6 +202,7 @@ _TORCH = (  # functions of torch's C interface, in the order of `struct Interfac
     "is_contiguous", "grad_mode_is_enabled", "empty_strided", "_reinterpret_tensor", "create_tensor_from_blob",
     "delete_tensor_object",
 )  # fmt: skip
+_THREADS = "_ZN2at15get_num_threadsEv"  # int at::get_num_threads()
 _TORCH_CUDA = ("cuda_mm_out", "cuda_addmm_out", "get_current_cuda_stream")
 _WRAP = "_Z16THPVariable_WrapRKN2at10TensorBaseE"  # PyObject* THPVariable_Wrap(const at::TensorBase&)
 _DRIVER = ("cuLaunchKernelEx", "cuStreamIsCapturing", "cuCtxGetCurrent", "cuMemcpyDtoDAsync_v2")
@@ -204,9 +213,12 @@ def _address(function: Any) -> int:
 
 
 def functions_of_torch() -> dict[str, int]:
-    """Addresses of the functions that need no CUDA, and of the one that makes Python objects of tensors."""
-    found = {name: _address(getattr(_part_of_torch("cpu"), f"aoti_torch_{name}")) for name in _TORCH}
-    return found | {"wrap": _address(getattr(_part_of_torch("python"), _WRAP))}
+    """Addresses of the functions that need no CUDA, then of those that make Python objects of tensors and that count
+    threads."""
+    library = _part_of_torch("cpu")
+    found = {name: _address(getattr(library, f"aoti_torch_{name}")) for name in _TORCH}
+    others = {"wrap": getattr(_part_of_torch("python"), _WRAP), "threads": getattr(library, _THREADS)}
+    return found | {name: _address(function) for name, function in others.items()}
 
 
 def _part_of_torch(name: str) -> ctypes.CDLL:
@@ -244,17 +256,27 @@ _SLOW = "calls of packed layers take the host several times longer than they cou
 def _library() -> _Library | None:
     """None where calls have to go through Python, after a warning if that is unexpected."""
     interpreter_locks = getattr(sys, "_is_gil_enabled", lambda: True)()
-    if not torch.version.cuda or sys.implementation.name != "cpython" or not interpreter_locks:
+    if sys.platform != "linux" or sys.implementation.name != "cpython" or not interpreter_locks:
         return None
     library = compiled()
     if library is None:
         return None
     try:
-        cuda, cuda_driver = _part_of_torch("cuda"), ctypes.CDLL("libcuda.so.1")
-        of_torch = functions_of_torch() | {name: _address(getattr(cuda, f"aoti_torch_{name}")) for name in _TORCH_CUDA}
-        made = _Library(library, of_torch, {name: _address(getattr(cuda_driver, name)) for name in _DRIVER})
+        of_cuda, driver = _functions_of_cuda()
+        made = _Library(library, functions_of_torch() | of_cuda, driver)
     except (OSError, AttributeError, RuntimeError) as error:
         logger.warning(_SLOW, error)
         return None
     on_new_scratch(made.set_scratch)
     return made
+
+
+def _functions_of_cuda() -> tuple[dict[str, int], dict[str, int]]:
+    """Addresses of torch's functions for CUDA and of the driver's; 0 where there is no NVIDIA GPU."""
+    if not torch.version.cuda or not torch.cuda.is_available():
+        return dict.fromkeys(_TORCH_CUDA, 0), dict.fromkeys(_DRIVER, 0)
+    cuda, driver = _part_of_torch("cuda"), ctypes.CDLL("libcuda.so.1")
+    return (
+        {name: _address(getattr(cuda, f"aoti_torch_{name}")) for name in _TORCH_CUDA},
+        {name: _address(getattr(driver, name)) for name in _DRIVER},
+    )

@@ -33,6 +33,7 @@ extern void *PyCapsule_GetPointer(PyObject *, const char *);
 extern PyObject *PyCFunction_NewEx(PyMethodDef *, PyObject *, PyObject *);
 extern PyObject *PySequence_GetItem(PyObject *, Py_ssize_t);
 extern long long PyLong_AsLongLong(PyObject *);
+extern void *PyEval_SaveThread(void), PyEval_RestoreThread(void *);
 extern void PyErr_Clear(void), PyErr_SetString(PyObject *, const char *);
 extern PyObject *PyErr_Occurred(void);
 extern PyObject *PyExc_RuntimeError;
@@ -59,6 +60,7 @@ struct Interface {
   int (*from_memory)(void *, word, const word *, const word *, word, int32_t, int32_t, int32_t, void **);
   int (*delete)(void *);
   PyObject *(*wrap)(const void *);
+  int (*threads)(void);
   int (*mm)(void *, void *, void *);
   int (*addmm)(void *, void *, void *, void *, double, double);
   int (*stream)(int32_t, void **);
@@ -77,7 +79,7 @@ struct Member {
 };
 
 struct Group {
-  word dtype, device_type, device, ins, count, context;
+  word dtype, device_type, device, ins, count, context; /* context: of the driver, 0 for the CPU */
   struct Member members[MEMBERS];
 };
 
@@ -136,9 +138,10 @@ static bool is_quiet(void) {
   return level && PyLong_AsLongLong(level) < 0;
 }
 
-static bool is_same(const struct Member *member, PyObject *parameters) {
+/* parts: of the member, as they are now. */
+static bool is_same(const struct Member *member, PyObject *parameters, PyObject **parts) {
   for (int i = 0; i < PARTS; i++) {
-    PyObject *object = PyDict_GetItemWithError(parameters, names[i]);
+    PyObject *object = parts[i] = PyDict_GetItemWithError(parameters, names[i]);
     const word *expected = member->tensors[i];
     if (!object) return PyErr_Clear(), false;
     if (object == api.none) {
@@ -276,6 +279,20 @@ static const word *copy(const word *step, const word *slots, void *stream, int *
   return step + 3;
 }
 
+enum { REFUSED = -2 }; /* Python says why */
+
+typedef int PackedProduct(const void *, word, word, const word *, word, int, int, word *);
+
+/* `multiply` of `cpu/packed.c`. Other threads run meanwhile. */
+static const word *multiply_packed(const word *step, const word *slots, int *status) {
+  PackedProduct *product = (PackedProduct *)step[0];
+  word kept;
+  void *thread = PyEval_SaveThread();
+  if (product(step + 4, step[2], slots[1], slots + 2, slots[0], (int)step[1], api.threads(), &kept)) *status = REFUSED;
+  PyEval_RestoreThread(thread);
+  return step + 4 + step[3];
+}
+
 static int run(const word *step, word count, const word *slots, void *stream, const struct Group *group) {
   int status = 0;
   for (word i = 0; i < count && !status; i++) {
@@ -283,7 +300,8 @@ static int run(const word *step, word count, const word *slots, void *stream, co
     if (kind == 0) step = launch(step, slots, stream, &status);
     else if (kind == 1) step = multiply(step, slots, group, &status);
     else if (kind == 2) step = multiply_sparse(step, slots, stream, &status);
-    else step = copy(step, slots, stream, &status);
+    else if (kind == 3) step = copy(step, slots, stream, &status);
+    else step = multiply_packed(step, slots, &status);
   }
   return status;
 }
@@ -308,7 +326,7 @@ static void forget(struct State *state) {
 /* Bytes of a memory, a multiple of 256. */
 static word size_of(const word *memory, word rows) { return (memory[1] + memory[2] * rows + 255) / 256 * 256; }
 
-/* Runs a program: 1 with the results as new objects, 0 if memory of the stream is missing, -1 with an error set. */
+/* Runs a program: 1 with the results as new objects, 0 if it is for Python, -1 with an error set. */
 static int execute(const struct Group *group, const word *program, word rows, const word *sizes, word dimensions, void *x,
                    void *stream, PyObject **outs) {
   word slots[SLOTS] = {rows, (word)x};
@@ -342,7 +360,7 @@ static int execute(const struct Group *group, const word *program, word rows, co
       }
   }
   if (status) PyErr_SetString(PyExc_RuntimeError, "no memory for the results of packed layers");
-  else if ((status = run(steps + 1, *steps, slots, stream, group))) {
+  else if ((status = run(steps + 1, *steps, slots, stream, group)) && status != REFUSED) {
     char text[64];
     snprintf(text, sizeof text, "a packed layer failed to launch: error %d", status);
     PyErr_SetString(PyExc_RuntimeError, text);
@@ -351,7 +369,17 @@ static int execute(const struct Group *group, const word *program, word rows, co
     if (!(outs[i] = api.wrap(held[i]))) status = -1;
   for (word i = 0; i <= count; i++)
     if (held[i]) api.delete(held[i]);
-  return status ? -1 : 1;
+  return status == REFUSED ? 0 : status ? -1 : 1;
+}
+
+/* Whether the device is the current one, and no graph is captured. stream: the current one, NULL for the CPU. */
+static bool is_current(const struct Group *group, void **stream) {
+  void *context;
+  int capturing = 0;
+  *stream = NULL;
+  if (!group->context) return true;
+  return !api.stream((int32_t)group->device, stream) && !api.context(&context) && (word)context == group->context &&
+         !api.is_capturing(*stream, &capturing) && !capturing;
 }
 
 /* call(parameters, x, kernel) -> the first member's result or None; those of the others wait. */
@@ -362,20 +390,19 @@ static PyObject *call(PyObject *self, PyObject *const *given, Py_ssize_t count) 
   if (state->input) forget(state), state->misses++; /* the last call's group was none */
   if (state->misses >= 3) return nothing();
   word dimensions, *sizes;
-  void *x, *stream, *context;
+  void *x, *stream;
   word rows = rows_of(group, tensor_of(given[1]), &dimensions, &sizes, &x);
   const word *program = rows < 0 ? NULL : program_for(state, rows);
   if (!program || !is_quiet()) return nothing();
-  int capturing = 0;
-  if (api.stream((int32_t)group->device, &stream) || api.context(&context) || (word)context != group->context ||
-      api.is_capturing(stream, &capturing) || capturing)
-    return nothing();
+  if (!is_current(group, &stream)) return nothing();
   word version = group->count > 1 ? version_of(given[1]) : 0;
   if (version < 0) return nothing(); /* inference mode: an edit before the next call would not be seen */
+  PyObject *outs[MEMBERS] = {0}, *parts[MEMBERS * PARTS];
   for (word i = 0; i < group->count; i++)
-    if (!is_same(group->members + i, state->members[i])) return nothing();
-  PyObject *outs[MEMBERS] = {0};
+    if (!is_same(group->members + i, state->members[i], parts + i * PARTS)) return nothing();
+  for (word i = 0; i < group->count * PARTS; i++) Py_IncRef(parts[i]);
   int done = execute(group, program, rows, sizes, dimensions, x, stream, outs);
+  for (word i = 0; i < group->count * PARTS; i++) Py_DecRef(parts[i]);
   if (done < 0) {
     for (int i = 0; i < MEMBERS; i++)
       if (outs[i]) Py_DecRef(outs[i]);
@@ -396,14 +423,14 @@ static PyObject *take(PyObject *self, PyObject *const *given, Py_ssize_t count) 
   struct State *state = PyCapsule_GetPointer(self, NULL);
   struct Group *group = &state->group;
   if (!state->input) return nothing();
-  void *stream;
+  void *stream = NULL;
   word which = 1;
   if (count != 3) return nothing();
   while (which < group->count && state->members[which] != given[0]) which++;
   if (which == group->count) return nothing();
   PyObject *out = state->outs[which];
   bool fits = out && given[1] == state->input && given[2] == state->kernel && version_of(given[1]) == state->version;
-  fits = fits && !api.stream((int32_t)group->device, &stream) && stream == state->stream && is_quiet();
+  fits = fits && (!group->context || !api.stream((int32_t)group->device, &stream)) && stream == state->stream && is_quiet();
   if (!fits) return forget(state), state->misses++, nothing();
   state->outs[which] = NULL;
   for (word i = 1; i < group->count; i++)
