@@ -31,11 +31,28 @@ class _SparseLinear(torch.autograd.Function):
 
 
 def _multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right, in FP32 inside where a CPU has no instructions for 16 bits."""
+    """left (..., k) @ right (k, n), in FP32 inside where a CPU has no instructions for 16 bits."""
     if left.device.type != "cpu" or multiplies_natively(left.dtype):
         return left @ right
-    with torch.autocast("cpu", enabled=False):
-        return (left.float() @ right.float()).to(left.dtype)
+    return _ProductInFP32.apply(left, right)
+
+
+class _ProductInFP32(torch.autograd.Function):
+    """left (..., k) @ right (k, n). Saves them in their own 16 bits."""
+
+    @staticmethod
+    def forward(ctx, left, right):
+        ctx.save_for_backward(left, right)
+        with torch.autocast("cpu", enabled=False):
+            return (left.float() @ right.float()).to(left.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        left, right = ctx.saved_tensors
+        of_left = _multiply(grad, right.T) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_left, None
+        return of_left, _multiply(left.reshape(-1, left.shape[-1]).T, grad.reshape(-1, grad.shape[-1]))
 
 
 def _unpack(mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:

@@ -261,7 +261,8 @@ def test_checkpointing_computes_blocks_again_and_changes_nothing(name, train) ->
         assert "forward" not in vars(block)
     assert found[0][0] == found[1][0] and tiny.same(found[0][1], found[1][1])
     steps = len(tiny.IDS) // 2
-    assert [len(count) for count in calls] == [3 * steps + steps, 3 * steps + 2 * steps]
+    weighed = 3 if stats["best_pass"] else 2  # the start, after the pass, and rounded where that was better
+    assert [len(count) for count in calls] == [weighed * steps + steps, weighed * steps + 2 * steps]
 
 
 # What it leaves alone

@@ -46,7 +46,7 @@ def _move(T, mask, W, E, L, rho, Z, size, N: tl.constexpr, M: tl.constexpr, CORR
         tl.store(T + place + k, moved[k // 4], mask=place + k < size)
         tl.store(mask + place + k, support, mask=place + k < size)
         if CORRECT:
-            entry = tl.where(support != 0, moved[k // 4], -moved[k // 4])
+            entry = tl.where(support != 0, moved[k // 4], -1.0 * moved[k // 4])  # 0 - x would make 0 of 0
             entry -= tl.load(W + place + k, mask=place + k < size)
             entry += tl.load(L + place + k, mask=place + k < size)
             tl.store(Z + place + k, entry * tl.load(rho), mask=place + k < size)
@@ -66,7 +66,7 @@ def _correct(T, mask, W, L, rho, Z, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     entry = tl.load(T + at, mask=inside)
-    entry = tl.where(tl.load(mask + at, mask=inside) != 0, entry, -entry)
+    entry = tl.where(tl.load(mask + at, mask=inside) != 0, entry, -1.0 * entry)
     entry -= tl.load(W + at, mask=inside)
     entry += tl.load(L + at, mask=inside)
     tl.store(Z + at, entry * tl.load(rho), mask=inside)
