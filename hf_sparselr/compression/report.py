@@ -151,7 +151,7 @@ class Report:
         judged = [row["loss_after"] / row["loss_before"] for row in found]
         trained = [row["train_loss"][row["best_pass"] - 1] for row in found if row["best_pass"]]
         apart = all(row["kept_back_loss"] for row in found)
-        windows = "calibration windows that were kept back" if apart else "the trained windows (too few to keep some back)"
+        windows = "calibration windows that were kept back" if apart else "trained windows (too few to keep some back)"
         line = (
             f"transformer matching: the squared error of a block's output on {windows} is {fmean(judged):.2f} of that "
             f"before ({min(judged):.2f} to {max(judged):.2f})"
