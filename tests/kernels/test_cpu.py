@@ -205,3 +205,35 @@ def test_training_in_16_bits_is_computed_in_fp32_where_the_cpu_has_no_instructio
     expected = exact.grad if train == "inputs" else dense.grad[S != 0]
     actual = x.grad if train == "inputs" else weight.values.grad
     assert (actual.double() - expected).norm() <= 0.03 * expected.norm()
+
+
+@levels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("out", "n", "kind"), [(5, 8, "2:4"), (33, 24, "4:8"), (40, 136, "1:2"), (16, 640, "2:4")])
+def test_four_of_every_eight_columns(out: int, n: int, kind: str, dtype: torch.dtype, wide: bool) -> None:
+    for rank, bias in ((0, False), (5, True), (16, False)):
+        case = problem(out, n, kind, rank, bias, dtype)
+        weight = on_cpu(case)
+        for rows in (1, 2, 9):
+            x = draw(rows, n, seed=6, dtype=dtype).cpu()
+            assert_near(cpu.multiply(x, weight), case.expected(x.to(case.S.device)).cpu(), dtype)
+
+
+@levels
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("row", [0, 1, 39])
+def test_a_mask_that_only_seems_to_keep_four_of_every_eight_columns(row: int, rows: int, wide: bool) -> None:
+    case = problem(40, 64, "2:4", 5, True)
+    weight, support = on_cpu(case), case.support.cpu().clone()
+    support[row] = torch.arange(64) < 32  # as many values, elsewhere
+    mask, values = pack(draw(40, 64, seed=3, dtype=torch.float32).cpu() + 10.0, support)
+    S = torch.zeros(40, 64).masked_scatter(support, values)
+    x = draw(rows, 64, seed=6, dtype=torch.float32).cpu()
+    out = cpu.multiply(x, weight._replace(mask=mask, values=values))
+    expected = x.double() @ (S.double() + weight.B.double() @ weight.A.double()).T + weight.bias.double()
+    assert_near(out, expected, torch.float32)
+    mask[row, 0] = 0xFF  # and more bits than values
+    mask[row, 1:4] = 0xFF
+    mask[row, 4] = 1
+    with pytest.raises(ValueError, match="values hold 1280 entries, but the mask keeps 1281"):
+        cpu.multiply(x, weight._replace(mask=mask, values=values))

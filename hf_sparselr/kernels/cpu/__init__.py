@@ -21,7 +21,7 @@ from ..program import Program
 
 logger = logging.getLogger(__name__)
 
-_PARTS = ("values.c", "across.c", "along.c", "packed.c")
+_PARTS = ("values.c", "across.c", "few_rows.c", "along.c", "packed.c")
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _KINDS = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
 _X86_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt")

@@ -1,11 +1,8 @@
-/* Few rows of x: some columns of a row of S are expanded to dense ones and multiplied with up to ACROSS rows of x.
- *
- * A row function leaves eight partial sums for each row of x. `finish` adds the factors, adds up, and rounds.
+/* One row of S times up to ACROSS rows of x: some columns of S are expanded to dense ones. A row function leaves eight
+ * partial sums for each row of x.
  */
 
-enum { ACROSS = 8, SHORT = 16, AHEAD = 4096 };
-/* ACROSS: rows of x. SHORT: rows of S that are used again while they are in a cache. AHEAD: bytes, memory is read while
-   earlier values are multiplied. */
+enum { ACROSS = 8, AHEAD = 4096 }; /* rows of x; bytes: memory is read while earlier values are multiplied */
 
 typedef struct {
   const float *x;     /* FP32, `stride` apart, zero behind the end for 64 columns; in the order of `spread` */
@@ -111,6 +108,53 @@ INLINE void narrow_row(const uint8_t *m, const entry *v, int64_t left, const Inp
     UNROLL for (int set = 1; set < sets; set++) s[0][r] = _mm256_add_ps(s[0][r], s[set][r]);
     _mm256_storeu_ps((float *)(sums + r), s[0][r]);
   }
+}
+
+static int32_t picks[256][8] __attribute__((aligned(32))); /* the first four set bits of a byte, twice */
+__attribute__((constructor)) static void make_picks(void) {
+  for (int byte = 0; byte < 256; byte++)
+    for (int bit = 0, rank = 0; bit < 8 && rank < 4; bit++)
+      if (byte >> bit & 1) picks[byte][rank] = picks[byte][rank + 4] = bit, rank++;
+}
+
+INLINE __m256 eight_values(const entry *v) {
+#if defined(BF16)
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)v)), 16));
+#elif defined(FP16)
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)v));
+#else
+  return _mm256_loadu_ps(v);
+#endif
+}
+
+/* Eight values that 16 columns keep, four of every eight, times theirs of x. */
+INLINE __m256 add_eight(const uint8_t *m, const entry *v, const float *x, __m256 sum) {
+  __m256 begin = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), *(const __m256i *)picks[m[0]]);
+  __m256 end = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 8), *(const __m256i *)picks[m[1]]);
+  return _mm256_fmadd_ps(eight_values(v), _mm256_blend_ps(begin, end, 0xf0), sum);
+}
+
+/* One row of x and a row of S that keeps four of every eight columns: x is picked, S stays packed. */
+static void across_fours(const uint8_t *m, const entry *v, int64_t left, const Inputs *in, int64_t bytes, floats *sums,
+                         int rows) {
+  __m256 s[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+  const float *x = in->x;
+  int64_t byte = 0;
+  (void)left, (void)rows;
+  for (; byte + 7 < bytes; byte += 8) {
+    UNROLL for (size_t line = 0; line < sizeof(entry) / 2; line++)
+      __builtin_prefetch((const char *)(v + 4 * byte) + AHEAD + line * 64);
+    __builtin_prefetch(m + byte + AHEAD / 8);
+    UNROLL for (int i = 0; i < 4; i++) s[i] = add_eight(m + byte + 2 * i, v + 4 * byte + 8 * i, x + 8 * byte + 16 * i, s[i]);
+  }
+  for (; byte + 1 < bytes; byte += 2) s[0] = add_eight(m + byte, v + 4 * byte, x + 8 * byte, s[0]);
+  if (byte < bytes) { /* nothing is read beyond the values */
+    const uint8_t last[2] = {m[byte], 0};
+    entry values[8] = {0};
+    memcpy(values, v + 4 * byte, 4 * sizeof(entry));
+    s[1] = add_eight(last, values, x + 8 * byte, s[1]);
+  }
+  *(__m256 *)sums = _mm256_add_ps(_mm256_add_ps(s[0], s[1]), _mm256_add_ps(s[2], s[3]));
 }
 
 /* The next values at the set bits of 16 columns, zero elsewhere. 16 are read, wanted or not. */
@@ -241,158 +285,3 @@ static void across_plain(const uint8_t *m, const entry *v, int64_t left, const I
 }
 #endif
 
-typedef struct {
-  across row;
-  int64_t most; /* rows of x for which it is faster than "along" */
-  int apart;    /* how x must be spread */
-} Across;
-
-/* level: 0 AVX2 or no x86, 1 AVX-512, as far as the processor has it. */
-static Across choose_across(int level) {
-#ifdef X86
-  int wide = level > 0 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vl");
-#ifdef HAS_PAIRED
-  if (wide && __builtin_cpu_supports("avx512bf16")) return (Across){across_paired, INT64_MAX, 0};
-#endif
-  return wide ? (Across){across_wide, 16, 0} : (Across){across_narrow, 12, APART};
-#else
-  (void)level;
-  return (Across){across_plain, 12, APART};
-#endif
-}
-
-/* Widens `size` entries, a multiple of 16. apart: of every 16 the even ones come first. */
-static void spread(const entry *from, float *to, int64_t size, int apart) {
-  if (!apart) {
-    widen_all(from, to, size);
-    return;
-  }
-  for (int64_t i = 0; i < size; i += 16)
-    for (int j = 0; j < 8; j++) to[i + j] = widen(from[i + 2 * j]), to[i + 8 + j] = widen(from[i + 2 * j + 1]);
-}
-
-static float dot(const float *a, const float *b, int64_t size) {
-  floats one = {0}, two = {0};
-  for (int64_t i = 0; i < size; i += 16) one += *(const floats *)(a + i) * *(const floats *)(b + i),
-                                         two += *(const floats *)(a + i + 8) * *(const floats *)(b + i + 8);
-  one += two;
-  return one[0] + one[1] + one[2] + one[3] + (one[4] + one[5] + one[6] + one[7]);
-}
-
-/* The sums of eight vectors. */
-INLINE floats add_up(const floats *s) {
-#ifdef X86
-  __m256 a = _mm256_hadd_ps(_mm256_hadd_ps((__m256)s[0], (__m256)s[1]), _mm256_hadd_ps((__m256)s[2], (__m256)s[3]));
-  __m256 b = _mm256_hadd_ps(_mm256_hadd_ps((__m256)s[4], (__m256)s[5]), _mm256_hadd_ps((__m256)s[6], (__m256)s[7]));
-  return (floats)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
-#else
-  floats total;
-  for (int i = 0; i < 8; i++) total[i] = s[i][0] + s[i][1] + s[i][2] + s[i][3] + (s[i][4] + s[i][5] + s[i][6] + s[i][7]);
-  return total;
-#endif
-}
-
-/* y of eight rows of S or fewer and one row of x. sums: ACROSS apart. factors: B, u: (x A^T) of that row, both in FP32 and
-   padded with zeros to `ranks`, a multiple of 8. */
-INLINE void finish(const floats *sums, const float *factors, const float *u, int64_t ranks, const entry *bias, entry *y,
-                   int64_t size) {
-  floats s[8];
-  UNROLL for (int i = 0; i < 8; i++) s[i] = i < size ? sums[i * ACROSS] : (floats){0};
-  for (int64_t q = 0; q < ranks; q += 8) {
-    floats part = *(const floats *)(u + q);
-    UNROLL for (int i = 0; i < 8; i++) s[i] += *(const floats *)(factors + i * ranks + q) * part;
-  }
-  floats total = add_up(s);
-  if (bias)
-    for (int i = 0; i < size; i++) total[i] += widen(bias[i]);
-  if (size == 8)
-    UNROLL for (int i = 0; i < 8; i++) y[i] = narrow(total[i]);
-  else
-    for (int i = 0; i < size; i++) y[i] = narrow(total[i]);
-}
-
-/* u: (rows, ranks), zero behind w->rank; one column of it. */
-static void low_rank_column(const Weight *w, int64_t q, const Inputs *in, float *u, int64_t ranks, int64_t rows, int apart) {
-  float part[512];
-  for (int64_t r = 0; r < rows; r++) u[r * ranks + q] = 0;
-  for (int64_t k = 0; k < w->ins; k += 512) {
-    int64_t size = w->ins - k < 512 ? w->ins - k : 512, even = size / 16 * 16;
-    entry last[16] = {0};
-    memcpy(last, w->A + q * w->ins + k + even, (size - even) * sizeof(entry));
-    spread(w->A + q * w->ins + k, part, even, apart);
-    if (even < size) spread(last, part + even, 16, apart);
-    for (int64_t r = 0; r < rows; r++) u[r * ranks + q] += dot(part, in->x + r * in->stride + k, (size + 15) / 16 * 16);
-  }
-}
-
-static int64_t padded(int64_t rank) { return (rank + 7) / 8 * 8; }
-
-/* SHORT rows of S from `top` on, for all rows of x. factors: memory for as many rows of B. */
-static void multiply_tile(const Weight *w, const int64_t *starts, int64_t top, const Inputs *in, const float *u,
-                          float *factors, entry *y, int64_t rows, across multiply) {
-  int64_t bytes = (w->ins + 7) / 8, ranks = padded(w->rank), high = w->outs - top < SHORT ? w->outs - top : SHORT;
-  floats sums[SHORT * ACROSS];
-  for (int64_t i = 0; i < high && ranks; i++) {
-    memset(factors + (i + 1) * ranks - 8, 0, 8 * sizeof(float));
-    widen_all(w->B + (top + i) * w->rank, factors + i * ranks, w->rank);
-  }
-  for (int64_t first = 0; first < rows; first += ACROSS) {
-    int64_t few = rows - first < ACROSS ? rows - first : ACROSS;
-    Inputs part = {in->x + first * in->stride, in->given + first * in->stride, in->stride};
-    for (int64_t i = 0; i < high; i++)
-      multiply(w->mask + (top + i) * bytes, w->values + starts[top + i], w->nonzeros - starts[top + i], &part, bytes,
-               sums + i * ACROSS, few);
-    for (int64_t r = 0; r < few; r++)
-      for (int64_t i = 0; i < high; i += 8)
-        finish(sums + i * ACROSS + r, factors + i * ranks, u + (first + r) * ranks, ranks,
-               w->bias ? w->bias + top + i : NULL, y + (first + r) * w->outs + top + i, high - i < 8 ? high - i : 8);
-  }
-}
-
-/* Weights with the same x. starts: those of all weights, one after the other. Returns 1 without memory, else 0. */
-static int multiply_across(const Weight *weights, int64_t size, const int64_t *starts, const entry *x, entry *const *ys,
-                           int64_t rows, Across way, int threads) {
-  int64_t ins = weights->ins, stride = (ins + 7) / 8 * 8 + 64, all_ranks = 0, most_ranks = 0, all_tiles = 0;
-  stride = (stride + 15) / 16 * 16;
-  for (int64_t i = 0; i < size; i++) {
-    int64_t ranks = padded(weights[i].rank);
-    all_ranks += ranks, most_ranks = ranks > most_ranks ? ranks : most_ranks;
-    all_tiles += (weights[i].outs + SHORT - 1) / SHORT;
-  }
-  int64_t x_bytes = rows * stride * 4, u_bytes = rows * all_ranks * 4, given_bytes = rows * stride * sizeof(entry);
-  int64_t part_bytes = lines(SHORT * most_ranks * 4);
-  char *memory = borrow(lines(x_bytes) + lines(u_bytes) + lines(given_bytes) + threads * part_bytes), *rest = memory;
-  if (!memory) return 1;
-  float *wide = take(&rest, x_bytes), *us = take(&rest, u_bytes);
-  entry *given = take(&rest, given_bytes);
-  for (int64_t r = 0; r < rows; r++) {
-    memcpy(given + r * stride, x + r * ins, ins * sizeof(entry));
-    memset(given + r * stride + ins, 0, (stride - ins) * sizeof(entry)); /* what is read behind the ends is zero */
-  }
-  spread(given, wide, rows * stride, way.apart);
-  Inputs in = {wide, given, stride};
-#pragma omp parallel num_threads(threads)
-  {
-    float *factors = (float *)(rest + this_thread() * part_bytes);
-#pragma omp for schedule(static)
-    for (int64_t column = 0; column < all_ranks; column++) {
-      const Weight *w = weights;
-      float *u = us;
-      int64_t q = column;
-      for (; q >= padded(w->rank); w++) q -= padded(w->rank), u += rows * padded(w->rank);
-      if (q < w->rank) low_rank_column(w, q, &in, u, padded(w->rank), rows, way.apart);
-      else for (int64_t r = 0; r < rows; r++) u[r * padded(w->rank) + q] = 0;
-    }
-#pragma omp for schedule(static)
-    for (int64_t number = 0; number < all_tiles; number++) {
-      const Weight *w = weights;
-      const int64_t *its_starts = starts;
-      const float *u = us;
-      int64_t tile = number, tiles;
-      for (; tile >= (tiles = (w->outs + SHORT - 1) / SHORT); w++)
-        tile -= tiles, its_starts += w->outs + 1, u += rows * padded(w->rank);
-      multiply_tile(w, its_starts, tile * SHORT, &in, u, factors, ys[w - weights], rows, way.row);
-    }
-  }
-  return give_back(memory), 0;
-}

@@ -21,11 +21,16 @@ static int count_all(const Weight *weights, int64_t size, int64_t *starts, int t
 int multiply(const Weight *weights, int64_t size, const entry *x, entry *const *ys, int64_t rows, int level,
              int threads, int64_t *kept) {
   int64_t all = 0;
-  for (int64_t i = 0; i < size; i++) all += weights[i].outs + 1;
+  int fours = 1;
+  for (int64_t i = 0; i < size; i++) all += weights[i].outs + 1, fours = fours && may_keep_fours(weights + i);
+  Across few_rows = choose_across(level, 0);
+  if (fours && rows <= few_rows.most) {
+    int failed = multiply_across(weights, size, NULL, x, ys, rows, choose_across(level, rows == 1), threads);
+    if (failed != 2) return failed;
+  }
   int64_t local[2048], *starts = all <= 2048 ? local : malloc(all * 8);
   if (!starts) return 1;
   int failed = count_all(weights, size, starts, threads, kept);
-  Across few_rows = choose_across(level);
   if (!failed && rows <= few_rows.most) failed = multiply_across(weights, size, starts, x, ys, rows, few_rows, threads);
   else if (!failed) failed = multiply_along(weights, size, starts, x, ys, rows, level, threads);
   if (starts != local) free(starts);
