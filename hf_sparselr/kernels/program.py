@@ -29,7 +29,8 @@ class Memory(NamedTuple):
     Attributes:
         dtype: of its entries.
         fixed, per_row: entries, and more for each row of x.
-        shared: the stream's scratch memory, which its launches use one after the other; `fixed` entries of 4 bytes.
+        shared: the stream's scratch memory, which its launches use one after the other; `fixed` entries of 4 bytes. In
+            Python only where the program has one step: between two, another thread may use the stream.
         counters: the part of that which is zero between launches.
     """
 
@@ -188,7 +189,7 @@ class Program:
         for dtype, fixed, per_row, shared, counters in self.memories:
             if counters and start is not None:
                 slots.append(start)
-            elif shared and start is not None:
+            elif shared and start is not None and len(self.steps) == 1:
                 slots.append(start + place)
                 place += 4 * fixed
             else:

@@ -1,6 +1,7 @@
 """The packed product on a GPU: gradients, graphs, streams, timing, and sizes that the interpreter is too slow for."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hf_sparselr.bench import kernels as bench
 from hf_sparselr.format.patterns import parse
 from hf_sparselr.kernels import dispatch, ops, packed_linears
 from hf_sparselr.kernels.bindings import binding_of
-from hf_sparselr.kernels.launch_config import MEDIUM_BATCH, LaunchConfig
+from hf_sparselr.kernels.launch_config import GEMV, MEDIUM_BATCH, LaunchConfig
 from hf_sparselr.kernels.timing import milliseconds
 
 pytestmark = pytest.mark.gpu
@@ -205,6 +206,23 @@ def test_layers_that_share_a_launch_come_out_as_alone(rows: int, kind: str | flo
     with torch.no_grad():
         for layer, together in zip(layers, packed_linears(x, weights), strict=True):
             assert torch.equal(layer(x), together)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_another_thread_may_use_the_stream_between_two_steps(rows: int) -> None:
+    from hf_sparselr.kernels import gpu
+
+    case, x = problem(70, 320, 0.5, 20, dtype=torch.bfloat16), draw(rows, 320, seed=6, dtype=torch.bfloat16)
+    weight, program = case.weight, gpu.run(rows, [case.weight], {1: GEMV[0], 40: MEDIUM_BATCH[1]}[rows])
+    first, *others = program.steps
+    assert others
+
+    class Elsewhere:
+        def run(self, slots: list, weights: list) -> None:
+            program(draw(rows, 320, seed=7, dtype=torch.bfloat16), rows, [weight])
+
+    (out,) = replace(program, steps=(first, Elsewhere(), *others))(x, rows, [weight])
+    assert_near(out, case.expected(x), torch.bfloat16)
 
 
 def test_several_streams() -> None:

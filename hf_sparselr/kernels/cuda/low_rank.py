@@ -5,6 +5,7 @@ import functools
 import torch
 
 from ..launch import DriverLaunch, TritonLaunch, Varying, drives
+from ..launch_config import MOST_ROWS, bucket
 from ..packed_weight import PackedWeight
 from ..program import ROWS, Launch, Memory, Multiply, Part, PerRows, Program, Step, X, y
 from ..triton.decode import ceil_div, sum_of_parts
@@ -12,6 +13,7 @@ from .nvrtc import CompileError, load_function
 
 _FACTORS = 16  # of a block
 _MOST_ROWS = 4096  # of x; with more, cuBLAS is faster than the host
+_MOST_SCRATCH = 2**22  # entries of 4 bytes that are taken from a stream's scratch memory
 
 
 def factor_step(rows: int, weight: PackedWeight, u: int) -> Step:
@@ -46,15 +48,24 @@ def with_factors_and_parts(
     factor, target = X, y(0)
     if weight.rank:
         factor = 3
-        memories.append(Memory(like.dtype, per_row=weight.rank))
         steps.append(factor_step(rows, weight, factor))
+        memories.append(_memory(rows, like.dtype, weight.rank, isinstance(steps[0], Launch)))
     if split > 1:
         target = 3 + len(memories)
-        memories.append(Memory(torch.float32, per_row=split * outs))
+        memories.append(_memory(rows, torch.float32, split * outs, True))
     steps.append(Launch(launch, (X, factor, target, ROWS), grid))
     if split > 1:
         steps.append(sum_of_parts(split, like, outs, target, y(0)))
     return Program((outs,), tuple(memories), tuple(steps))
+
+
+def _memory(rows: int, dtype: torch.dtype, per_row: int, by_address: bool) -> Memory:
+    """Entries for each row of x, for up to `rows` rows, raised to a power of two: the stream's, which costs a call no
+    allocation, where that is no waste and its users take an address."""
+    size = ceil_div(bucket(rows) * per_row * dtype.itemsize, 16) * 4  # all start at addresses for wide loads
+    if by_address and bucket(rows) < MOST_ROWS and size <= _MOST_SCRATCH:
+        return Memory(torch.float32, size, shared=True)
+    return Memory(dtype, per_row=per_row)
 
 
 @functools.cache
