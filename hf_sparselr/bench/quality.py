@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
             try:
                 row = {**cell._asdict(), **subject.result(args, cell)}
             except Exception as error:  # hours of other results must not hang on one, which may only lack memory
-                traceback.print_exc()
+                traceback.print_exc(limit=-3)
                 failed.append(f"{cell}: {error}")
             else:
                 results.add(row)
@@ -205,7 +205,8 @@ class _Subject:
         if not args.last_word:
             return []
         texts = read_files(args.last_word, f"--last-word {args.last_word}")
-        return passages(texts, self.tokenizer, args.passages, args.seq_len)
+        longest = min(args.seq_len, getattr(self.dense.config, "max_position_embeddings", args.seq_len))
+        return passages(texts, self.tokenizer, args.passages, longest)
 
     def result(self, args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         if cell.refine == DENSE:
