@@ -1,7 +1,7 @@
 """The tables of `bench quality`, and how its results stand to one another."""
 
 from collections.abc import Callable, Iterator
-from statistics import fmean, geometric_mean
+from statistics import fmean, geometric_mean, median
 from typing import Any
 
 DENSE, ROUNDED, PUBLISHED = "dense", "8 bits", "published"
@@ -10,6 +10,7 @@ LEAST = 0.01  # a smaller share counts as this one, so that one of zero does not
 
 _SETTING = ("model", "calibration", "sparsity", "rank")
 _MEASURES = {"gap": "gap", "kl": "KL"}
+_COSTS = {"last word": ".3f", "seconds": ".0f"}
 
 Row = dict[str, Any]
 Runs = dict[int, Row]  # {seed: result}
@@ -17,26 +18,63 @@ Groups = dict[tuple, dict[str, Runs]]  # {setting: {refinement: runs}}
 
 
 def markdown(rows: list[Row]) -> str:
-    """A row a model, calibration, pattern and refinement, means over seeds; then a summary.
+    """Two tables, means over seeds, and a summary.
+
+    The first has a row a model, calibration, pattern and text, and a column a refinement: gap / divergence from the
+    dense model in nats / share of predictions with its most probable token. The second has share of the dense bytes /
+    share of hidden words that are found / seconds.
 
     Args:
         rows: results as `bench quality` stores them, in any order.
     """
     groups = _grouped(rows)
-    names = sorted({name for row in rows for name in row["sets"]})
-    header = ["model", "calibration", "sparsity", "refine", "seeds", "bytes", "seconds"]
-    for name in names:
-        header += [f"{name}: gap", "KL", "same top token"]
-    header += ["last word", "gaps / published", "KLs / published"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for setting, refinements in groups.items():
-        for refine, runs in refinements.items():
-            cells = [*map(str, setting[:3]), refine, *_measured(runs, names, refine)]
-            for measure in _MEASURES:
-                shares = list(_shares(refinements, refine, PUBLISHED, measure).values())
-                cells.append(f"{_mean_share(shares):.2f}" if shares else "")
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *summary(rows)])
+    dense = {setting[0]: refinements for setting, refinements in groups.items() if not setting[2]}
+    packed = {setting: refinements for setting, refinements in groups.items() if setting[2]}
+    columns = list(dict.fromkeys(name for own in packed.values() for name in own))
+    head = ["model", "calibration", "sparsity", "rank"]
+    texts = [[*head, "text", "dense", ROUNDED, *columns, "seeds"]]
+    costs = [[*head, "dense", ROUNDED, *columns]]
+    for setting, own in packed.items():
+        whole = {**dense.get(setting[0], {}), **own}
+        name, *rest = map(str, setting)
+        for text in _texts(own, next(iter(own))):
+            cells = [_errors(whole.get(refine, {}), text) for refine in (ROUNDED, *columns)]
+            texts.append([name, *rest, text, _perplexity(whole, text), *cells, _counts(own)])
+        costs.append([name, *rest, *(_costs(whole.get(refine, {})) for refine in (DENSE, ROUNDED, *columns))])
+    tables = [_table(texts), "gap in perplexity / KL / same top token", _table(costs), "bytes / last word / seconds"]
+    return "\n\n".join([*tables, "\n".join(summary(rows))])
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _perplexity(refinements: dict[str, Runs], text: str) -> str:
+    return f"{refinements[DENSE][0]['sets'][text]['perplexity']:.2f}" if DENSE in refinements else ""
+
+
+def _errors(runs: Runs, text: str) -> str:
+    values = [row["sets"][text] for row in runs.values() if text in row["sets"]]
+    if not values:
+        return ""
+    gap, kl, agreement = (fmean(value[name] for value in values) for name in ("gap", "kl", "agreement"))
+    return f"{gap:.2f} / {kl:.4f} / {agreement:.1%}"
+
+
+def _costs(runs: Runs) -> str:
+    rows = list(runs.values())
+    if not rows:
+        return ""
+    cells = [f"{rows[0]['bytes']:.3f}"]
+    cells += [f"{fmean(row[name] for row in rows):{form}}" for name, form in _COSTS.items() if name in rows[0]]
+    return " / ".join(cells)
+
+
+def _counts(refinements: dict[str, Runs]) -> str:
+    """How many seeds there are: of all refinements, or the fewest and the most."""
+    counts = sorted({len(runs) for runs in refinements.values()})
+    return "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
 
 
 def summary(rows: list[Row]) -> Iterator[str]:
@@ -64,6 +102,18 @@ def summary(rows: list[Row]) -> Iterator[str]:
         ratios = [ratio for refinements in groups.values() for ratio in _time_ratios(refinements, refine)]
         if ratios and refine != "none":
             yield f"{refine}: {geometric_mean(ratios):.2f} x the seconds of none (geometric mean of {len(ratios)})."
+    ranges = [spread for refinements in groups.values() for spread in _spreads(refinements)]
+    if ranges:
+        yield f"Seeds: the KL of a cell varies by {median(ranges):.1%} of its mean (median of {len(ranges)} ranges)."
+
+
+def _spreads(refinements: dict[str, Runs]) -> Iterator[float]:
+    """The ranges of the divergences over seeds, as shares of their means."""
+    for refine, runs in refinements.items():
+        for text in _texts(refinements, refine):
+            values = [row["sets"][text]["kl"] for row in runs.values()]
+            if len(values) > 1 and min(values) > 0:
+                yield (max(values) - min(values)) / fmean(values)
 
 
 def _grouped(rows: list[Row]) -> Groups:
@@ -75,30 +125,6 @@ def _grouped(rows: list[Row]) -> Groups:
         setting = tuple(row[name] for name in _SETTING)
         groups.setdefault(setting, {}).setdefault(row["refine"], {})[row["seed"]] = row
     return groups
-
-
-def _measured(runs: Runs, names: list[str], refine: str) -> Iterator[str]:
-    rows = list(runs.values())
-    yield str(len(rows))
-    yield f"{rows[0]['bytes']:.3f}"
-    yield f"{fmean(row['seconds'] for row in rows):.0f}" if "seconds" in rows[0] else ""
-    for name in names:
-        values = [row["sets"][name] for row in rows if name in row["sets"]]
-        if not values:
-            yield from ("", "", "")
-        elif refine == DENSE:
-            yield from (f"{values[0]['perplexity']:.2f} (dense)", "", "")
-        else:
-            yield _seeds([value["gap"] for value in values])
-            yield f"{fmean(value['kl'] for value in values):.4f}"
-            yield f"{fmean(value['agreement'] for value in values):.3f}"
-    yield f"{fmean(row['last word'] for row in rows):.3f}" if "last word" in rows[0] else ""
-
-
-def _seeds(values: list[float]) -> str:
-    """The mean, and the extremes of several seeds."""
-    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-    return f"{fmean(values):.2f}{spread}"
 
 
 def _shares(refinements: dict[str, Runs], refine: str, other: str, measure: str) -> dict[str, float]:

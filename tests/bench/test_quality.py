@@ -134,7 +134,8 @@ def test_shares_are_of_means_over_seeds() -> None:
     # sqrt(1/2 * 1/4), over the seeds that both have
     assert "tm: gap 0.354 of published (geometric mean of 2), at most 0.500 (m 2:4 a)." in text
     assert "tm: KL 1.000 of published" in text
-    assert "| 30.67 (0.50 to 90.00) |" in text
+    assert "| m | c | 2:4 | 16 | a |  |  | 2.00 / 0.1000 / 90.0% | 30.67 / 0.1000 / 90.0% | 2-3 |" in text
+    assert "| m | c | 2:4 | 16 |  |  | 0.600 / 1 | 0.600 / 1 |" in text
 
 
 def test_summary_compares_refinements() -> None:
