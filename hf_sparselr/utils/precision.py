@@ -37,7 +37,8 @@ _EMULATED = _emulated_dtypes()
 def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     """Runs matrix products in "fp32", "tf32" or "bf16" (autocast) inside the block."""
     if precision == "bf16":
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        # Its cache would live as long as an outer autocast does, such as that of `plain_modes`, and hold every weight.
+        with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
             yield
         return
     with matmuls(LEVELS[precision]):

@@ -1,5 +1,7 @@
 """The precision of matrix products, and what the user has set."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from hf_sparselr.utils.precision import (
     available,
     coarsest,
     matmuls,
+    plain_modes,
     product,
     subtract_product,
 )
@@ -81,3 +84,13 @@ def test_products_round_their_factors_only(precision: str) -> None:
     left, right = left / 7, right / 9
     error = (product(left, right, precision) - left @ right).norm() / (left @ right).norm()
     assert error < (2.0**-8 if precision == "bf16" else 1e-6)
+
+
+def test_weights_do_not_outlive_their_products_in_bf16() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    alive = weakref.ref(weight)
+    with plain_modes(torch.device("cpu")):
+        with arithmetic(torch.device("cpu"), "bf16"):
+            torch.nn.functional.linear(torch.randn(2, 4), weight)
+        del weight
+        assert alive() is None
