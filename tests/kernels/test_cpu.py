@@ -110,14 +110,15 @@ def test_the_vectors_of_other_processors(dtype: torch.dtype, compiler: Callable[
             assert_near(cpu.multiply(x, on_cpu(case)), case.expected(x.to(case.S.device)).cpu(), dtype)
 
 
-def test_weights_with_one_input_come_out_as_they_would_alone() -> None:
-    cases = [problem(out, 100, kind, rank, bias) for out, kind, rank, bias in ((9, 0.5, 5, True), (33, 0.9, 0, False))]
-    weights = [on_cpu(case) for case in cases]
-    for rows in (1, 40):
-        x = draw(rows, 100, seed=6, dtype=torch.float32).cpu()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_with_one_input_come_out_as_they_would_alone(dtype: torch.dtype) -> None:
+    kinds = ((9, 0.5, 5, True), (33, 0.9, 0, False), (50, 0.5, 7, True))
+    weights = [on_cpu(problem(out, 100, kind, rank, bias, dtype)) for out, kind, rank, bias in kinds]
+    for rows in (1, 40, 100):
+        x = draw(rows, 100, seed=6, dtype=dtype).cpu()
         together = packed_linears(x, weights)
         assert all(torch.equal(y, packed_linear(x, weight)) for y, weight in zip(together, weights, strict=True))
-    wrong = weights[1]._replace(values=torch.zeros(7))
+    wrong = weights[1]._replace(values=torch.zeros(7, dtype=dtype))
     with pytest.raises(ValueError, match="values hold 7 entries"):
         packed_linears(x, [weights[0], wrong])
 
@@ -173,7 +174,10 @@ def test_fp32_is_never_unpacked_for_inference(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("hf_sparselr.utils.precision._EMULATED", {torch.bfloat16})
     assert all(cpu.prefers(torch.bfloat16, rows) for rows in (1, 16, 17, 1000))
     monkeypatch.setattr("hf_sparselr.utils.precision._EMULATED", set())
-    assert cpu.prefers(torch.bfloat16, 16) and not cpu.prefers(torch.bfloat16, 17)
+    assert cpu.prefers(torch.bfloat16, 16) and not cpu.prefers(torch.float16, 17)
+    for pairs in (True, False):
+        monkeypatch.setattr(cpu, "_multiplies_pairs", lambda pairs=pairs: pairs)
+        assert cpu.prefers(torch.bfloat16, 17) == pairs
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -1,7 +1,7 @@
 """x S^T + (x A^T) B^T + bias on the CPU, and S in full: C, compiled on first use, as no torch operator reads S packed.
 
-All sums are in FP32, so that 16 bits cost a CPU without instructions for them no time. `across.c` takes few rows,
-`along.c` many.
+All sums are in FP32, so that 16 bits cost a CPU without instructions for them no time. `few_rows.c` takes few rows, by
+`across.c`; `along.c` many; `pairs.c` many where the CPU multiplies pairs of BF16.
 """
 
 import ctypes
@@ -21,11 +21,11 @@ from ..program import Program
 
 logger = logging.getLogger(__name__)
 
-_PARTS = ("values.c", "across.c", "few_rows.c", "along.c", "packed.c")
+_PARTS = ("values.c", "across.c", "few_rows.c", "along.c", "pairs.c", "packed.c")
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _KINDS = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
 _X86_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt")
-_ACROSS_ROWS = 16  # of x that C multiplies faster than oneDNN in BF16 where the CPU has instructions for it
+_ACROSS_ROWS = 16  # of x that C multiplies faster than oneDNN where the CPU has instructions for the dtype
 
 # Whether AVX-512 may be used; follows ATEN_CPU_CAPABILITY, as torch does.
 _WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -43,7 +43,15 @@ def takes(tensors: Iterable[torch.Tensor]) -> bool:
 
 def prefers(dtype: torch.dtype, rows: int) -> bool:
     """Whether the kernels are faster than unpacking S for oneDNN."""
-    return dtype == torch.float32 or rows <= _ACROSS_ROWS or not multiplies_natively(dtype)
+    if dtype == torch.float32 or rows <= _ACROSS_ROWS or not multiplies_natively(dtype):
+        return True
+    return dtype == torch.bfloat16 and _multiplies_pairs()
+
+
+@functools.cache
+def _multiplies_pairs() -> bool:
+    """Whether pairs of BF16 are the fastest that the CPU multiplies: with AMX oneDNN is ahead."""
+    return X86 and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 class _Weight(ctypes.Structure):

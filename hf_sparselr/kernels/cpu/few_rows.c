@@ -8,7 +8,7 @@ enum { SHORT = 16 }; /* rows of S that are used again while they are in a cache 
 
 typedef struct {
   across row;
-  int64_t most; /* rows of x for which it is faster than "along" */
+  int64_t most; /* rows of x for which it is faster than what is for many */
   int apart;    /* how x must be spread */
 } Across;
 
@@ -18,7 +18,7 @@ static Across choose_across(int level, int fours) {
 #ifdef X86
   int wide = level > 0 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vl");
 #ifdef HAS_PAIRED
-  if (wide && __builtin_cpu_supports("avx512bf16")) return (Across){across_paired, INT64_MAX, 0};
+  if (wide && __builtin_cpu_supports("avx512bf16")) return (Across){across_paired, 16, 0};
 #endif
   if (!wide && fours) return (Across){across_fours, 1, 0};
   return wide ? (Across){across_wide, 16, 0} : (Across){across_narrow, 12, APART};
