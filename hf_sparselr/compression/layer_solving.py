@@ -25,6 +25,7 @@ from .activations import Workplace
 from .capture import Call
 from .layer_inputs import LayerGroup, gram_of_inputs, grams_of_experts
 from .linear_layers import dense_weight, is_transposed
+from .output_weights import output_weights
 from .plan import Layer
 from .precomputed import Precomputed
 from .report import layer_line
@@ -72,6 +73,8 @@ def solve_layers(
         block.set_submodule(name, WorkingLinear(result, module.bias, is_transposed(module)))
         bar.update()
 
+    with phases("capture and Gram"):
+        importance = _importance(block, layers, hidden, calls, config, place) if not precomputed else {}
     for group in groups:
         world = ALONE if group.experts else place.world
         problems = _problems(block, group, layers, hidden, calls, config, place, phases)
@@ -82,9 +85,13 @@ def solve_layers(
             started = time.perf_counter()
             with naming(planned[0].name), phases("solve"):
                 weights = [dense_weight(block.get_submodule(name)) for name in names]
-                results = _decompose(weights, planned, gram, config, world, precomputed)
-            for result in results:
+                roots = [importance[name].sqrt()[:, None] if name in importance else None for name in names]
+                scaled = [w if root is None else w * root for w, root in zip(weights, roots, strict=True)]
+                results = _decompose(scaled, planned, gram, config, world, precomputed)
+            for result, root in zip(results, roots, strict=True):
                 phases.add(result.stats.pop("phases", {}))
+                if root is not None:
+                    result.scale_rows_(1 / root)
             seconds = (time.perf_counter() - started) / len(names)
             for name, layer, result in zip(names, planned, results, strict=True):
                 weight = dense_weight(dense.get_submodule(name))
@@ -98,6 +105,21 @@ def solve_layers(
                 install(name, result, row)
     bar.close()
     return [rows[name] for group in groups for name in group.layers]
+
+
+def _importance(
+    block: nn.Module,
+    layers: dict[str, Layer],
+    hidden: list[torch.Tensor],
+    calls: list[Call],
+    config: SparseLRConfig,
+    place: Workplace,
+) -> dict[str, torch.Tensor]:
+    """The `output_weights` of the layers that are solved with such weights."""
+    flat = [name for name, layer in layers.items() if layer.hierarchy is None]
+    if not flat or not METHODS[config.method].weighs_outputs(config.method_options):
+        return {}
+    return output_weights(block, flat, hidden, calls, place)
 
 
 def _problems(

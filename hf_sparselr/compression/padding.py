@@ -56,3 +56,8 @@ def real_rows(tensor: torch.Tensor, masks: tuple[torch.Tensor, ...]) -> torch.Te
         if tensor.ndim == 2 and len(tensor) == mask.numel():
             return tensor[mask.flatten()]
     return tensor
+
+
+def position_mask(output: torch.Tensor, masks: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    """The mask (rows, length) of a block's output (rows, length, ...); None where all its positions are real."""
+    return next((mask for mask in masks if mask.shape == output.shape[:2]), None)

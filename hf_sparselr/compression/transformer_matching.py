@@ -15,6 +15,7 @@ from ..config.options import TMOptions
 from ..utils.precision import arithmetic, available
 from ..utils.world import ALONE, World
 from .capture import Call, replay
+from .padding import position_mask
 from .rounded_weights import rounded_weights
 from .training_loop import Training, is_large, shared_steps, train
 from .working_linear import trainable
@@ -139,20 +140,16 @@ def mean_squared_error(
     return world.total(total, device) / entries
 
 
-def _output_mask(target: torch.Tensor, call: Call) -> torch.Tensor | None:
-    return next((mask for mask in call.masks if mask.shape == target.shape[:2]), None)
-
-
 def _entries(target: torch.Tensor, call: Call) -> int:
     """How many entries of an output count: those that are no padding."""
-    mask = _output_mask(target, call)
+    mask = position_mask(target, call.masks)
     return target.numel() if mask is None else int(mask.sum()) * target[0, 0].numel()
 
 
 def _difference(out: torch.Tensor, target: torch.Tensor, call: Call) -> torch.Tensor:
     """out - target, zero at padding."""
     difference = out.float() - target.to(out.device)
-    mask = _output_mask(target, call)
+    mask = position_mask(target, call.masks)
     if mask is None:
         return difference
     return difference.masked_fill(~mask.to(out.device)[(...,) + (None,) * (difference.ndim - 2)], 0.0)

@@ -31,3 +31,9 @@ class Decomposition:
         """S + B A + L, (out, in)."""
         flat = self.S if self.A is None else self.S + self.B @ self.A
         return flat if self.hierarchy is None else flat + self.hierarchy.dense()
+
+    def scale_rows_(self, factors: torch.Tensor) -> None:
+        """Multiplies the rows of a decomposition without a hierarchy by factors (out, 1), in place."""
+        self.S.mul_(factors)
+        if self.B is not None:
+            self.B.mul_(factors)

@@ -109,6 +109,10 @@ class Method:
         module = self._load()
         return hasattr(module, "shares_rows") and module.shares_rows(options)
 
+    def weighs_outputs(self, options: Any) -> bool:
+        """Whether layers are solved with weights for the errors of their outputs: rows of W are scaled by their roots."""
+        return getattr(options, "weigh_outputs", False)
+
     def solve_hierarchical(
         self,
         weight: torch.Tensor,

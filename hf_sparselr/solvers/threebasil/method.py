@@ -46,6 +46,8 @@ class Options:
         precision: of the large products: "bf16" (with FP32 sums), "tf32" (GPUs only), "fp32" or "auto". "auto" takes
             the coarsest one whose rounding does not show in the objective: on GPUs for large layers, on CPUs with
             BF16 instructions for all.
+        weigh_outputs: count the squared error of each output by how strongly the block's output depends on it. The
+            low-rank part, and unstructured supports, then go where errors do most harm.
     """
 
     form: str = "one-product"
@@ -59,6 +61,7 @@ class Options:
     refit_rounds: int = 10
     cg_steps: int = 5
     precision: str = "auto"
+    weigh_outputs: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rho", "tolerance"):
@@ -67,6 +70,7 @@ class Options:
             check_integer(f"method_options.{name}", getattr(self, name), 1)
         check_integer("method_options.refit_rounds", self.refit_rounds, 0)
         check_choice("method_options.form", self.form, ("one-product", "textbook"))
+        check_choice("method_options.weigh_outputs", self.weigh_outputs, (True, False))
         check_choice("method_options.precision", self.precision, ("auto", *PRECISIONS))
         # JSON gives lists
         object.__setattr__(self, "growth", check_numbers("method_options.growth", self.growth, 3, 1.0))
