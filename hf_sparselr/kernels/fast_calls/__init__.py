@@ -133,6 +133,8 @@ def updated(
         return None
     if not (x.is_cpu or (x.is_cuda and drives())):
         return None
+    if any(part is not None and part.dtype != weight.values.dtype for weight in weights for part in weight[2:5]):
+        return None  # in training, factors beside S in half precision are in FP32
     binding, rows, kernel_now = binding_of(weights), x.numel() // max(1, x.shape[-1]), chosen_kernel(kernel)
     if x.is_cuda:
         program = binding.products.get((row_key(rows), kernel_now))
