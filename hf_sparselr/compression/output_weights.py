@@ -2,8 +2,8 @@
 
 A solver minimises the squared error of a layer's outputs. An error of one output may change the block's output far more
 than an equal error of another one: that of a key which decides attention, or of a channel that a gate opens. To first
-order the squared change of the block's output is |J e|^2, with J its Jacobian and e the errors. The diagonal of J^T J is
-estimated with random signs r (Hutchinson): the mean of (J^T r)_o^2 is that of output o.
+order the squared change of the block's output is |J e|^2, with J its Jacobian and e the errors. The diagonal of J^T J
+is estimated with random signs r (Hutchinson): the mean of (J^T r)_o^2 is that of output o.
 """
 
 import logging

@@ -16,9 +16,9 @@ class TMOptions:
 
     Attributes:
         passes: number of passes over the calibration windows.
-        optimizer: of S: "adam", or "muon", which steps along the momentum with all its singular values made equal. Factors,
-            norms and biases always have Adam. So has S where it is large (a layer of more than 2^22 weights, or 2^28 in
-            all), since the products of Muon would take longer than the rest of a step.
+        optimizer: of S: "adam", or "muon", which steps along the momentum with all its singular values made equal.
+            Factors, norms and biases always have Adam. So has S where it is large (a layer of more than 2^22 weights,
+            or 2^28 in all), since the products of Muon would take longer than the rest of a step.
         lr: first step size. Of Muon, the root mean square of the step's entries.
         relative_lr: whether `lr` is a share of a parameter's root mean square over its nonzero entries, taken as at
             least 0.02 for norms and biases. The sizes of weights differ tenfold between models.
@@ -148,9 +148,9 @@ class DistillOptions:
 
     Attributes:
         passes: number of passes over the calibration windows and those of `self_samples`.
-        optimizer: of S: "adam", or "muon", which steps along the momentum with all its singular values made equal. Factors,
-            norms and biases always have Adam. So has S where it is large (a layer of more than 2^22 weights, or 2^28 in
-            all), since the products of Muon would take longer than the rest of a step.
+        optimizer: of S: "adam", or "muon", which steps along the momentum with all its singular values made equal.
+            Factors, norms and biases always have Adam. So has S where it is large (a layer of more than 2^22 weights,
+            or 2^28 in all), since the products of Muon would take longer than the rest of a step.
         lr: first step size. Of Muon, the root mean square of the step's entries.
         relative_lr: whether `lr` is a share of a parameter's root mean square over its nonzero entries, taken as at
             least 0.02 for norms and biases. The sizes of weights differ tenfold between models.

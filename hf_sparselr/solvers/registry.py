@@ -110,7 +110,7 @@ class Method:
         return hasattr(module, "shares_rows") and module.shares_rows(options)
 
     def weighs_outputs(self, options: Any) -> bool:
-        """Whether layers are solved with weights for the errors of their outputs: rows of W are scaled by their roots."""
+        """Whether rows of W are scaled by the roots of weights for the errors of the layer's outputs."""
         return getattr(options, "weigh_outputs", False)
 
     def solve_hierarchical(

@@ -1,5 +1,6 @@
 """The loop that transformer matching and distillation share, on a small least-squares problem."""
 
+import itertools
 import math
 
 import pytest
@@ -56,7 +57,7 @@ def test_the_start_is_left_where_nothing_helps(loss: float, passes: int) -> None
 def test_early_passes_may_be_somewhat_worse() -> None:
     shares = [0.9, 1.3, 1.1, 0.7, 0.8, 0.6]
     done, place, seen = pulled(lambda number, _: shares[number - 1], passes=6)
-    moves = [float((after - before).mean()) for before, after in zip(seen[:4], seen[1:4], strict=False)]
+    moves = [float((after - before).mean()) for before, after in itertools.pairwise(seen[:4])]
     assert moves == pytest.approx([0.02] * 3, rel=0.03)  # nothing is undone, no step size halved
     assert torch.equal(place, seen[5]) and done.best_pass == 6
     assert float((seen[5] - seen[3]).mean()) == pytest.approx(0.01, rel=0.03)  # pass 5 was undone
