@@ -117,7 +117,7 @@ class MaskedMuon(torch.optim.Optimizer):
         self._stacks = [list(_stacks(group["params"])) for group in self.param_groups]
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> None:
         for group, stacks in zip(self.param_groups, self._stacks, strict=True):
             for stack in stacks:
                 stack.step(group["lr"], group["momentum"])
