@@ -59,15 +59,27 @@ INLINE floats add_up(const floats *s) {
 #endif
 }
 
-/* y of eight rows of S or fewer and one row of x. sums: ACROSS apart. factors: B, u: (x A^T) of that row, both in FP32 and
-   padded with zeros to `ranks`, a multiple of 8. */
-INLINE void finish(const floats *sums, const float *factors, const float *u, int64_t ranks, const entry *bias, entry *y,
-                   int64_t size) {
+/* Eight factors in FP32. */
+INLINE floats eight_factors(const entry *factors) {
+#ifdef X86
+  return (floats)eight_values(factors);
+#else
+  floats wide;
+  for (int i = 0; i < 8; i++) wide[i] = widen(factors[i]);
+  return wide;
+#endif
+}
+
+/* y of eight rows of S or fewer and one row of x. sums: ACROSS apart. u: (x A^T) of that row in FP32, padded with zeros to
+   `ranks`, a multiple of 8. B: likewise, in FP32 in `factors`, or as it is if that is NULL. */
+INLINE void finish(const floats *sums, const entry *B, const float *factors, const float *u, int64_t ranks,
+                   const entry *bias, entry *y, int64_t size) {
   floats s[8];
   UNROLL for (int i = 0; i < 8; i++) s[i] = i < size ? sums[i * ACROSS] : (floats){0};
   for (int64_t q = 0; q < ranks; q += 8) {
     floats part = *(const floats *)(u + q);
-    UNROLL for (int i = 0; i < 8; i++) s[i] += *(const floats *)(factors + i * ranks + q) * part;
+    UNROLL for (int i = 0; i < 8; i++)
+      s[i] += (factors ? *(const floats *)(factors + i * ranks + q) : eight_factors(B + (i < size ? i : 0) * ranks + q)) * part;
   }
   floats total = add_up(s);
   if (bias)
@@ -97,7 +109,21 @@ static int64_t padded(int64_t rank) { return (rank + 7) / 8 * 8; }
 /* Whether every byte has four bits. */
 static int keeps_fours(const uint8_t *m, int64_t bytes) {
   uint8_t others = 0;
-  for (int64_t i = 0; i < bytes; i++) {
+  int64_t i = 0;
+#ifdef X86
+  const __m256i counts = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2,
+                                          2, 3, 2, 3, 3, 4);
+  const __m256i low = _mm256_set1_epi8(15), four = _mm256_set1_epi8(4);
+  __m256i wrong = _mm256_setzero_si256();
+  for (; i + 32 <= bytes; i += 32) {
+    __m256i bits = _mm256_loadu_si256((const __m256i *)(m + i));
+    __m256i first = _mm256_shuffle_epi8(counts, _mm256_and_si256(bits, low));
+    __m256i second = _mm256_shuffle_epi8(counts, _mm256_and_si256(_mm256_srli_epi16(bits, 4), low));
+    wrong = _mm256_or_si256(wrong, _mm256_xor_si256(_mm256_add_epi8(first, second), four));
+  }
+  others = !_mm256_testz_si256(wrong, wrong);
+#endif
+  for (; i < bytes; i++) {
     uint8_t pairs = m[i] - (m[i] >> 1 & 0x55), nibbles = (pairs & 0x33) + (pairs >> 2 & 0x33);
     others |= ((nibbles + (nibbles >> 4)) & 15) ^ 4;
   }
@@ -115,7 +141,8 @@ static void multiply_tile(const Weight *w, const int64_t *starts, int64_t top, c
                           float *factors, entry *y, int64_t rows, across multiply) {
   int64_t bytes = (w->ins + 7) / 8, ranks = padded(w->rank), high = w->outs - top < SHORT ? w->outs - top : SHORT;
   floats sums[SHORT * ACROSS];
-  for (int64_t i = 0; i < high && ranks; i++) {
+  int wide = rows > 1 || ranks != w->rank; /* for one row of x they are used once */
+  for (int64_t i = 0; i < high && ranks && wide; i++) {
     memset(factors + (i + 1) * ranks - 8, 0, 8 * sizeof(float));
     widen_all(w->B + (top + i) * w->rank, factors + i * ranks, w->rank);
   }
@@ -128,8 +155,9 @@ static void multiply_tile(const Weight *w, const int64_t *starts, int64_t top, c
     }
     for (int64_t r = 0; r < few; r++)
       for (int64_t i = 0; i < high; i += 8)
-        finish(sums + i * ACROSS + r, factors + i * ranks, u + (first + r) * ranks, ranks,
-               w->bias ? w->bias + top + i : NULL, y + (first + r) * w->outs + top + i, high - i < 8 ? high - i : 8);
+        finish(sums + i * ACROSS + r, w->B + (top + i) * w->rank, wide ? factors + i * ranks : NULL,
+               u + (first + r) * ranks, ranks, w->bias ? w->bias + top + i : NULL,
+               y + (first + r) * w->outs + top + i, high - i < 8 ? high - i : 8);
   }
 }
 
