@@ -60,7 +60,7 @@ def make_optimizer(
     groups: Groups, options: TMOptions | DistillOptions, betas: tuple[float, float]
 ) -> "torch.optim.Optimizer | Optimizers":
     """The optimiser that the options name, with the first step sizes."""
-    orthogonal = options.optimizer == "muon" and _few(groups["S"])
+    orthogonal = options.optimizer == "muon" and _few(groups.get("S", []))
     rates, rates_of_S = [], []
     for name, parameters in groups.items():
         lr = options.lr * (options.factor_lr if name == "factors" else 1)

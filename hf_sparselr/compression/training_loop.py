@@ -20,7 +20,7 @@ from .optimizers import Groups, Schedule, is_large, make_optimizer
 from .rounded_weights import rounded_weights
 
 SMALL_GRADIENT = 2**20  # entries: smaller gradients are summed over processes as one
-TOLERATED = 1.5  # the loss of a pass in the first half, relative to the best: it falls again as steps get smaller
+TOLERATED = 1.5  # a loss, relative to the best, from which training goes on: it falls again with smaller steps
 MOST_MISSES = 3  # passes without a gain, after which training ends
 
 
@@ -54,8 +54,8 @@ def train(
 ) -> Training:
     """Trains parameters of a module in place with Adam and a cosine schedule, and leaves their best state.
 
-    A pass that ends no better than the best state is undone, and step sizes are halved; in the first half of the passes
-    only one that ends much worse. The third such pass, or one without a finite loss, is the last.
+    After a pass that ends no better than the best state, step sizes are halved; one that ends much worse is undone.
+    The third such pass, or one without a finite loss, is the last.
 
     Args:
         groups: {"S", "factors", "vectors": parameters}, on one device. No other parameter gets a gradient.
@@ -111,13 +111,12 @@ def train(
                     return result
                 update(best, parameters)
                 continue
-            if judged <= TOLERATED * least and 2 * number <= options.passes:
-                continue
             misses += 1
             if misses == MOST_MISSES:
                 break
-            restore(parameters, best)
-            weights.refresh()
+            if judged > TOLERATED * least:
+                restore(parameters, best)
+                weights.refresh()
             schedule.halve()
     restore(parameters, best)
     return result

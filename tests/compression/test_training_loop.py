@@ -47,24 +47,23 @@ def test_the_best_judged_state_is_left() -> None:
     assert done.judged == shares and len(done.losses) == 4
 
 
-@pytest.mark.parametrize(("loss", "passes"), [(1.0, 8), (1.6, 3), (math.inf, 1)])
+@pytest.mark.parametrize(("loss", "passes"), [(1.0, 3), (1.6, 3), (math.inf, 1)])
 def test_the_start_is_left_where_nothing_helps(loss: float, passes: int) -> None:
     done, place, seen = pulled(lambda *_: loss, passes=10)
     assert done.best_pass == 0 and torch.equal(place, torch.zeros(3))
-    assert len(seen) == passes  # the third miss is the last; passes of the first half may be somewhat worse
+    assert len(seen) == passes  # the third pass without a gain is the last
 
 
-def test_early_passes_may_be_somewhat_worse() -> None:
-    shares = [0.9, 1.3, 1.1, 0.7, 0.8, 0.6]
-    done, place, seen = pulled(lambda number, _: shares[number - 1], passes=6)
-    moves = [float((after - before).mean()) for before, after in itertools.pairwise(seen[:4])]
-    assert moves == pytest.approx([0.02] * 3, rel=0.03)  # nothing is undone, no step size halved
-    assert torch.equal(place, seen[5]) and done.best_pass == 6
-    assert float((seen[5] - seen[3]).mean()) == pytest.approx(0.01, rel=0.03)  # pass 5 was undone
+def test_training_goes_on_from_a_pass_that_is_somewhat_worse() -> None:
+    shares = [1.3, 0.9, 1.1, 0.7]
+    done, place, seen = pulled(lambda number, _: shares[number - 1], passes=4)
+    moves = [float((after - before).mean()) for before, after in itertools.pairwise([torch.zeros(3), *seen])]
+    assert moves == pytest.approx([0.02, 0.01, 0.01, 0.005], rel=0.03)  # smaller steps after the first and the third
+    assert torch.equal(place, seen[3]) and done.best_pass == 4
 
 
-def test_a_pass_without_a_gain_is_undone_and_step_sizes_are_halved() -> None:
-    done, _, seen = pulled(lambda number, _: [0.9, 1.4, 0.8, 0.99, 0.7][number - 1], passes=5)
+def test_a_pass_that_is_much_worse_is_undone_and_step_sizes_are_halved() -> None:
+    done, _, seen = pulled(lambda number, _: [0.9, 1.4, 0.8, 1.3, 0.7][number - 1], passes=5)
     moves = [seen[0], seen[1] - seen[0], seen[2] - seen[0], seen[3] - seen[2], seen[4] - seen[2]]
     sizes = [float(move.abs().mean()) for move in moves]
     # Under a constant gradient Adam moves by the step size: 0.01 in each of the two steps of a pass.
