@@ -106,6 +106,18 @@ class Launch:
         return [0, function, block, shared, overlaps, *sum(sizes, ()), len(given), *sum(given, ())]
 
 
+class Joint(Launch):
+    """A launch that reads only x and weights: those of merged programs come first, in fewer launches."""
+
+    def joined(self, launches: Sequence["Joint"]) -> list["Joint"]:
+        """As few launches as do the same.
+
+        Args:
+            launches: of the same x, this one among them.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Multiply:
     """out (rows, n) = left (rows, k) @ right (n, k)^T, + bias (n,) or + out, by cuBLAS.
@@ -228,7 +240,8 @@ def merge(parts: Sequence[tuple[list[int], Program]]) -> Program:
     count = sum(len(numbers) for numbers, _ in parts)
     outs, memories, steps = [0] * count, [], []
     for numbers, part in parts:
-        places = _add_memories(memories, part.memories)
+        early = {slot - 2 - len(numbers) for step in part.steps if isinstance(step, Joint) for slot in step.slots}
+        places = _add_memories(memories, part.memories, early)
 
         def slot(old: int, numbers: list[int] = numbers, places: list[int] = places) -> int:
             if old < 2:
@@ -244,17 +257,30 @@ def merge(parts: Sequence[tuple[list[int], Program]]) -> Program:
         captured = merge([(numbers, part.captured or part) for numbers, part in parts])
     rows = max(part.rows for _, part in parts)
     padding = math.lcm(*(part.padding for _, part in parts))
-    return Program(tuple(outs), tuple(memories), tuple(steps), captured, rows, padding)
+    return Program(tuple(outs), tuple(memories), _with_joined(steps), captured, rows, padding)
 
 
-def _add_memories(memories: list[Memory], more: Sequence[Memory]) -> list[int]:
-    """Places for those of one more part, which takes those of the parts before it where they are of one kind."""
+def _with_joined(steps: list[Step]) -> tuple[Step, ...]:
+    """The same steps, those that can be joined first."""
+    first = [step for step in steps if isinstance(step, Joint)]
+    joined = first[0].joined(first) if first else []
+    return *joined, *(step for step in steps if not isinstance(step, Joint))
+
+
+def _add_memories(memories: list[Memory], more: Sequence[Memory], early: set[int]) -> list[int]:
+    """Places for those of one more part, which takes those of the parts before it where they are of one kind.
+
+    Args:
+        early: those that are written before the parts before it run, by number.
+    """
     places: list[int] = []
-    for memory in more:
+    for number, memory in enumerate(more):
         alike = (
             i
             for i, other in enumerate(memories)
-            if i not in places and other._replace(fixed=0, per_row=0) == memory._replace(fixed=0, per_row=0)
+            if number not in early
+            and i not in places
+            and other._replace(fixed=0, per_row=0) == memory._replace(fixed=0, per_row=0)
         )
         place = next(alike, len(memories))
         if place == len(memories):

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,7 +17,7 @@ from hf_sparselr.kernels import cpu, fast_calls, packed_linear, packed_linears
 from hf_sparselr.kernels.bindings import Binding, binding_of
 from hf_sparselr.kernels.fast_calls import FastCall
 from hf_sparselr.kernels.packed_weight import PackedWeight
-from hf_sparselr.kernels.program import ROWS, Launch, Memory, Multiply, Part, PerRows, Program, X, merge, y
+from hf_sparselr.kernels.program import ROWS, Joint, Launch, Memory, Multiply, Part, PerRows, Program, X, merge, y
 
 pytestmark = pytest.mark.skipif(
     CUDA or fast_calls.compiled() is None, reason="no C compiler, or a GPU, whose driver this would stand in for"
@@ -304,6 +304,26 @@ def test_merged_programs_share_memory() -> None:
     outs = merged(x, 3, [layers[1].weight, layers[0].weight])
     for layer, out in zip(layers[::-1], outs, strict=True):
         torch.testing.assert_close(out, expected(layer, x))
+
+
+class First(Joint):
+    def joined(self, launches: Sequence[Joint]) -> list[Joint]:
+        return [*launches[::-1], self]
+
+
+def test_joint_launches_come_first_and_keep_their_results(machine: Machine) -> None:
+    layers = [Layer(INS), Layer(INS)]
+    parts = []
+    for number, more in enumerate((4, 5)):
+        steps = First(Adder(more), (X, 3, ROWS)), Launch(Adder(1), (3, 4, ROWS)), Launch(Adder(2), (4, y(0), ROWS))
+        parts.append(([number], Program((INS,), (Memory(torch.float32, per_row=INS),) * 2, steps)))
+    merged = merge(parts)
+    assert [type(step) for step in merged.steps] == [First] * 3 + [Launch] * 4
+    assert len(merged.memories) == 3  # what is written first is not shared
+    fast, x = made(layers, merged, 2), draw(2, INS, seed=1, dtype=torch.float32)
+    with torch.no_grad():
+        outs = [call(layers, fast, number, x) for number in range(2)]
+    assert torch.equal(outs[0], x + 4 + 1 + 2) and torch.equal(outs[1], x + 5 + 1 + 2)
 
 
 def test_the_binding_is_what_makes_it_new() -> None:

@@ -198,9 +198,10 @@ def test_a_new_thread_begins_with_a_packed_layer(rows: int, known: bool) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["2:4", 0.5])
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 8, 20, 200])
 def test_layers_that_share_a_launch_come_out_as_alone(rows: int, kind: str | float, dtype: torch.dtype) -> None:
-    layers = [layer_of(problem(out, 320, kind, dtype=dtype), 320) for out in (500, 96, 7)]
+    sizes = (500, 4), (96, 20), (70, 64), (64, 3), (128, 16)
+    layers = [layer_of(problem(out, 320, kind, rank, dtype=dtype), 320) for out, rank in sizes]
     weights = [layer.packed_weight for layer in layers]
     x = draw(rows, 320, seed=6, dtype=dtype)
     with torch.no_grad():

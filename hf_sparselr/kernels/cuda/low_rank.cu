@@ -1,5 +1,5 @@
-/* u = x A^T for a small rank, on the tensor cores: a block has 16 factors and BATCH rows of x, its warps take turns along
- * the columns. A thread owns 8 neighbouring columns of each row.
+/* u = x A^T for small ranks of weights that share x, on the tensor cores: a block has 16 factors of one weight and BATCH
+ * rows of x, its warps take turns along the columns. A thread owns 8 neighbouring columns of each row.
  *
  * Compiled for: WARPS of a block, TILES of 8 rows of x, HALF.
  */
@@ -8,18 +8,36 @@
 #define THREADS (32 * WARPS)
 #define BATCH (8 * TILES)
 #define AT_ONCE 2 /* steps of 32 columns whose loads are issued together */
+#define WEIGHTS 4 /* at most */
 
-extern "C" __global__ void __launch_bounds__(THREADS) low_rank(const u16 *x, const u16 *A, u16 *u, const long long count,
-                                                               const long long ins, const long long rank) {
+struct Weight {
+  const u16 *A;
+  u16 *u;
+  long long rank, last; /* the first block after its own */
+};
+
+struct Arguments {
+  const u16 *x;
+  long long count, ins;
+  Weight weights[WEIGHTS];
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) low_rank(const __grid_constant__ Arguments args) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;"); /* the product with S may start beside this */
 #endif
+  int number = 0, before = 0;
+#pragma unroll
+  for (int i = 1; i < WEIGHTS; i++)
+    if (blockIdx.x >= args.weights[i - 1].last) number = i, before = (int)args.weights[i - 1].last;
+  const Weight &weight = args.weights[number];
+  long long ins = args.ins, rank = weight.rank, count = args.count;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  int top = 16 * blockIdx.x, first = BATCH * blockIdx.y;
-  const u16 *upper = A + min(top + g, (int)rank - 1) * ins, *lower = A + min(top + g + 8, (int)rank - 1) * ins;
+  int top = 16 * ((int)blockIdx.x - before), first = BATCH * blockIdx.y;
+  const u16 *upper = weight.A + min(top + g, (int)rank - 1) * ins, *lower = weight.A + min(top + g + 8, (int)rank - 1) * ins;
   const u16 *rows[TILES];
 #pragma unroll
-  for (int n = 0; n < TILES; n++) rows[n] = x + min((long long)(first + 8 * n + g), count - 1) * ins;
+  for (int n = 0; n < TILES; n++) rows[n] = args.x + min((long long)(first + 8 * n + g), count - 1) * ins;
   float sums[TILES][4] = {};
   for (int start = 32 * AT_ONCE * warp; start < ins; start += 32 * AT_ONCE * WARPS) {
     uint4 p[AT_ONCE], q[AT_ONCE], v[AT_ONCE][TILES];
@@ -52,6 +70,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) low_rank(const u16 *x, con
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < WARPS; i++) sum += parts[i][sample][factor];
-    u[(first + sample) * rank + top + factor] = narrow(sum);
+    weight.u[(first + sample) * rank + top + factor] = narrow(sum);
   }
 }

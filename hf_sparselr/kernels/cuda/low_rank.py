@@ -1,17 +1,22 @@
 """u = x A^T on the tensor cores, by `low_rank.cu`: for few rows of x cuBLAS takes the host five times as long."""
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 
 from ..launch import DriverLaunch, TritonLaunch, Varying, drives
 from ..launch_config import MOST_ROWS, bucket
 from ..packed_weight import PackedWeight
-from ..program import ROWS, Launch, Memory, Multiply, Part, PerRows, Program, Step, X, y
+from ..program import ROWS, Joint, Launch, Memory, Multiply, Part, PerRows, Program, Step, X, y
 from ..triton.decode import ceil_div, sum_of_parts
 from .nvrtc import CompileError, load_function
 
 _FACTORS = 16  # of a block
+_MOST_WEIGHTS = 4  # of a launch, as in the source
 _MOST_ROWS = 4096  # of x; with more, cuBLAS is faster than the host
 _MOST_SCRATCH = 2**22  # entries of 4 bytes that are taken from a stream's scratch memory
 
@@ -29,9 +34,51 @@ def factor_step(rows: int, weight: PackedWeight, u: int) -> Step:
     function = _function(A.get_device(), A.dtype, warps, tiles) if fits and drives() else None
     if function is None:
         return Multiply(u, X, Part(0, "A"), rank, ins)
-    arguments = [Varying(0, None), A, Varying(1, None), Varying(2, None), ins, rank]
-    launch = DriverLaunch(function, (1, 1, 1), (32 * warps,), 0, arguments)
-    return Launch(launch, (X, u, ROWS), (ceil_div(rank, _FACTORS), PerRows(1, 8 * tiles), 1))
+    return _Kernel(function, tiles, warps, ins).launch([(A.data_ptr(), rank, u)])
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """`low_rank.cu` for some number of rows of x.
+
+    Attributes:
+        function: its handle.
+        tiles: of eight rows of x, of a block.
+        warps: of a block.
+        ins: columns of x.
+    """
+
+    function: int
+    tiles: int
+    warps: int
+    ins: int
+
+    def launch(self, products: Sequence[tuple[int, int, int]]) -> "_Factors":
+        """The launch for addresses of A, ranks and slots of u, at most `_MOST_WEIGHTS` of each."""
+        ends = list(accumulate(ceil_div(rank, _FACTORS) for _, rank, _ in products))
+        arguments: list[Any] = [Varying(0, None), Varying(1, None), self.ins]
+        for number, ((A, rank, _), end) in enumerate(zip(products, ends, strict=True)):
+            arguments += [A, Varying(2 + number, None), rank, end]
+        arguments += [0, 0, 0, ends[-1]] * (_MOST_WEIGHTS - len(products))
+        launch = DriverLaunch(self.function, (1, 1, 1), (32 * self.warps,), 0, arguments)
+        slots = X, ROWS, *(slot for _, _, slot in products)
+        matrices = tuple((A, rank) for A, rank, _ in products)
+        return _Factors(launch, slots, (ends[-1], PerRows(1, 8 * self.tiles), 1), kernel=self, matrices=matrices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Factors(Joint):
+    """A launch of a kernel for some A: their addresses and ranks."""
+
+    kernel: _Kernel
+    matrices: tuple[tuple[int, int], ...]
+
+    def joined(self, launches: Sequence["_Factors"]) -> list["_Factors"]:
+        """See `Joint`."""
+        products = [
+            (*matrix, slot) for one in launches for matrix, slot in zip(one.matrices, one.slots[2:], strict=True)
+        ]
+        return [self.kernel.launch(products[i : i + _MOST_WEIGHTS]) for i in range(0, len(products), _MOST_WEIGHTS)]
 
 
 def with_factors_and_parts(
