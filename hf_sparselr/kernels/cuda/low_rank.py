@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +15,6 @@ from ..program import ROWS, Joint, Launch, Memory, Multiply, Part, PerRows, Prog
 from ..triton.decode import ceil_div, sum_of_parts
 from .nvrtc import CompileError, load_function
 
-_FACTORS = 16  # of a block
 _MOST_WEIGHTS = 4  # of a launch, as in the source
 _MOST_ROWS = 4096  # of x; with more, cuBLAS is faster than the host
 _MOST_SCRATCH = 2**22  # entries of 4 bytes that are taken from a stream's scratch memory
@@ -29,56 +28,77 @@ def factor_step(rows: int, weight: PackedWeight, u: int) -> Step:
     """
     A, rank, ins = weight.A, weight.rank, weight.in_features
     fits = A.is_cuda and A.element_size() == 2 and ins % 8 == 0 and A.data_ptr() % 16 == 0 and rows <= _MOST_ROWS
-    tiles = 1 if rows <= 64 else 2 if rows <= 128 else 4  # of eight rows of x: blocks enough to keep the GPU busy
-    warps = 16 if tiles < 4 else 8
-    function = _function(A.get_device(), A.dtype, warps, tiles) if fits and drives() else None
-    if function is None:
+    kernel = _kernel(A.get_device(), A.dtype, bucket(rows)) if fits and drives() else None
+    if kernel is None:
         return Multiply(u, X, Part(0, "A"), rank, ins)
-    return _Kernel(function, tiles, warps, ins).launch([(A.data_ptr(), rank, u)])
+    return kernel.launch([(A.data_ptr(), rank, u)], ins)
+
+
+class _Shape(NamedTuple):
+    """Of a block.
+
+    Attributes:
+        warps: of it.
+        tiles: of eight rows of x.
+        groups: of 16 factors.
+        cluster: blocks that share the columns.
+    """
+
+    warps: int
+    tiles: int
+    groups: int
+    cluster: int
+
+
+# Up to so many rows of x; blocks enough to keep a GPU busy. Of compute capability 9.0, and before.
+_SHAPES = {
+    64: (_Shape(8, 1, 1, 8), _Shape(16, 1, 1, 1)),
+    128: (_Shape(8, 2, 1, 8), _Shape(16, 2, 1, 1)),
+    256: (_Shape(8, 4, 1, 8), _Shape(8, 4, 1, 1)),
+    512: (_Shape(8, 4, 2, 4), _Shape(8, 4, 1, 1)),
+    1024: (_Shape(8, 4, 4, 4), _Shape(8, 4, 2, 1)),
+    2048: (_Shape(8, 4, 4, 2), _Shape(8, 4, 4, 1)),
+    _MOST_ROWS: (_Shape(8, 4, 4, 1), _Shape(8, 4, 4, 1)),
+}
 
 
 @dataclass(frozen=True)
 class _Kernel:
-    """`low_rank.cu` for some number of rows of x.
-
-    Attributes:
-        function: its handle.
-        tiles: of eight rows of x, of a block.
-        warps: of a block.
-        ins: columns of x.
-    """
+    """`low_rank.cu` for a shape: its handle."""
 
     function: int
-    tiles: int
-    warps: int
-    ins: int
+    shape: _Shape
 
-    def launch(self, products: Sequence[tuple[int, int, int]]) -> "_Factors":
+    def launch(self, products: Sequence[tuple[int, int, int]], ins: int) -> "_Factors":
         """The launch for addresses of A, ranks and slots of u, at most `_MOST_WEIGHTS` of each."""
-        ends = list(accumulate(ceil_div(rank, _FACTORS) for _, rank, _ in products))
-        arguments: list[Any] = [Varying(0, None), Varying(1, None), self.ins]
+        warps, tiles, groups, cluster = self.shape
+        ends = list(accumulate(ceil_div(rank, 16 * groups) for _, rank, _ in products))
+        arguments: list[Any] = [Varying(0, None), Varying(1, None), ins]
         for number, ((A, rank, _), end) in enumerate(zip(products, ends, strict=True)):
             arguments += [A, Varying(2 + number, None), rank, end]
         arguments += [0, 0, 0, ends[-1]] * (_MOST_WEIGHTS - len(products))
-        launch = DriverLaunch(self.function, (1, 1, 1), (32 * self.warps,), 0, arguments)
+        launch = DriverLaunch(self.function, (1, 1, 1), (32 * warps,), 0, arguments)
         slots = X, ROWS, *(slot for _, _, slot in products)
         matrices = tuple((A, rank) for A, rank, _ in products)
-        return _Factors(launch, slots, (ends[-1], PerRows(1, 8 * self.tiles), 1), kernel=self, matrices=matrices)
+        grid = ends[-1], PerRows(1, 8 * tiles), cluster
+        return _Factors(launch, slots, grid, kernel=self, matrices=matrices, ins=ins)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Factors(Joint):
-    """A launch of a kernel for some A: their addresses and ranks."""
+    """A launch of a kernel for some A (rank, ins): their addresses and ranks."""
 
     kernel: _Kernel
     matrices: tuple[tuple[int, int], ...]
+    ins: int
 
     def joined(self, launches: Sequence["_Factors"]) -> list["_Factors"]:
         """See `Joint`."""
         products = [
             (*matrix, slot) for one in launches for matrix, slot in zip(one.matrices, one.slots[2:], strict=True)
         ]
-        return [self.kernel.launch(products[i : i + _MOST_WEIGHTS]) for i in range(0, len(products), _MOST_WEIGHTS)]
+        few = [products[i : i + _MOST_WEIGHTS] for i in range(0, len(products), _MOST_WEIGHTS)]
+        return [self.kernel.launch(some, self.ins) for some in few]
 
 
 def with_factors_and_parts(
@@ -116,12 +136,16 @@ def _memory(rows: int, dtype: torch.dtype, per_row: int, by_address: bool) -> Me
 
 
 @functools.cache
-def _function(device: int, dtype: torch.dtype, warps: int, tiles: int) -> int | None:
-    """None where NVRTC is missing, which `small_batch` has said."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
+def _kernel(device: int, dtype: torch.dtype, rows: int) -> _Kernel | None:
+    """For up to so many rows. None where NVRTC is missing, which `small_batch` has said."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         return None
-    defines = (f"WARPS={warps}", f"TILES={tiles}", *(["HALF"] * (dtype == torch.float16)))
+    newer, older = next(shapes for most, shapes in _SHAPES.items() if rows <= most)
+    shape = newer if capability >= (9, 0) else older
+    defines = [f"{name.upper()}={value}" for name, value in shape._asdict().items()]
+    defines += ["HALF"] * (dtype == torch.float16)
     try:
-        return load_function("low_rank.cu", "low_rank", defines, device, 0)
+        return _Kernel(load_function("low_rank.cu", "low_rank", tuple(defines), device, 0), shape)
     except (CompileError, OSError):
         return None
