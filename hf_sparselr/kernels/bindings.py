@@ -25,6 +25,7 @@ class Binding:
         dtype, device, in_features: of all weights; the device as its index, -1 for the CPU.
         products: `Program`s for their addresses, by the number of rows and what else they depend on.
         densify: writes S + B A of the first weight, once it was asked for.
+        gradient: a `Program` of the gradient of x from that of the first weight's result, once it was asked for.
     """
 
     def __init__(self, weights: Sequence[PackedWeight], sizes: list, versions: list[int]) -> None:
@@ -35,6 +36,7 @@ class Binding:
         self.in_features = weights[0].in_features
         self.products: dict[tuple, Any] = {}
         self.densify: Any = None
+        self.gradient: Any = None
 
     def fits(self, inputs: torch.Tensor) -> bool:
         return (

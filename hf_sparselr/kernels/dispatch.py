@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from ..utils.availability import TRITON
 from . import ops
 from .bindings import tensors_of
+from .fast_calls.layer_calls import LayerCalls
 from .override import KERNELS, chosen_kernel
 from .packed_weight import PackedWeight
 from .reference import autocast_dtype, plain_linear, reference_linear
@@ -19,7 +20,9 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}  # another subclass may stand for an
 _requires_grad = attrgetter("requires_grad")
 
 
-def packed_linear(inputs: torch.Tensor, weight: PackedWeight, kernel: str = "auto") -> torch.Tensor:
+def packed_linear(
+    inputs: torch.Tensor, weight: PackedWeight, kernel: str = "auto", calls: LayerCalls | None = None
+) -> torch.Tensor:
     """x S^T + (x A^T) B^T + bias. Follows autocast, as F.linear does.
 
     On CUDA the operator of `ops`, differentiable once; elsewhere too if nothing is differentiated. Else the
@@ -30,6 +33,7 @@ def packed_linear(inputs: torch.Tensor, weight: PackedWeight, kernel: str = "aut
         weight: S + B A and a bias.
         kernel: "auto" takes what was measured to be the fastest, "packed" never unpacks S for up to 16 rows of x,
             "dense" keeps S + B A in memory. The environment variable HF_SPARSELR_KERNEL overrides it.
+        calls: what the layer keeps for C.
 
     Returns:
         (..., out).
@@ -38,11 +42,16 @@ def packed_linear(inputs: torch.Tensor, weight: PackedWeight, kernel: str = "aut
         ValueError: an unknown kernel; shapes or devices that do not fit together.
         TypeError: floats of different dtypes.
     """
-    return packed_linears(inputs, (weight,), kernel)[0]
+    return packed_linears(inputs, (weight,), kernel, calls)[0]
 
 
-def packed_linears(inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str = "auto") -> list[torch.Tensor]:
+def packed_linears(
+    inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str = "auto", calls: LayerCalls | None = None
+) -> list[torch.Tensor]:
     """`packed_linear` for weights with the same input: few rows on a GPU take one launch.
+
+    Args:
+        calls: of a single weight.
 
     Returns:
         (..., out) of each.
@@ -53,7 +62,11 @@ def packed_linears(inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel
     tensors = tensors_of(weights)
     plain = type(inputs) in _PLAIN and _PLAIN.issuperset(map(type, tensors)) and not inputs.is_meta
     if plain and inputs.is_cuda and _is_quiet("cuda"):  # the usual case, in which the host's time matters
-        return ops.products(inputs, weights, kernel, tensors)
+        return (
+            ops.products(inputs, weights, kernel, tensors)
+            if calls is None
+            else [_called(inputs, weights[0], kernel, calls)]
+        )
     dtype = autocast_dtype(inputs)
     if dtype is not None:
         inputs, weights = inputs.to(dtype), [weight.to(dtype) for weight in weights]
@@ -63,9 +76,12 @@ def packed_linears(inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel
     if not plain:
         return [reference_linear(inputs, weight) for weight in weights]
     if torch.is_grad_enabled() and (inputs.requires_grad or any(map(_requires_grad, tensors))):
-        return [_differentiable(inputs, weight, kernel) for weight in weights]
+        return [_differentiable(inputs, weight, kernel, calls) for weight in weights]
     if torch._C._len_torch_dispatch_stack():  # a mode that wants to see operators
         return [ops.linear(inputs, *weight, kernel) for weight in weights]
+    if calls is not None and inputs.is_cuda:
+        with torch.no_grad():
+            return [_called(inputs, weights[0], kernel, calls)]
     return ops.products(inputs, weights, kernel, tensors)
 
 
@@ -105,14 +121,18 @@ def _traced(inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str) 
     return ops.linears(inputs, *parts, widths[0], kernel)
 
 
-def _differentiable(inputs: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Tensor:
+def _called(inputs: torch.Tensor, weight: PackedWeight, kernel: str, calls: LayerCalls) -> torch.Tensor:
+    return calls.product(inputs, weight, kernel, ops.product)
+
+
+def _differentiable(inputs: torch.Tensor, weight: PackedWeight, kernel: str, calls: LayerCalls | None) -> torch.Tensor:
     if not _has_operator(inputs.device.type, True):
         weight.check()
         return reference_linear(inputs, weight)
     kernel = _unless_trained(kernel, weight)
     if torch._C._len_torch_dispatch_stack():  # a mode that wants to see operators
         return ops.linear(inputs, *weight, kernel)
-    return ops.Differentiable.apply(inputs, *weight, kernel)
+    return ops.Differentiable.apply(inputs, *weight, kernel, calls)
 
 
 def _unless_trained(kernel: str, weight: PackedWeight) -> str:

@@ -23,7 +23,7 @@ from .triton import unpack
 from .triton.decode import bind_decode, kind_of
 from .triton.medium_batch import bind_medium_batch
 from .triton.unpack import bind_densify
-from .triton.unpack_then_gemm import bind_unpacked
+from .triton.unpack_then_gemm import bind_gradient, bind_unpacked
 
 _BINDERS = {
     "gemv": bind_decode,
@@ -151,6 +151,26 @@ def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -
         return run(rows, [weight], config)
 
     return choose(rows, weight, options, lambda config: bound(config)(inputs, rows, [weight]))
+
+
+def input_gradient(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """grad (S + B A): (..., out) to (..., in).
+
+    Raises:
+        ValueError: a mask that keeps another number of values than there are.
+    """
+    plain, rows = weight.contiguous(), grad.numel() // max(1, grad.shape[-1])
+    if not (rows and plain.out_features and plain.in_features):
+        return grad.new_zeros((*grad.shape[:-1], plain.in_features))
+    binding = binding_of((plain,))
+    with _on_device_of(grad):
+        program = binding.gradient
+        if program is None:
+            check_count(plain, index_of(plain.mask, plain.in_features).nonzeros)
+            program = bind_gradient(plain)
+            if drives() and plain is weight:
+                binding.gradient = program
+        return program(ready(grad), rows, (plain,))[0]
 
 
 def densify(weight: PackedWeight) -> torch.Tensor:

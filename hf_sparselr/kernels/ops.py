@@ -36,8 +36,8 @@ def linear(
     in_features: int,
     kernel: str,
 ) -> torch.Tensor:
-    """`products` of one weight as an operator."""
-    return products(inputs, (PackedWeight(mask, values, A, B, bias, in_features),), chosen_kernel(kernel))[0]
+    """`product` as an operator."""
+    return product(inputs, PackedWeight(mask, values, A, B, bias, in_features), kernel)
 
 
 @linear.register_fake
@@ -99,6 +99,11 @@ def products(
     rows = inputs.reshape(-1, binding.in_features)
     outs = [_product(rows, weight, kernel) for weight in weights]
     return [out.view(*inputs.shape[:-1], out.shape[1]) for out in outs]
+
+
+def product(inputs: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Tensor:
+    """`products` of one weight."""
+    return products(inputs, (weight,), chosen_kernel(kernel))[0]
 
 
 @functools.cache
@@ -230,8 +235,9 @@ linear.register_autograd(_backward, setup_context=_save)
 
 def _input_gradient(grad: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Tensor:
     """grad (S + B A): (..., out) to (..., in)."""
-    dense = resident_weight(weight, unpacked) if chosen_kernel(kernel) == "dense" else unpacked(weight)
-    return grad @ dense
+    if chosen_kernel(kernel) == "dense":
+        return grad @ resident_weight(weight, unpacked)
+    return _gpu().input_gradient(grad, weight) if _uses_triton(grad) else grad @ unpacked(weight)
 
 
 def _value_gradient(grad: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -243,20 +249,30 @@ def _value_gradient(grad: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor
 
 
 class Differentiable(torch.autograd.Function):
-    """`linear` where no compiler and no mode looks on: an operator takes the host several times as long."""
+    """`linear` where no compiler and no mode looks on: an operator takes the host several times as long.
+
+    The last argument is a `LayerCalls` of the layer, or None.
+    """
 
     @staticmethod
-    def forward(ctx, inputs, mask, values, A, B, bias, in_features, kernel):
-        ctx.in_features, ctx.kernel = in_features, kernel
+    def forward(ctx, inputs, mask, values, A, B, bias, in_features, kernel, calls):
+        ctx.in_features, ctx.kernel, ctx.calls = in_features, kernel, calls
         trains = any(ctx.needs_input_grad[2:5])
         ctx.save_for_backward(inputs if trains else None, mask, values, A, B)
-        return products(inputs, (PackedWeight(mask, values, A, B, bias, in_features),), chosen_kernel(kernel))[0]
+        weight = PackedWeight(mask, values, A, B, bias, in_features)
+
+        return product(inputs, weight, kernel) if calls is None else calls.product(inputs, weight, kernel, product)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, mask, values, A, B = ctx.saved_tensors
         weight = PackedWeight(mask, values, A, B, None, ctx.in_features)
-        of_input = functools.partial(_input_gradient, weight=weight, kernel=ctx.kernel)
+
+        def of_input(grad: torch.Tensor) -> torch.Tensor:
+            if ctx.calls is None:
+                return _input_gradient(grad, weight, ctx.kernel)
+            return ctx.calls.gradient(grad, weight, ctx.kernel, _input_gradient)
+
         of_values = functools.partial(_value_gradient, mask=mask)
-        return _gradients(ctx.needs_input_grad, grad, x, weight, of_input, of_values)
+        return *_gradients(ctx.needs_input_grad, grad, x, weight, of_input, of_values), None

@@ -125,6 +125,7 @@ class Multiply:
     Attributes:
         right: a slot, or a tensor of a weight.
         adds: to what `out` holds.
+        straight: right is (k, n), and not transposed.
     """
 
     out: int
@@ -134,18 +135,21 @@ class Multiply:
     k: int
     bias: Part | None = None
     adds: bool = False
+    straight: bool = False
 
     def run(self, slots: list[Any], weights: Sequence[PackedWeight]) -> None:
         rows = slots[ROWS]
         left, out = _matrix(slots[self.left], rows, self.k), _matrix(slots[self.out], rows, self.n)
         held = isinstance(self.right, Part)
-        right = self.right.of(weights) if held else _matrix(slots[self.right], self.n, self.k)
+        shape = (self.k, self.n) if self.straight else (self.n, self.k)
+        right = self.right.of(weights) if held else _matrix(slots[self.right], *shape)
+        right = right if self.straight else right.T
         if self.adds:
-            out.addmm_(left, right.T)
+            out.addmm_(left, right)
         elif self.bias is not None:
-            torch.addmm(self.bias.of(weights), left, right.T, out=out)
+            torch.addmm(self.bias.of(weights), left, right, out=out)
         else:
-            torch.mm(left, right.T, out=out)
+            torch.mm(left, right, out=out)
 
     def moved(self, slot: Callable[[int], int], weight: Callable[[int], int]) -> "Multiply":
         right = Part(weight(self.right.weight), self.right.name) if isinstance(self.right, Part) else slot(self.right)
@@ -156,7 +160,7 @@ class Multiply:
         held = isinstance(self.right, Part)
         right = (-1, self.right.of(weights).data_ptr()) if held else (self.right, 0)
         bias = 0 if self.bias is None else self.bias.of(weights).data_ptr()
-        return [1, self.out, self.left, *right, self.n, self.k, bias, self.adds]
+        return [1, self.out, self.left, *right, self.n, self.k, bias, self.adds, self.straight]
 
 
 def _matrix(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

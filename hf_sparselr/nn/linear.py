@@ -11,12 +11,12 @@ from ..format.bitmask import pack, unpack
 from ..format.decomposition import Decomposition
 from ..kernels import PackedWeight, exportable_linear, packed_linear
 from ..kernels.fast_calls import Call, FastCall, not_ready, updated
+from ..kernels.fast_calls.layer_calls import MOST_PREPARED, LayerCalls
 from .hierarchical import HierarchicalLowRank
 from .lazy_weight import LazyDenseWeight
 
 _PARTS = itemgetter("mask", "values", "A", "B", "bias")
-_OF_THIS_RUN = ("fast_call", "fast_call_alone", "_fast", "_prepared")
-MOST_PREPARED = 16  # times that a layer is prepared for C: one whose weights move with every call stays with Python
+_OF_THIS_RUN = ("fast_call", "fast_call_alone", "_fast", "_prepared", "_calls")
 _NOT_ASSIGNED = (
     "the weight S + B A of a compressed layer is computed and cannot be assigned: assign or train its values, A and B, "
     "or make the model dense first (model.dequantize(), or layer.to_dense())"
@@ -50,6 +50,7 @@ class SparseLRLinear(nn.Linear):
     fast_call_alone: Call = staticmethod(not_ready)
     _fast: FastCall | None = None
     _prepared = 0
+    _calls: LayerCalls | None = None
 
     def __init__(
         self,
@@ -165,8 +166,8 @@ class SparseLRLinear(nn.Linear):
         self, inputs: torch.Tensor, factors: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
     ) -> torch.Tensor:
         """x: (..., in) to (..., out); `factors`, (A, B) or (None, None), stand in for the layer's own."""
-        hierarchy = self.hierarchy
-        if factors is None and not torch.compiler.is_compiling():
+        hierarchy, differentiates = self.hierarchy, torch.is_grad_enabled()
+        if factors is None and not differentiates and not torch.compiler.is_compiling():
             out = self.fast_call(self._parameters, inputs, self.kernel)
             if out is None and inputs.is_inference():
                 out = self.fast_call_alone(self._parameters, inputs, self.kernel)
@@ -176,8 +177,10 @@ class SparseLRLinear(nn.Linear):
             return hierarchy(inputs)
         if factors is not None:
             A, B = factors
-            out = _multiply(inputs, self.packed_weight._replace(A=A, B=B), self.kernel)
-        elif torch.is_grad_enabled() or _is_exported():
+            out = _multiply(inputs, self.packed_weight._replace(A=A, B=B), self.kernel, self._called())
+        elif differentiates:
+            out = _multiply(inputs, self.packed_weight, self.kernel, self._called())
+        elif _is_exported():
             out = self.product(inputs)
         elif self.shared_input is None:
             out = self.product(inputs)
@@ -194,6 +197,14 @@ class SparseLRLinear(nn.Linear):
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """`forward` of this layer alone, without the hierarchical part."""
         return _multiply(inputs, self.packed_weight, self.kernel)
+
+    def _called(self) -> LayerCalls | None:
+        """What it keeps for calls whose output is differentiated, or which bring factors."""
+        if torch.compiler.is_compiling():
+            return None
+        if self._calls is None:
+            self._calls = LayerCalls()
+        return self._calls
 
     def prepare(self, inputs: torch.Tensor, alone: bool = False) -> None:
         """Lets C take the next such calls, after `product` of these inputs.
@@ -238,10 +249,10 @@ class SparseLRLinear(nn.Linear):
         )
 
 
-def _multiply(inputs: torch.Tensor, weight: PackedWeight, kernel: str) -> torch.Tensor:
+def _multiply(inputs: torch.Tensor, weight: PackedWeight, kernel: str, calls: LayerCalls | None = None) -> torch.Tensor:
     if _is_exported():
         return exportable_linear(inputs, weight)
-    return packed_linear(inputs, weight, kernel)
+    return packed_linear(inputs, weight, kernel, calls)
 
 
 def _is_exported() -> bool:

@@ -41,6 +41,43 @@ def test_gradients_on_the_gpu(dtype: torch.dtype, kind: str | float, rows: int) 
         assert (actual.double() - expected).norm() <= (1e-4 if dtype == torch.float32 else 0.03) * expected.norm()
 
 
+@pytest.mark.parametrize("kind", ["2:4", 0.6])
+@pytest.mark.parametrize("rows", [2, 100, 600])
+@pytest.mark.parametrize("given", [False, True])
+def test_training_goes_through_c(rows: int, kind: str | float, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = problem(192, 128, kind, 16, dtype=torch.bfloat16)
+    layer = layer_of(case, 128)
+    x = draw(rows, 128, seed=6, dtype=torch.bfloat16).requires_grad_()
+    grad = draw(rows, 192, seed=7, dtype=torch.bfloat16)
+    factors = (layer.A.detach().requires_grad_(), layer.B.detach().requires_grad_()) if given else None
+    leaves = [x, *(factors or ())]
+
+    def step() -> list[torch.Tensor]:
+        out = layer(x, factors=factors)
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    first = step()
+    assert_near(first[0], case.expected(x.detach()), torch.bfloat16)
+    assert_near(first[1], grad.double() @ case.dense, torch.bfloat16)
+    monkeypatch.setattr(ops, "products", lambda *given: pytest.fail("through Python"))
+    monkeypatch.setattr(ops, "_input_gradient", lambda *given: pytest.fail("through Python"))
+    with torch.autocast("cuda", torch.bfloat16):
+        second = step()
+    assert all(map(torch.equal, first, second)) and all(map(torch.equal, first, step()))
+    layer.values.data.mul_(2)  # where they are
+    case.S = case.S * 2
+    assert_near(step()[0], case.expected(x.detach()), torch.bfloat16)
+    if given:
+        with torch.no_grad():
+            assert_near(layer(x, factors=factors), case.expected(x.detach()), torch.bfloat16)
+    x = draw(rows, 128, seed=6, dtype=torch.bfloat16)
+    assert not layer(x).requires_grad
+    monkeypatch.undo()
+    layer.mask.zero_()
+    with pytest.raises(ValueError, match="but the mask keeps 0"):
+        layer(x.requires_grad_(), factors=factors)
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("kernel", ["auto", "packed", "dense"])
 def test_compiled_on_the_gpu(mode: str, kernel: str) -> None:

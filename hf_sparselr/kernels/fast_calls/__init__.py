@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 MEMBERS = 8  # at most, with one input
 _SLOTS = 64  # of a program, at most
-_PARTS = ("mask", "values", "A", "B", "bias")
+PARTS = ("mask", "values", "A", "B", "bias")
 
 Parameters = dict[str, Any]  # of a module
 Call = Callable[[Parameters, torch.Tensor, str], torch.Tensor | None]
@@ -43,13 +43,13 @@ def not_ready(parameters: Parameters, inputs: torch.Tensor, kernel: str) -> None
 
 class _Member(ctypes.Structure):
     _fields_ = [
-        ("tensors", (ctypes.c_int64 * 2) * len(_PARTS)), ("version", ctypes.c_int64), ("out", ctypes.c_int64),
+        ("tensors", (ctypes.c_int64 * 2) * len(PARTS)), ("version", ctypes.c_int64), ("out", ctypes.c_int64),
     ]  # fmt: skip
 
 
 class _Group(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("dtype", "device_type", "device", "ins", "count", "context")),
+        *((name, ctypes.c_int64) for name in ("dtype", "device_type", "device", "ins", "count", "context", "is_cast")),
         ("members", _Member * MEMBERS),
     ]
 
@@ -62,21 +62,30 @@ class FastCall:
         weights: of the layers; on the current device or the CPU.
         parameters: the `_parameters` of each.
         kernel: that they were called with.
+        gradient: the results are gradients of x (..., in) from those of a layer's output (..., out).
+        is_cast: x comes as autocast wants it.
     """
 
     def __init__(
-        self, binding: Binding, weights: Sequence[PackedWeight], parameters: Sequence[Parameters], kernel: str
+        self,
+        binding: Binding,
+        weights: Sequence[PackedWeight],
+        parameters: Sequence[Parameters],
+        kernel: str,
+        gradient: bool = False,
+        is_cast: bool = False,
     ) -> None:
         self.binding = binding
         library, values = _library(), weights[0].values
         group = _Group()
         group.dtype, group.device_type, group.device = library.kind_of(values)
-        group.ins, group.count, group.context = weights[0].in_features, len(weights), library.context_of(values)
+        group.count, group.context, group.is_cast = len(weights), library.context_of(values), is_cast
+        group.ins = weights[0].out_features if gradient else weights[0].in_features
         for member, weight in zip(group.members, weights, strict=False):
             for place, tensor in zip(member.tensors, weight[:5], strict=True):
                 place[:] = (-1, 0) if tensor is None else (tensor.data_ptr(), tensor.numel())
             member.version = -1 if weight.mask.is_inference() else version(weight.mask)
-            member.out = weight.out_features
+            member.out = weight.in_features if gradient else weight.out_features
         self._learnt: set[tuple[int, int]] = set()
         self._state = library.new_group(ctypes.byref(group), kernel, list(parameters))
         self._functions = [library.function_of(self._state, first) for first in (0, 1)]
@@ -119,6 +128,8 @@ def updated(
     parameters: Sequence[Parameters],
     kernel: str,
     x: torch.Tensor,
+    gradient: bool = False,
+    is_cast: bool = False,
 ) -> FastCall | None:
     """A fast call with all that the call of these layers through Python, which was the last, made ready: the old one if
     it is of the same weights. None if the call is not for C.
@@ -128,23 +139,24 @@ def updated(
         parameters: the `_parameters` of each layer.
         kernel: that the layers were called with.
         x: their input.
+        gradient, is_cast: see `FastCall`.
     """
     if type(x) is not torch.Tensor or torch.is_grad_enabled() or len(weights) > MEMBERS:
         return None
-    if not (x.is_cpu or (x.is_cuda and drives())):
+    if not ((x.is_cpu and not gradient) or (x.is_cuda and drives())):
         return None
     if any(part is not None and part.dtype != weight.values.dtype for weight in weights for part in weight[2:5]):
         return None  # in training, factors beside S in half precision are in FP32
     binding, rows, kernel_now = binding_of(weights), x.numel() // max(1, x.shape[-1]), chosen_kernel(kernel)
     if x.is_cuda:
-        program = binding.products.get((row_key(rows), kernel_now))
+        program = binding.gradient if gradient else binding.products.get((row_key(rows), kernel_now))
         elsewhere = binding.device != torch.cuda.current_device()
     else:
         program, elsewhere = binding.products.get(ON_CPU), kernel_now == "dense" or not cpu.prefers(x.dtype, rows)
     if program is None or elsewhere or _library() is None:
         return None
     if fast is None or fast.binding is not binding:
-        fast = FastCall(binding, weights, parameters, kernel)
+        fast = FastCall(binding, weights, parameters, kernel, gradient, is_cast)
     fast.learn(rows, program, weights)
     return fast
 

@@ -79,7 +79,9 @@ struct Member {
 };
 
 struct Group {
-  word dtype, device_type, device, ins, count, context; /* context: of the driver, 0 for the CPU */
+  word dtype, device_type, device, ins, count;
+  word context; /* of the driver, 0 for the CPU */
+  word is_cast; /* x is as autocast wants it */
   struct Member members[MEMBERS];
 };
 
@@ -92,7 +94,7 @@ struct State {
   struct Entry entries[EXACT + BUCKETS]; /* by the rows of x, then by powers of two */
   word misses; /* calls in which not all results were taken */
   PyObject *kernel;           /* "auto" or "packed" */
-  PyObject *members[MEMBERS]; /* the dicts of their parameters */
+  PyObject *members[MEMBERS]; /* the dicts of their parameters; not of a lone one, whose calls bring it */
   PyObject *input, *outs[MEMBERS]; /* the last input, if results of it wait, and these */
   word version;
   void *stream;
@@ -132,8 +134,10 @@ static bool says(PyObject *function, bool none) {
 }
 
 /* No gradients, autocast, transforms or modes, which might want something else than the product. */
-static bool is_quiet(void) {
-  if (api.grad_enabled() || says(api.autocast, false) || says(api.modes, false) || says(api.transforms, true)) return false;
+static bool is_quiet(const struct Group *group) {
+  if (api.grad_enabled() || (!group->is_cast && says(api.autocast, false)) || says(api.modes, false) ||
+      says(api.transforms, true))
+    return false;
   PyObject *level = PyDict_GetItemWithError(api.levels, api.level);
   return level && PyLong_AsLongLong(level) < 0;
 }
@@ -247,7 +251,7 @@ static void *matrix(word address, word rows, word columns, bool transposed, cons
 static const word *multiply(const word *step, const word *slots, const struct Group *group, int *status) {
   word rows = slots[0], n = step[4], k = step[5], right = address_in(slots, step[2], step[3]);
   void *out = matrix(slots[step[0]], rows, n, false, group), *left = matrix(slots[step[1]], rows, k, false, group);
-  void *factor = matrix(right, k, n, true, group), *bias = NULL;
+  void *factor = matrix(right, k, n, !step[8], group), *bias = NULL;
   *status = !out || !left || !factor;
   if (step[6]) {
     word one = 1;
@@ -261,7 +265,7 @@ static const word *multiply(const word *step, const word *slots, const struct Gr
   void *all[] = {out, left, factor, bias};
   for (int i = 0; i < 4; i++)
     if (all[i]) api.delete(all[i]);
-  return step + 8;
+  return step + 9;
 }
 
 typedef int SparseProduct(void *, void *, const float *, word, word, const float *, word, word, word, void **, int);
@@ -386,20 +390,21 @@ static bool is_current(const struct Group *group, void **stream) {
 static PyObject *call(PyObject *self, PyObject *const *given, Py_ssize_t count) {
   struct State *state = PyCapsule_GetPointer(self, NULL);
   struct Group *group = &state->group;
-  if (count != 3 || given[0] != state->members[0] || given[2] != state->kernel || !is_plain(given[1])) return nothing();
+  if (count != 3 || given[2] != state->kernel || !is_plain(given[1])) return nothing();
+  if (group->count > 1 && given[0] != state->members[0]) return nothing();
   if (state->input) forget(state), state->misses++; /* the last call's group was none */
   if (state->misses >= 3) return nothing();
   word dimensions, *sizes;
   void *x, *stream;
   word rows = rows_of(group, tensor_of(given[1]), &dimensions, &sizes, &x);
   const word *program = rows < 0 ? NULL : program_for(state, rows);
-  if (!program || !is_quiet()) return nothing();
+  if (!program || !is_quiet(group)) return nothing();
   if (!is_current(group, &stream)) return nothing();
   word version = group->count > 1 ? version_of(given[1]) : 0;
   if (version < 0) return nothing(); /* inference mode: an edit before the next call would not be seen */
   PyObject *outs[MEMBERS] = {0}, *parts[MEMBERS * PARTS];
   for (word i = 0; i < group->count; i++)
-    if (!is_same(group->members + i, state->members[i], parts + i * PARTS)) return nothing();
+    if (!is_same(group->members + i, i ? state->members[i] : given[0], parts + i * PARTS)) return nothing();
   for (word i = 0; i < group->count * PARTS; i++) Py_IncRef(parts[i]);
   int done = execute(group, program, rows, sizes, dimensions, x, stream, outs);
   for (word i = 0; i < group->count * PARTS; i++) Py_DecRef(parts[i]);
@@ -430,7 +435,7 @@ static PyObject *take(PyObject *self, PyObject *const *given, Py_ssize_t count) 
   if (which == group->count) return nothing();
   PyObject *out = state->outs[which];
   bool fits = out && given[1] == state->input && given[2] == state->kernel && version_of(given[1]) == state->version;
-  fits = fits && (!group->context || !api.stream((int32_t)group->device, &stream)) && stream == state->stream && is_quiet();
+  fits = fits && (!group->context || !api.stream((int32_t)group->device, &stream)) && stream == state->stream && is_quiet(group);
   if (!fits) return forget(state), state->misses++, nothing();
   state->outs[which] = NULL;
   for (word i = 1; i < group->count; i++)
@@ -464,7 +469,7 @@ PyObject *new_group(const struct Group *group, PyObject *kernel, PyObject *membe
   if (!state) return nothing();
   state->group = *group;
   Py_IncRef(kernel), state->kernel = kernel;
-  for (word i = 0; i < group->count; i++) state->members[i] = PySequence_GetItem(members, i);
+  for (word i = 0; i < group->count && group->count > 1; i++) state->members[i] = PySequence_GetItem(members, i);
   return PyCapsule_New(state, NULL, end);
 }
 

@@ -25,3 +25,10 @@ def bind_unpacked(rows: int, weights: Sequence[PackedWeight], config: LaunchConf
         Multiply(y(0), X, dense, outs, ins, adds=True),  # y is read where the larger product waits anyway
     )
     return Program((outs,), (memory, Memory(weight.values.dtype, per_row=rank)), beside)
+
+
+def bind_gradient(weight: PackedWeight) -> Program:
+    """grad (S + B A) of one weight, which is not empty: (..., out) to (..., in), for any number of rows."""
+    outs, ins, dense = weight.out_features, weight.in_features, 3
+    steps = Launch(bind_densify(weight), (dense,)), Multiply(y(0), X, dense, ins, outs, straight=True)
+    return Program((ins,), (Memory(weight.values.dtype, outs * ins),), steps)
