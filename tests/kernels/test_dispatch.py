@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_sparselr import SparseLRConfig, compress
 from hf_sparselr.kernels import ops, override, packed_linear, resident
+from hf_sparselr.kernels.fast_calls.layer_calls import LayerCalls
 from hf_sparselr.nn.linear import SparseLRLinear
 
 
@@ -360,8 +361,9 @@ def test_the_kernel_is_chosen_on_loading(tmp_path) -> None:
         SparseLRConfig(kernel="none")
 
 
+@pytest.mark.parametrize("calls", [None, LayerCalls()])
 @pytest.mark.parametrize("trained", ["x", "A B bias"])
-def test_the_gradients_that_a_gpu_takes(trained: str) -> None:
+def test_the_gradients_that_a_gpu_takes(trained: str, calls: LayerCalls | None) -> None:
     """Everywhere but for the values, which a kernel collects."""
     case = problem(5, 24, 0.5, dtype=torch.float64)
     x, weight = draw(2, 3, 24, seed=6), case.weight
@@ -371,6 +373,6 @@ def test_the_gradients_that_a_gpu_takes(trained: str) -> None:
 
     def product(*parts: torch.Tensor) -> torch.Tensor:
         x, A, B, bias = parts
-        return ops.Differentiable.apply(x, weight.mask, weight.values, A, B, bias, 24, "auto")
+        return ops.Differentiable.apply(x, weight.mask, weight.values, A, B, bias, 24, "auto", calls)
 
     assert torch.autograd.gradcheck(product, tuple(given.values()))
