@@ -86,7 +86,7 @@ class FastCall:
                 place[:] = (-1, 0) if tensor is None else (tensor.data_ptr(), tensor.numel())
             member.version = -1 if weight.mask.is_inference() else version(weight.mask)
             member.out = weight.in_features if gradient else weight.out_features
-        self._learnt: set[tuple[int, int]] = set()
+        self._learnt: dict[int, int] = {}  # the rows that the last program is for, by those that share an entry
         self._state = library.new_group(ctypes.byref(group), kernel, list(parameters))
         self._functions = [library.function_of(self._state, first) for first in (0, 1)]
 
@@ -112,10 +112,10 @@ class FastCall:
 
     def learn(self, rows: int, program: Program, weights: Sequence[PackedWeight]) -> None:
         """Takes over a program for so many rows of x, if its steps are for C."""
-        entry = row_key(rows), program.rows
-        if entry in self._learnt:
+        entry = row_key(rows)
+        if self._learnt.get(entry) == program.rows:
             return
-        self._learnt.add(entry)
+        self._learnt[entry] = program.rows
         words = program.words(weights)
         if words is not None and 2 + len(program.outs) + len(program.memories) <= _SLOTS:
             array = (ctypes.c_int64 * len(words))(*words)
