@@ -168,9 +168,11 @@ class SparseLRLinear(nn.Linear):
         """x: (..., in) to (..., out); `factors`, (A, B) or (None, None), stand in for the layer's own."""
         hierarchy, differentiates = self.hierarchy, torch.is_grad_enabled()
         if factors is None and not differentiates and not torch.compiler.is_compiling():
-            out = self.fast_call(self._parameters, inputs, self.kernel)
-            if out is None and inputs.is_inference():
+            out = None
+            if inputs.is_inference():  # no group serves these, and it would take an error to find out
                 out = self.fast_call_alone(self._parameters, inputs, self.kernel)
+            if out is None:
+                out = self.fast_call(self._parameters, inputs, self.kernel)
             if out is not None:
                 return out if hierarchy is None else hierarchy(inputs, out)
         if hierarchy is not None and factors is None and self._is_hierarchy_alone:
