@@ -15,6 +15,7 @@ COMMANDS = {
     "kernels": "speed of compressed layers against dense ones",
     "experts": "speed of packed experts against the grouped product of dense ones",
     "host": "time that a call of a compressed layer takes the host",
+    "lora": "time of a training step of LoRA over a compressed model",
     "generate": "speed and memory of a compressed model's text generation against the dense one's",
 }
 

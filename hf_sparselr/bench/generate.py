@@ -60,9 +60,9 @@ def run(args: argparse.Namespace) -> None:
         builds["packed"] = lambda: _loaded(args, args.model)
     else:
         for sparsity in args.sparsity:
-            builds[sparsity] = lambda sparsity=sparsity: _packed(args, sparsity)
+            builds[sparsity] = lambda sparsity=sparsity: packed_model(args, sparsity)
     torch._dynamo.config.recompile_limit = 64  # every model and case is compiled by itself
-    dense, results = _Runs(args, _dense(args)), []
+    dense, results = _Runs(args, _first_model(args)), []
     for name, build in builds.items():
         results += _compare(args, dense, name, build)
         print(_table(results[-_cases(args) :]), flush=True)
@@ -96,13 +96,16 @@ def _line(case: tuple, name: str, r: dict[str, Any], dense: dict[str, Any]) -> t
     return *map(str, case), name, *speed, *memory
 
 
-def _dense(args: argparse.Namespace) -> nn.Module:
-    if args.dense:
-        return _loaded(args, args.dense)
+def _first_model(args: argparse.Namespace) -> nn.Module:
+    return _loaded(args, args.dense) if args.dense else dense_model(args)
+
+
+def dense_model(args: argparse.Namespace, **changes: int) -> nn.Module:
+    """A preset's shape with random weights; `changes` of its config."""
     torch.manual_seed(0)
+    config = LlamaConfig(**PRESETS[args.preset] | changes)
     with torch.device(args.device):
-        model = LlamaForCausalLM._from_config(LlamaConfig(**PRESETS[args.preset]), dtype=getattr(torch, args.dtype))
-    return model.eval()
+        return LlamaForCausalLM._from_config(config, dtype=getattr(torch, args.dtype)).eval()
 
 
 def _loaded(args: argparse.Namespace, name: str) -> nn.Module:
@@ -110,9 +113,9 @@ def _loaded(args: argparse.Namespace, name: str) -> nn.Module:
     return model.to(args.device).eval()
 
 
-def _packed(args: argparse.Namespace, sparsity: str) -> nn.Module:
+def packed_model(args: argparse.Namespace, sparsity: str, **changes: int) -> nn.Module:
     """The preset's model with every linear layer of its blocks replaced by a packed one of random support."""
-    model = _dense(args)
+    model = dense_model(args, **changes)
     pattern = parse(from_text(sparsity))
     for name, layer in linear_layers(model).items():
         out, width = weight_shape(layer)

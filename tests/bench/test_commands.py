@@ -230,6 +230,18 @@ def test_host(tiny_preset, tmp_path, capsys) -> None:
     assert "over dense" in capsys.readouterr().out
 
 
+def test_lora(tiny_preset, tmp_path, capsys) -> None:
+    file = tmp_path / "result.json"
+    options = ["--preset", "smollm2-135m", "--blocks", "2", "--batch", "2", "--length", "8", "--steps", "2"]
+    options += ["--rank", "4", "--adapter-rank", "2", "--sparsity", "2:4", "--dtype", "float32"]
+    assert main(["bench", "lora", *options, "--device", "cpu", "--json", str(file)]) == 0
+    results = json.loads(file.read_text())
+    assert [r["weights"] for r in results] == ["dense", "2:4"] and all(
+        r["step_ms"] >= r["host_ms"] > 0 for r in results
+    )
+    assert "time over dense" in capsys.readouterr().out
+
+
 def test_generate_needs_both_checkpoints(capsys) -> None:
     assert main(["bench", "generate", "--model", "somewhere"]) == 2
     assert "--model and --dense go together" in capsys.readouterr().err
