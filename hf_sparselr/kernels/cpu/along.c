@@ -111,6 +111,7 @@ static void multiply_band(const Weight *w, const int64_t *starts, int64_t rows, 
   int64_t bytes = (w->ins + 7) / 8, step = STEP / 4 / width / 8, listed = 8 * step + 8; /* step: bytes of the mask */
   int64_t at[BAND], kept[BAND];
   const float *values[BAND];
+  const entry *values_of_next = w->values + starts[top + rows] - starts[top];
   memset(space.sums, 0, chunks * BAND * width * sizeof(float));
   for (int64_t i = 0; i < rows; i++) at[i] = starts[top + i];
   for (int64_t byte = 0; byte < bytes; byte += step) {
@@ -121,8 +122,8 @@ static void multiply_band(const Weight *w, const int64_t *starts, int64_t rows, 
       kept[i] = list_columns(m, part, space.columns + i * listed, bits, width, left);
       values[i] = in_fp32(w->values + at[i], space.values + i * listed, kept[i]);
       at[i] += kept[i];
-      for (int64_t ahead = 0; ahead < kept[i]; ahead += 64 / sizeof(entry)) /* for the next step */
-        __builtin_prefetch(w->values + at[i] + ahead);
+      for (int64_t ahead = 0; ahead < kept[i]; ahead += 64 / sizeof(entry)) /* for the next band */
+        __builtin_prefetch(values_of_next + at[i] - kept[i] + ahead);
     }
     for (int64_t c = 0; c < chunks; c++)
       for (int64_t i = 0; i < rows; i++)
