@@ -129,8 +129,8 @@ INLINE __m256 eight_values(const entry *v) {
 
 /* Eight values that 16 columns keep, four of every eight, times theirs of x. */
 INLINE __m256 add_eight(const uint8_t *m, const entry *v, const float *x, __m256 sum) {
-  __m256 begin = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), *(const __m256i *)picks[m[0]]);
-  __m256 end = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 8), *(const __m256i *)picks[m[1]]);
+  __m256 begin = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), _mm256_loadu_si256((const __m256i *)picks[m[0]]));
+  __m256 end = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 8), _mm256_loadu_si256((const __m256i *)picks[m[1]]));
   return _mm256_fmadd_ps(eight_values(v), _mm256_blend_ps(begin, end, 0xf0), sum);
 }
 
@@ -154,7 +154,7 @@ static void across_fours(const uint8_t *m, const entry *v, int64_t left, const I
     memcpy(values, v + 4 * byte, 4 * sizeof(entry));
     s[1] = add_eight(last, values, x + 8 * byte, s[1]);
   }
-  *(__m256 *)sums = _mm256_add_ps(_mm256_add_ps(s[0], s[1]), _mm256_add_ps(s[2], s[3]));
+  _mm256_storeu_ps((float *)sums, _mm256_add_ps(_mm256_add_ps(s[0], s[1]), _mm256_add_ps(s[2], s[3])));
 }
 
 /* The next values at the set bits of 16 columns, zero elsewhere. 16 are read, wanted or not. */
