@@ -12,8 +12,9 @@ from .bindings import Binding, binding_of
 from .cuda import small_batch
 from .cuda.medium_batch import bind_tiles, supports_tiles
 from .cuda.sparse_cores import bind_sparse, has_sparse_cores, sparse_configs
+from .cuda.wgmma import bind_wgmma, supports_wgmma
 from .launch import drives
-from .launch_config import FEW_ROWS, MEDIUM_ROWS, NATIVE_ROWS, LaunchConfig, candidates, row_key
+from .launch_config import FEW_ROWS, MEDIUM_ROWS, NATIVE_ROWS, LaunchConfig, candidates, row_key, wide_config
 from .measured import measured
 from .packed_weight import PackedWeight, check_count
 from .program import Program, merge
@@ -30,6 +31,7 @@ _BINDERS = {
     "small_batch": bind_decode,
     "mma": small_batch.bind_mma,
     "tiles": bind_tiles,
+    "wgmma": bind_wgmma,
     "medium_batch": bind_medium_batch,
     "unpack_then_gemm": bind_unpacked,
     "sparse_cores": bind_sparse,
@@ -126,7 +128,11 @@ def run(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Pro
 def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -> LaunchConfig:
     """The fastest configuration for a weight: known, measured on such cards before, or measured now."""
     index = index_of(weight.mask, weight.in_features)
-    native = small_batch.supports(weight, index) and (rows <= FEW_ROWS or not index.pairs or supports_tiles(weight))
+    native = small_batch.supports(weight, index)
+    if native and rows > FEW_ROWS and supports_wgmma(weight):
+        most = torch.cuda.get_device_properties(inputs.device).multi_processor_count
+        return wide_config(rows, weight.out_features, weight.in_features, most)
+    native = native and (rows <= FEW_ROWS or not index.pairs or supports_tiles(weight))
     options = candidates(rows, weight, index.pairs, native)
     if kernel == "packed" and rows <= FEW_ROWS:
         return options[0]

@@ -18,14 +18,18 @@ class LaunchConfig:
     Attributes:
         kernel: reads the packed S: "gemv" multiplies one row of x in FP32 registers, "small_batch" gives up to 16 rows
             of 16 bits to the tensor cores, "medium_batch" more of them; "mma" does as "small_batch", in CUDA C++, and
-            "tiles" as "medium_batch", at 2:4. "unpack_then_gemm" unpacks S first.
+            "tiles" as "medium_batch", at 2:4. "wgmma" takes any number of rows at 2:4, in CUDA C++ for compute
+            capability 9.0. "unpack_then_gemm" unpacks S first.
             "sparse_cores": the sparse tensor cores, by cuSPARSELt.
-        rows: output rows of a program, a power of two ("small_batch": at least 16); of a warp ("tiles").
+        rows: output rows of a program, a power of two ("small_batch": at least 16); of a warp ("tiles"); 64 or
+            128 ("wgmma").
         warps: of a program.
         split: programs that share output rows, each with a part of the columns (not for "gemv").
         ahead: "small_batch": read the mask of the next columns, of 2:4 also the values, before multiplying these. "mma"
             at 2:4: steps along the columns whose loads are issued together.
-        resident: blocks of a multiprocessor that registers are left for ("mma" and "tiles").
+        resident: blocks of a multiprocessor that registers are left for ("mma", "tiles" and "wgmma").
+        batch: rows of x of a program, a power of two from 16 to 256 ("wgmma").
+        cluster: programs that share these ("wgmma").
         joined: "unpack_then_gemm" multiplies by S + B A, not by S, B and A; "sparse_cores" by [S, B] and A.
         algorithm: cuSPARSELt's number for one ("sparse_cores" only).
     """
@@ -36,6 +40,8 @@ class LaunchConfig:
     split: int = 1
     ahead: int = 0
     resident: int = 1
+    batch: int = 0
+    cluster: int = 1
     joined: bool = False
     algorithm: int = 0
 
@@ -56,6 +62,10 @@ class LaunchConfig:
             return self.kernel + " joined" * self.joined
         more = f" / {self.split}" * (self.split > 1) + f" {self.ahead} ahead" * (self.ahead > 0)
         more += f" {self.resident} resident" * (self.resident > 1)
+        if self.batch:
+            return f"{self.kernel} {self.rows} x {self.batch}{more}" + f" clusters of {self.cluster}" * (
+                self.cluster > 1
+            )
         return f"{self.kernel} {self.rows} rows {self.warps} warps{more}"
 
 
@@ -121,6 +131,22 @@ TABLE = {
         (MOST_ROWS, (JOINED, BESIDE)),
     ),
 }
+
+
+def wide_config(rows: int, outs: int, ins: int, multiprocessors: int) -> LaunchConfig:
+    """The configuration of "wgmma" for a product: it need not be measured on each card.
+
+    Args:
+        multiprocessors: of the device.
+    """
+    batch = min(256, max(32, 1 << (rows - 1).bit_length()))
+    tall, resident = (128, 1) if batch >= 128 else (64, 2)
+    blocks = -(-outs // tall) * -(-rows // batch)
+    if batch == 256 and 2 * blocks <= multiprocessors:
+        batch, blocks = 128, 2 * blocks
+    room = resident * multiprocessors // blocks
+    split = min(room, 3, -(-ins // 256)) if room else 1
+    return LaunchConfig("wgmma", tall, split=max(split, 1), resident=resident, batch=batch)
 
 
 def candidates(rows: int, weight: PackedWeight, pairs: bool, native: bool) -> tuple[LaunchConfig, ...]:

@@ -1,4 +1,5 @@
-"""u = x A^T on the tensor cores, by `low_rank.cu`: for few rows of x cuBLAS takes the host five times as long."""
+"""u = x A^T on the tensor cores, by `low_rank.cu` or, on compute capability 9.0, `wgmma.cu`: cuBLAS takes the host five
+times as long, and does not run beside the product with S."""
 
 import functools
 from collections.abc import Sequence
@@ -14,10 +15,13 @@ from ..packed_weight import PackedWeight
 from ..program import ROWS, Joint, Launch, Memory, Multiply, Part, PerRows, Program, Step, X, y
 from ..triton.decode import ceil_div, sum_of_parts
 from .nvrtc import CompileError, load_function
+from .tensor_map import starts_with_address, tensor_map
 
 _MOST_WEIGHTS = 4  # of a launch, as in the source
 _MOST_ROWS = 4096  # of x; with more, cuBLAS is faster than the host
 _MOST_SCRATCH = 2**22  # entries of 4 bytes that are taken from a stream's scratch memory
+_JOINT_ROWS = 256  # up to which `low_rank.cu` is used where there is `wgmma.cu`
+FACTOR_MEMORY = 52 * 1024  # bytes of shared memory of a block by `wgmma.cu`, at most
 
 
 def factor_step(rows: int, weight: PackedWeight, u: int) -> Step:
@@ -27,8 +31,10 @@ def factor_step(rows: int, weight: PackedWeight, u: int) -> Step:
         u: its slot.
     """
     A, rank, ins = weight.A, weight.rank, weight.in_features
-    fits = A.is_cuda and A.element_size() == 2 and ins % 8 == 0 and A.data_ptr() % 16 == 0 and rows <= _MOST_ROWS
-    kernel = _kernel(A.get_device(), A.dtype, bucket(rows)) if fits and drives() else None
+    fits = A.is_cuda and A.element_size() == 2 and ins % 8 == 0 and A.data_ptr() % 16 == 0 and drives()
+    if fits and rows > _JOINT_ROWS and _has_wgmma(A.get_device()):
+        return _wide_step(rows, weight, u)
+    kernel = _kernel(A.get_device(), A.dtype, bucket(rows)) if fits and rows <= _MOST_ROWS else None
     if kernel is None:
         return Multiply(u, X, Part(0, "A"), rank, ins)
     return kernel.launch([(A.data_ptr(), rank, u)], ins)
@@ -99,6 +105,41 @@ class _Factors(Joint):
         ]
         few = [products[i : i + _MOST_WEIGHTS] for i in range(0, len(products), _MOST_WEIGHTS)]
         return [self.kernel.launch(some, self.ins) for some in few]
+
+
+def _wide_step(rows: int, weight: PackedWeight, u: int) -> Launch:
+    """The same by `wgmma.cu`, for any number of rows of x: 64 factors and some rows of x a block, up to eight of which
+    share the columns. Little of shared memory, so that the product with S starts beside it."""
+    A, rank, ins, device = weight.A, weight.rank, weight.in_features, weight.A.get_device()
+    batch, split, deep = next(shape for most, *shape in _WIDE if most is None or rows <= most)
+    stages = ceil_div(ins, 64)
+    split = min(split, stages)
+    shared = deep * (128 * (64 + batch) + 16) + 1024
+    defines = ["WHOLE", "RANK", "WGS=1", f"N={batch}", "COLUMNS=128", f"STAGES={deep}", "CLUSTER=1", f"PARTS={split}"]
+    defines += ["RESIDENT=1"] + ["HALF"] * (A.dtype == torch.float16)
+    function = load_function("wgmma.cu", "wgmma", tuple(defines), device, shared)
+    left, x = tensor_map(A.data_ptr(), rank, ins, (64, 64)), tensor_map(A.data_ptr(), None, ins, (batch // 2, 64))
+    arguments = [
+        *left, *x, *left, Varying(0, None), *x[1:], A, A, Varying(1, None), Varying(2, None), 0, rank, ins,
+        ceil_div(stages, split),
+    ]  # fmt: skip
+    launch = DriverLaunch(function, (1, 1, 1), (160,), shared, arguments)
+    blocks, batches = ceil_div(rank, 64), PerRows(1, batch)
+    return Launch(launch, (X, u, ROWS), (blocks, batches, 1) if split == 1 else (blocks, split, batches))
+
+
+# Up to so many rows of x: those of a block, blocks that share the columns, stages.
+_WIDE = (
+    (64, 16, 8, 4), (256, 32, 8, 4), (1024, 64, 8, 3), (2048, 64, 4, 3), (4096, 64, 2, 3), (None, 64, 1, 3),
+)  # fmt: skip
+
+
+@functools.cache
+def _has_wgmma(device: int) -> bool:
+    """Whether `wgmma.cu` runs on a device."""
+    if torch.cuda.get_device_capability(device) != (9, 0) or not starts_with_address():
+        return False
+    return _kernel(device, torch.bfloat16, 64) is not None
 
 
 def with_factors_and_parts(

@@ -18,7 +18,7 @@ from ..launch import load_cubin
 
 logger = logging.getLogger(__name__)
 
-_HEADER = "tensor_cores.cuh"  # that every source includes
+_HEADERS = ("tensor_cores.cuh", "hopper.cuh")  # that sources include
 
 
 class CompileError(RuntimeError):
@@ -50,26 +50,27 @@ def _cubin(source: str, defines: tuple[str, ...], device: int) -> bytes:
     """One for each combination of defines that a model needs, from the disk if it is there."""
     folder = importlib.resources.files(__package__)
     text = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in source.split("+"))
-    header = folder.joinpath(_HEADER).read_text(encoding="utf-8")
+    headers = tuple(folder.joinpath(name).read_text(encoding="utf-8") for name in _HEADERS)
     major, minor = torch.cuda.get_device_capability(device)
-    options = (f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{define}" for define in defines))
+    own = "a" * (major == 9)  # with the instructions that no later card has
+    options = (f"--gpu-architecture=sm_{major}{minor}{own}", "--std=c++17", *(f"-D{define}" for define in defines))
     library = _nvrtc()
-    key = hashlib.sha256("\0".join((text, header, *options, str(_version(library)))).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join((text, *headers, *options, str(_version(library)))).encode()).hexdigest()[:24]
     file = Path(HF_HOME) / "hf_sparselr" / f"{Path(source).stem}-{key}.cubin"
     try:
         cubin = file.read_bytes()
     except OSError:
-        cubin = _compile(library, text, header, source, options)
+        cubin = _compile(library, text, headers, source, options)
         _keep(file, cubin)
     return cubin
 
 
-def _compile(library: ctypes.CDLL, text: str, header: str, name: str, options: tuple[str, ...]) -> bytes:
+def _compile(library: ctypes.CDLL, text: str, headers: tuple[str, ...], name: str, options: tuple[str, ...]) -> bytes:
     program = ctypes.c_void_p()
     given = [option.encode() for option in options]
-    headers, names = ((ctypes.c_char_p * 1)(content.encode()) for content in (header, _HEADER))
+    contents, names = (_strings(texts) for texts in (headers, _HEADERS))
     create = library.nvrtcCreateProgram
-    _check(create(ctypes.byref(program), text.encode(), name.encode(), 1, headers, names), name)
+    _check(create(ctypes.byref(program), text.encode(), name.encode(), len(headers), contents, names), name)
     try:
         status = library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
         size = ctypes.c_size_t()
@@ -84,6 +85,10 @@ def _compile(library: ctypes.CDLL, text: str, header: str, name: str, options: t
         return cubin.raw
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _strings(texts: tuple[str, ...]) -> ctypes.Array:
+    return (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))
 
 
 def _keep(file: Path, cubin: bytes) -> None:
