@@ -163,8 +163,10 @@ extern "C" __global__ void IN_CLUSTER __launch_bounds__(THREADS, RESIDENT) wgmma
 #ifdef RANK
   more = (int)(args.rank + COLUMNS / 2 - 1) / (COLUMNS / 2);
 #endif
+#ifdef RANK
+  asm volatile("griddepcontrol.launch_dependents;"); /* what waits for its u may start beside this */
+#endif
 #ifdef WHOLE
-  asm volatile("griddepcontrol.launch_dependents;"); /* what reads the result may start beside this */
   from = part * (int)args.span, more = max(min(more - from, (int)args.span), 0);
 #else
   begin = part * (int)args.span, end = min(begin + (int)args.span, ((int)args.ins + 255) / 256);
