@@ -14,7 +14,7 @@ from .cuda.medium_batch import bind_tiles, supports_tiles
 from .cuda.sparse_cores import bind_sparse, has_sparse_cores, sparse_configs
 from .cuda.wgmma import bind_wgmma, supports_wgmma
 from .launch import drives
-from .launch_config import FEW_ROWS, MEDIUM_ROWS, NATIVE_ROWS, LaunchConfig, candidates, row_key, wide_config
+from .launch_config import FEW_ROWS, LARGE, MEDIUM_ROWS, NATIVE_ROWS, LaunchConfig, candidates, row_key, wide_config
 from .measured import measured
 from .packed_weight import PackedWeight, check_count
 from .program import Program, merge
@@ -129,9 +129,10 @@ def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -
     """The fastest configuration for a weight: known, measured on such cards before, or measured now."""
     index = index_of(weight.mask, weight.in_features)
     native = small_batch.supports(weight, index)
-    if native and rows > FEW_ROWS and supports_wgmma(weight):
+    outs, ins = weight.out_features, weight.in_features
+    if native and rows > (FEW_ROWS if outs * ins < LARGE else FEW_ROWS // 2) and supports_wgmma(weight):
         most = torch.cuda.get_device_properties(inputs.device).multi_processor_count
-        return wide_config(rows, weight.out_features, weight.in_features, most)
+        return wide_config(rows, outs, ins, most)
     native = native and (rows <= FEW_ROWS or not index.pairs or supports_tiles(weight))
     options = candidates(rows, weight, index.pairs, native)
     if kernel == "packed" and rows <= FEW_ROWS:

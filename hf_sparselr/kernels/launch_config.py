@@ -8,6 +8,7 @@ FEW_ROWS = 16  # of x that "gemv" and "small_batch" take
 NATIVE_ROWS = 32  # of x that "mma" takes
 MEDIUM_ROWS = 256  # of x for which "medium_batch" is worth trying, as it unpacks S for each 128
 TILE_ROWS = 256  # for which "tiles" is
+LARGE = 2**25  # entries of S, from which on "wgmma" is faster than "mma" for more than 8 rows of x
 MOST_ROWS = 8192  # with more rows the same configuration is the fastest
 
 
@@ -139,14 +140,18 @@ def wide_config(rows: int, outs: int, ins: int, multiprocessors: int) -> LaunchC
     Args:
         multiprocessors: of the device.
     """
-    batch = min(256, max(32, 1 << (rows - 1).bit_length()))
+    batch = min(256, max(16, 1 << (rows - 1).bit_length()))
     tall, resident = (128, 1) if batch >= 128 else (64, 2)
     blocks = -(-outs // tall) * -(-rows // batch)
-    if batch == 256 and 2 * blocks <= multiprocessors:
-        batch, blocks = 128, 2 * blocks
-    room = resident * multiprocessors // blocks
-    split = min(room, 3, -(-ins // 256)) if room else 1
-    return LaunchConfig("wgmma", tall, split=max(split, 1), resident=resident, batch=batch)
+    if batch >= 128 and 2 * blocks <= multiprocessors:
+        batch, blocks = batch // 2, 2 * blocks
+    if rows > 512:
+        return LaunchConfig("wgmma", tall, resident=resident, batch=batch, cluster=2)
+    room, chunks = resident * multiprocessors, -(-ins // 256)
+    split = 2 if 2 * blocks <= room else 1
+    split = max(split, room * 85 // 100 // blocks)  # a cluster of more than two does not find a place everywhere
+    split = min(split, 8, chunks // 2) if chunks >= 8 else 1
+    return LaunchConfig("wgmma", tall, split=split, resident=resident, batch=batch)
 
 
 def candidates(rows: int, weight: PackedWeight, pairs: bool, native: bool) -> tuple[LaunchConfig, ...]:

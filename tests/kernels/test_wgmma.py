@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 
-from hf_sparselr.kernels.cuda.low_rank import FACTOR_MEMORY
 from hf_sparselr.kernels.cuda.wgmma import tile_of
 from hf_sparselr.kernels.launch_config import wide_config
 
@@ -17,17 +16,15 @@ def test_blocks_fit_a_multiprocessor(rows: int) -> None:
         config = wide_config(rows, outs, ins, 132)
         assert config.split * config.cluster <= 8  # blocks of a cluster that every GPU takes
         assert (config.split - 1) * 256 < ins
-        for factors in (False, True):
-            tile = tile_of(config, factors)
-            left = MULTIPROCESSOR - config.resident * (tile.shared + 1024)
-            assert left >= factors * FACTOR_MEMORY
-            stages = tile.stages * tile.columns * (config.rows + 2 * config.batch)
-            results = 2 * config.rows if config.split == 1 else 4 * (config.rows + 4)  # bytes for a row of x
-            assert tile.stages >= 3 and results * config.batch <= stages < tile.shared
+        tile = tile_of(config)
+        assert config.resident * (tile.shared + 1024) <= MULTIPROCESSOR
+        stages = tile.stages * tile.columns * (config.rows + 2 * config.batch)
+        results = 2 * config.rows if config.split == 1 else 4 * (config.rows + 4)  # bytes for a row of x
+        assert tile.stages >= 3 and results * config.batch <= stages < tile.shared
 
 
 def test_few_rows_of_a_weight_keep_the_gpu_busy() -> None:
     for rows, outs, ins in itertools.product((32, 64, 128, 256), (4096, 14336), (4096, 14336)):
         config = wide_config(rows, outs, ins, 132)
         blocks = -(-outs // config.rows) * -(-rows // config.batch) * config.split
-        assert blocks >= 80
+        assert blocks >= 100

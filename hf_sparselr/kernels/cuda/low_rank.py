@@ -15,26 +15,26 @@ from ..packed_weight import PackedWeight
 from ..program import ROWS, Joint, Launch, Memory, Multiply, Part, PerRows, Program, Step, X, y
 from ..triton.decode import ceil_div, sum_of_parts
 from .nvrtc import CompileError, load_function
-from .tensor_map import starts_with_address, tensor_map
+from .tensor_map import tensor_map
 
 _MOST_WEIGHTS = 4  # of a launch, as in the source
 _MOST_ROWS = 4096  # of x; with more, cuBLAS is faster than the host
 _MOST_SCRATCH = 2**22  # entries of 4 bytes that are taken from a stream's scratch memory
-_JOINT_ROWS = 256  # up to which `low_rank.cu` is used where there is `wgmma.cu`
-FACTOR_MEMORY = 52 * 1024  # bytes of shared memory of a block by `wgmma.cu`, at most
+_JOINT_ROWS = 256  # of x, up to which weights that share it share a launch of `low_rank.cu`
 
 
-def factor_step(rows: int, weight: PackedWeight, u: int) -> Step:
+def factor_step(rows: int, weight: PackedWeight, u: int, wide: bool = False) -> Step:
     """u (rows, rank) = x A^T, rounded to the dtype of the values; for up to `rows` rows of x, raised to a power of two.
 
     Args:
         u: its slot.
+        wide: by `wgmma.cu` where A can be read by it, for a weight alone.
     """
     A, rank, ins = weight.A, weight.rank, weight.in_features
     fits = A.is_cuda and A.element_size() == 2 and ins % 8 == 0 and A.data_ptr() % 16 == 0 and drives()
-    if fits and rows > _JOINT_ROWS and _has_wgmma(A.get_device()):
-        return _wide_step(rows, weight, u)
     kernel = _kernel(A.get_device(), A.dtype, bucket(rows)) if fits and rows <= _MOST_ROWS else None
+    if wide and fits:
+        return _wide(rows, weight, u, kernel if rows <= _JOINT_ROWS else None)
     if kernel is None:
         return Multiply(u, X, Part(0, "A"), rank, ins)
     return kernel.launch([(A.data_ptr(), rank, u)], ins)
@@ -92,14 +92,16 @@ class _Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class _Factors(Joint):
-    """A launch of a kernel for some A (rank, ins): their addresses and ranks."""
+    """A launch for some A (rank, ins): their addresses and ranks, and the kernel that may take several."""
 
-    kernel: _Kernel
+    kernel: _Kernel | None
     matrices: tuple[tuple[int, int], ...]
     ins: int
 
     def joined(self, launches: Sequence["_Factors"]) -> list["_Factors"]:
         """See `Joint`."""
+        if self.kernel is None or len(launches) == 1:
+            return list(launches)
         products = [
             (*matrix, slot) for one in launches for matrix, slot in zip(one.matrices, one.slots[2:], strict=True)
         ]
@@ -107,48 +109,48 @@ class _Factors(Joint):
         return [self.kernel.launch(some, self.ins) for some in few]
 
 
-def _wide_step(rows: int, weight: PackedWeight, u: int) -> Launch:
-    """The same by `wgmma.cu`, for any number of rows of x: 64 factors and some rows of x a block, up to eight of which
-    share the columns. Little of shared memory, so that the product with S starts beside it."""
+# Up to so many rows of x: those of a block, blocks that share the columns, stages.
+_WIDE = ((64, 32, 8, 4), (128, 32, 4, 4), (256, 64, 4, 3), (4096, 64, 8, 3), (None, 128, 4, 2))
+
+
+def _wide(rows: int, weight: PackedWeight, u: int, kernel: _Kernel | None) -> _Factors:
+    """By `wgmma.cu`: 64 factors and some rows of x a block.
+
+    Args:
+        kernel: what computes it together with other weights.
+    """
     A, rank, ins, device = weight.A, weight.rank, weight.in_features, weight.A.get_device()
-    batch, split, deep = next(shape for most, *shape in _WIDE if most is None or rows <= most)
-    stages = ceil_div(ins, 64)
-    split = min(split, stages)
-    shared = deep * (128 * (64 + batch) + 16) + 1024
-    defines = ["WHOLE", "RANK", "WGS=1", f"N={batch}", "COLUMNS=128", f"STAGES={deep}", "CLUSTER=1", f"PARTS={split}"]
+    batch, split, stages = next(shape for most, *shape in _WIDE if most is None or rows <= most)
+    steps = ceil_div(ins, 64)
+    split = min(split, steps)
+    shared = stages * (128 * (64 + batch) + 16) + 1024
+    defines = ["WHOLE", "RANK", "WGS=1", f"N={batch}", "COLUMNS=128", f"STAGES={stages}", "CLUSTER=1", f"PARTS={split}"]
     defines += ["RESIDENT=1"] + ["HALF"] * (A.dtype == torch.float16)
     function = load_function("wgmma.cu", "wgmma", tuple(defines), device, shared)
     left, x = tensor_map(A.data_ptr(), rank, ins, (64, 64)), tensor_map(A.data_ptr(), None, ins, (batch // 2, 64))
     arguments = [
-        *left, *x, *left, Varying(0, None), *x[1:], A, A, Varying(1, None), Varying(2, None), 0, rank, ins,
-        ceil_div(stages, split),
+        *left, *x, *left, Varying(0, None), *x[1:], A, A, Varying(2, None), Varying(1, None), 0, rank, ins,
+        ceil_div(steps, split),
     ]  # fmt: skip
     launch = DriverLaunch(function, (1, 1, 1), (160,), shared, arguments)
     blocks, batches = ceil_div(rank, 64), PerRows(1, batch)
-    return Launch(launch, (X, u, ROWS), (blocks, batches, 1) if split == 1 else (blocks, split, batches))
-
-
-# Up to so many rows of x: those of a block, blocks that share the columns, stages.
-_WIDE = (
-    (64, 16, 8, 4), (256, 32, 8, 4), (1024, 64, 8, 3), (2048, 64, 4, 3), (4096, 64, 2, 3), (None, 64, 1, 3),
-)  # fmt: skip
-
-
-@functools.cache
-def _has_wgmma(device: int) -> bool:
-    """Whether `wgmma.cu` runs on a device."""
-    if torch.cuda.get_device_capability(device) != (9, 0) or not starts_with_address():
-        return False
-    return _kernel(device, torch.bfloat16, 64) is not None
+    grid = (blocks, batches, 1) if split == 1 else (blocks, split, batches)
+    return _Factors(launch, (X, ROWS, u), grid, kernel=kernel, matrices=((A.data_ptr(), rank),), ins=ins)
 
 
 def with_factors_and_parts(
-    rows: int, weight: PackedWeight, launch: DriverLaunch | TritonLaunch, grid: tuple, split: int
+    rows: int,
+    weight: PackedWeight,
+    launch: DriverLaunch | TritonLaunch,
+    grid: tuple,
+    split: int = 1,
+    wide: bool = False,
 ) -> Program:
     """The product by a launch of (x, u, y, ROWS), which reads u = x A^T where there is a low-rank part.
 
     Args:
         split: parts of the columns, whose results it writes to FP32 memory in the place of y; they are summed after it.
+        wide: see `factor_step`.
     """
     outs, like = weight.out_features, weight.values
     memories: list[Memory] = []
@@ -156,7 +158,7 @@ def with_factors_and_parts(
     factor, target = X, y(0)
     if weight.rank:
         factor = 3
-        steps.append(factor_step(rows, weight, factor))
+        steps.append(factor_step(rows, weight, factor, wide))
         memories.append(_memory(rows, like.dtype, weight.rank, isinstance(steps[0], Launch)))
     if split > 1:
         target = 3 + len(memories)

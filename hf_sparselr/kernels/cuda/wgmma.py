@@ -12,7 +12,7 @@ from ..packed_weight import PackedWeight
 from ..program import PerRows, Program
 from ..support_index import index_of
 from ..triton.decode import ceil_div
-from .low_rank import FACTOR_MEMORY, with_factors_and_parts
+from .low_rank import with_factors_and_parts
 from .nvrtc import load_function
 from .tensor_map import starts_with_address, tensor_map
 
@@ -51,13 +51,9 @@ class Tile(NamedTuple):
 
 
 @functools.cache
-def tile_of(config: LaunchConfig, factors: bool) -> Tile:
-    """As many stages of 128 columns as there is room for, or of 64 where these would be less than four.
-
-    Args:
-        factors: leave memory for the kernel before this one, which computes u = x A^T and may run beside it.
-    """
-    room = (_SHARED - factors * FACTOR_MEMORY) // config.resident - _TAKEN - _CODES * config.rows
+def tile_of(config: LaunchConfig) -> Tile:
+    """As many stages of 128 columns as there is room for, or of 64 where these would be less than four."""
+    room = _SHARED // config.resident - _TAKEN - _CODES * config.rows
     widths = {columns: columns * (config.rows + 2 * config.batch) + _BARRIERS for columns in (128, 64)}
     columns = 128 if room // widths[128] >= 4 else 64
     stages = min(room // widths[columns], _MOST_STAGES)
@@ -71,7 +67,7 @@ def bind_wgmma(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig)
     (weight,) = weights
     mask, values, _, B, bias, ins = weight
     index, rank, device, outs = index_of(mask, ins), weight.rank, values.get_device(), weight.out_features
-    tile = tile_of(config, rank > 0)
+    tile = tile_of(config)
     defines = [f"WGS={config.rows // 64}", f"N={config.batch}", f"COLUMNS={tile.columns}", f"STAGES={tile.stages}"]
     defines += [f"CLUSTER={config.cluster}", f"PARTS={config.split}", f"RESIDENT={config.resident}"]
     defines += ["HALF"] * (values.dtype == torch.float16) + ["BIAS"] * (bias is not None) + ["RANK"] * (rank > 0)
@@ -90,4 +86,4 @@ def bind_wgmma(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig)
     blocks, batches = ceil_div(outs, config.rows * config.cluster) * config.cluster, PerRows(1, config.batch)
     grid = (blocks, batches, 1) if config.split == 1 else (blocks, config.split, batches)
     launch = DriverLaunch(function, (1, 1, 1), (2 * config.rows + 32,), tile.shared, arguments, overlaps=rank > 0)
-    return with_factors_and_parts(rows, weight, launch, grid, 1)
+    return with_factors_and_parts(rows, weight, launch, grid, wide=True)
