@@ -142,16 +142,20 @@ def wide_config(rows: int, outs: int, ins: int, multiprocessors: int) -> LaunchC
     """
     batch = min(256, max(16, 1 << (rows - 1).bit_length()))
     tall, resident = (128, 1) if batch >= 128 else (64, 2)
-    blocks = -(-outs // tall) * -(-rows // batch)
-    if batch >= 128 and 2 * blocks <= multiprocessors:
-        batch, blocks = batch // 2, 2 * blocks
-    if rows > 512:
-        return LaunchConfig("wgmma", tall, resident=resident, batch=batch, cluster=2)
     room, chunks = resident * multiprocessors, -(-ins // 256)
-    split = 2 if 2 * blocks <= room else 1
-    split = max(split, room * 85 // 100 // blocks)  # a cluster of more than two does not find a place everywhere
-    split = min(split, 8, chunks // 2) if chunks >= 8 else 1
+    blocks = -(-outs // tall) * -(-rows // batch)
+    if blocks > room:
+        return LaunchConfig("wgmma", tall, resident=resident, batch=batch, cluster=2 if rows > 512 else 1)
+    split = _parts(blocks, room, chunks)
+    if batch >= 128 and 2 * blocks <= room and not 2 <= split <= 4:
+        batch, split = batch // 2, _parts(2 * blocks, room, chunks)
     return LaunchConfig("wgmma", tall, split=split, resident=resident, batch=batch)
+
+
+def _parts(blocks: int, room: int, chunks: int) -> int:
+    """Of the columns: some room stays for the kernel before, and clusters do not find a place everywhere. Few columns
+    are not worth it."""
+    return max(1, min(8, room * 85 // 100 // blocks, chunks // 2)) if chunks >= 8 else 1
 
 
 def candidates(rows: int, weight: PackedWeight, pairs: bool, native: bool) -> tuple[LaunchConfig, ...]:

@@ -27,4 +27,4 @@ def test_few_rows_of_a_weight_keep_the_gpu_busy() -> None:
     for rows, outs, ins in itertools.product((32, 64, 128, 256), (4096, 14336), (4096, 14336)):
         config = wide_config(rows, outs, ins, 132)
         blocks = -(-outs // config.rows) * -(-rows // config.batch) * config.split
-        assert blocks >= 100
+        assert blocks >= 64
