@@ -32,14 +32,12 @@ from ..format.patterns import from_text
 from ..format.staging import write_text
 from .measures import Passage, compare, last_word_accuracy, passages, round_to_8_bits, token_windows
 from .methods import load, release
-from .quality_tables import DENSE, PUBLISHED, ROUNDED, markdown
+from .quality_tables import DENSE, PUBLISHED, REFINEMENTS, ROUNDED, markdown
 
 try:
     import fcntl
 except ImportError:  # not on Windows, where only one process may run the command
     fcntl = None
-
-REFINEMENTS = ("none", "tm", "distill", "tm+distill", PUBLISHED)
 
 
 class Cell(NamedTuple):
@@ -60,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a Hub id or a directory, or one with @TOKENS")
     parser.add_argument("--sparsity", nargs="+", default=["2:4", "0.5", "0.7"])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--refine", nargs="+", default=["tm", "tm+distill", "published"], choices=REFINEMENTS)
+    parser.add_argument(
+        "--refine", nargs="+", default=["none", "tm", "tm+distill", PUBLISHED], choices=(*REFINEMENTS, PUBLISHED)
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--calibration", nargs="+", default=[], type=_named, metavar="NAME=SRC")
     parser.add_argument("--eval", nargs="+", default=[], type=_named, metavar="NAME=file:GLOB")

@@ -5,10 +5,12 @@ from statistics import fmean, geometric_mean, median
 from typing import Any
 
 DENSE, ROUNDED, PUBLISHED = "dense", "8 bits", "published"
+REFINEMENTS = ("none", "tm", "distill", "tm+distill")
 CLEAR = 0.9  # of the gap without refinement, which matching should stay below
 LEAST = 0.01  # a smaller share counts as this one, so that one of zero does not decide a geometric mean alone
 
 _SETTING = ("model", "calibration", "sparsity", "rank")
+_ORDER = (DENSE, ROUNDED, PUBLISHED, *REFINEMENTS)
 _MEASURES = {"gap": "gap", "kl": "KL"}
 _COSTS = {"last word": ".3f", "seconds": ".0f"}
 
@@ -30,7 +32,7 @@ def markdown(rows: list[Row]) -> str:
     groups = _grouped(rows)
     dense = {setting[0]: refinements for setting, refinements in groups.items() if not setting[2]}
     packed = {setting: refinements for setting, refinements in groups.items() if setting[2]}
-    columns = list(dict.fromkeys(name for own in packed.values() for name in own))
+    columns = sorted({name for own in packed.values() for name in own}, key=_ORDER.index)
     head = ["model", "calibration", "sparsity", "rank"]
     texts = [[*head, "text", "dense", ROUNDED, *columns, "seeds"]]
     costs = [[*head, "dense", ROUNDED, *columns]]
@@ -118,8 +120,7 @@ def _spreads(refinements: dict[str, Runs]) -> Iterator[float]:
 
 def _grouped(rows: list[Row]) -> Groups:
     """In an order of their own: rows of several processes come in any order."""
-    refinements = list(dict.fromkeys((DENSE, ROUNDED, PUBLISHED, "none", *(row["refine"] for row in rows))))
-    ordered = sorted(rows, key=lambda row: [*map(str, map(row.get, _SETTING)), refinements.index(row["refine"])])
+    ordered = sorted(rows, key=lambda row: [*map(str, map(row.get, _SETTING)), _ORDER.index(row["refine"])])
     groups: Groups = {}
     for row in ordered:
         setting = tuple(row[name] for name in _SETTING)
