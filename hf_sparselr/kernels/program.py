@@ -16,6 +16,7 @@ from .launch import COUNTERS, DriverLaunch, TritonLaunch, scratch
 from .packed_weight import PackedWeight
 
 ROWS, X = 0, 1
+_MOST_ARGUMENTS = 160  # of a launch by C
 
 
 def y(number: int) -> int:
@@ -97,7 +98,7 @@ class Launch:
 
     def words(self, weights: Sequence[PackedWeight]) -> list[int] | None:
         launch = self.launch if isinstance(self.launch, DriverLaunch) else self.launch.bound
-        if launch is None:
+        if launch is None or len(launch.content[5]) > _MOST_ARGUMENTS:
             return None
         function, grid, block, shared, overlaps, arguments, places = launch.content
         slot_of = dict(zip(places, self.slots, strict=True))
