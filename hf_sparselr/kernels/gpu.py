@@ -11,10 +11,9 @@ from .autotune import choose, known
 from .bindings import Binding, binding_of
 from .cuda import small_batch
 from .cuda.medium_batch import bind_tiles, supports_tiles
-from .cuda.sparse_cores import bind_sparse, has_sparse_cores, sparse_configs
 from .cuda.wgmma import bind_wgmma, supports_wgmma
 from .launch import drives
-from .launch_config import FEW_ROWS, LARGE, MEDIUM_ROWS, NATIVE_ROWS, LaunchConfig, candidates, row_key, wide_config
+from .launch_config import FEW_ROWS, LARGE, LaunchConfig, candidates, row_key, wide_config
 from .measured import measured
 from .packed_weight import PackedWeight, check_count
 from .program import Program, merge
@@ -34,7 +33,6 @@ _BINDERS = {
     "wgmma": bind_wgmma,
     "medium_batch": bind_medium_batch,
     "unpack_then_gemm": bind_unpacked,
-    "sparse_cores": bind_sparse,
 }
 
 
@@ -138,20 +136,13 @@ def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -
     if kernel == "packed" and rows <= FEW_ROWS:
         return options[0]
     capturing = inputs.is_cuda and torch.cuda.is_current_stream_capturing()
-    sparse = rows > NATIVE_ROWS and index.pairs and has_sparse_cores(inputs.device, capturing)
     config = known(rows, weight)
     if config is None and native:
         config = measured(rows, weight.out_features, index.pairs, inputs.device)
-    if (
-        config is not None
-        and (sparse or config.kernel != "sparse_cores")
-        and (native or config.kernel not in ("mma", "tiles"))
-    ):
+    if config is not None and (native or config.kernel not in ("mma", "tiles")):
         return config
     if capturing:  # nothing can be measured now
         return options[0]
-    if sparse and rows > MEDIUM_ROWS // 2:
-        options += sparse_configs(inputs, weight)
 
     @functools.cache
     def bound(config: LaunchConfig) -> Program:

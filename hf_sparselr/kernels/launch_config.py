@@ -21,7 +21,6 @@ class LaunchConfig:
             of 16 bits to the tensor cores, "medium_batch" more of them; "mma" does as "small_batch", in CUDA C++, and
             "tiles" as "medium_batch", at 2:4. "wgmma" takes any number of rows at 2:4, in CUDA C++ for compute
             capability 9.0. "unpack_then_gemm" unpacks S first.
-            "sparse_cores": the sparse tensor cores, by cuSPARSELt.
         rows: output rows of a program, a power of two ("small_batch": at least 16); of a warp ("tiles"); 64 or
             128 ("wgmma").
         warps: of a program.
@@ -31,8 +30,7 @@ class LaunchConfig:
         resident: blocks of a multiprocessor that registers are left for ("mma", "tiles" and "wgmma").
         batch: rows of x of a program, a power of two from 16 to 256 ("wgmma").
         cluster: programs that share these ("wgmma").
-        joined: "unpack_then_gemm" multiplies by S + B A, not by S, B and A; "sparse_cores" by [S, B] and A.
-        algorithm: cuSPARSELt's number for one ("sparse_cores" only).
+        joined: "unpack_then_gemm" multiplies by S + B A, not by S, B and A.
     """
 
     kernel: str
@@ -44,7 +42,6 @@ class LaunchConfig:
     batch: int = 0
     cluster: int = 1
     joined: bool = False
-    algorithm: int = 0
 
     @property
     def order(self) -> tuple:
@@ -57,8 +54,6 @@ class LaunchConfig:
         return self.kernel in ("gemv", "small_batch", "mma")
 
     def __str__(self) -> str:
-        if self.kernel == "sparse_cores":
-            return f"{self.kernel} {self.algorithm}" + " joined" * self.joined
         if not self.rows:
             return self.kernel + " joined" * self.joined
         more = f" / {self.split}" * (self.split > 1) + f" {self.ahead} ahead" * (self.ahead > 0)
@@ -159,8 +154,7 @@ def _parts(blocks: int, room: int, chunks: int) -> int:
 
 
 def candidates(rows: int, weight: PackedWeight, pairs: bool, native: bool) -> tuple[LaunchConfig, ...]:
-    """The configurations to try for so many rows of x, without those of the sparse tensor cores. The first is taken
-    where nothing can be measured.
+    """The configurations to try for so many rows of x. The first is taken where none can be measured.
 
     Args:
         pairs: the weight is 2:4.

@@ -15,10 +15,6 @@ _WHOLE, _, _QUARTERS, _EIGHTHS = MEDIUM_BATCH  # parts of the columns
 _WIDE, _WIDE_HALVES, _WIDE_QUARTERS, *_, _NARROW_QUARTERS, _NARROW_EIGHTHS = TILES
 
 
-def _sparse(joined: bool, algorithm: int) -> LaunchConfig:
-    return LaunchConfig("sparse_cores", joined=joined, algorithm=algorithm)
-
-
 # Up to so many rows of x: the configuration for many rows of S, and for few.
 _CARDS = {
     "NVIDIA H100": {
@@ -29,9 +25,7 @@ _CARDS = {
             (64, _WIDE_HALVES, _NARROW_QUARTERS),
             (128, _WIDE_HALVES, _WIDE_QUARTERS),
             (256, _WIDE, _WIDE_QUARTERS),
-            (512, _sparse(True, 20), JOINED),
-            (1024, _sparse(True, 20), _sparse(False, 17)),
-            (MOST_ROWS, _sparse(True, 17), _sparse(False, 17)),
+            (MOST_ROWS, JOINED, JOINED),
         ),
         "other": (
             (1, GEMV[0], GEMV[0]),

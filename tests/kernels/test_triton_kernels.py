@@ -1,7 +1,6 @@
 """The kernels in Triton against float64: compiled on a GPU, else by Triton's interpreter (see conftest)."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +9,7 @@ from helpers.kernel_cases import DEVICE, SUPPORTS, Problem, assert_near, draw, p
 pytest.importorskip("triton")
 
 from hf_sparselr.kernels import autotune, gpu
-from hf_sparselr.kernels.cuda import sparse_cores
-from hf_sparselr.kernels.cuda.sparse_cores import arrange
-from hf_sparselr.kernels.launch_config import BESIDE, JOINED, LaunchConfig, candidates
+from hf_sparselr.kernels.launch_config import BESIDE, JOINED, TILES, LaunchConfig, candidates
 from hf_sparselr.kernels.measured import measured
 from hf_sparselr.kernels.support_index import index_of
 from hf_sparselr.kernels.triton.unpack import collect
@@ -161,60 +158,6 @@ def test_medium_batch_takes_values_at_any_address(kind: str | float) -> None:
     assert_near(medium(x, case, 1), case.expected(x), torch.bfloat16)
 
 
-# The layout of the sparse tensor cores
-
-
-def as_cusparselt_has_it(case: Problem, joined: bool) -> torch.Tensor:
-    """By the description in `sparse_cores`, entry by entry."""
-    parts = [case.S.to(case.values.dtype)]
-    if joined:  # columns 0, 1 of four, then 2, 3, where x A^T is repeated
-        keeps = torch.arange(case.B.shape[1], device=DEVICE) % 4 < 2
-        parts += [case.B * keeps, case.B * ~keeps]
-    S = torch.cat(parts, 1)
-    outs, ins = S.shape
-    values = S[S != 0]
-    assert len(values) == S.numel() // 2
-    at = (S != 0).view(outs, ins // 4, 4).nonzero()[:, 2].view(outs, ins // 4, 2).tolist()
-    places = []
-    for top in range(0, outs, 64):
-        for tile in range(0, ins // 4, 8):
-            for row in (top + first + r for first in (0, 16, 32, 48) for r in range(8)):
-                for group in (0, 4, 1, 5, 2, 6, 3, 7):
-                    low, high = at[row][tile + group], at[row + 8][tile + group]
-                    places.append(low[0] | low[1] << 2 | high[0] << 4 | high[1] << 6)
-    places = torch.tensor(places, dtype=torch.uint8, device=DEVICE)
-    return torch.cat([values, places.view(values.dtype)])
-
-
-@pytest.mark.parametrize(("out", "n", "rank", "joined"), [
-    (64, 64, 3, False), (128, 192, 0, False), (64, 1088, 3, False), (64, 128, 32, True), (128, 576, 96, True),
-])  # fmt: skip
-def test_the_layout_of_the_sparse_tensor_cores(out: int, n: int, rank: int, joined: bool) -> None:
-    for dtype in (torch.bfloat16, torch.float16):
-        case = problem(out, n, "2:4", rank, dtype=dtype)
-        actual = arrange(case.weight, joined)
-        assert actual.shape == (out, (n + 2 * rank * joined) * 9 // 16)
-        assert torch.equal(actual.flatten().view(torch.int16), as_cusparselt_has_it(case, joined).view(torch.int16))
-
-
-@pytest.mark.parametrize("rank", [0, 3, 32])
-@pytest.mark.parametrize("rows", [16, 19])
-def test_what_the_sparse_tensor_cores_are_given(rows: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse_cores, "plan_for", lambda *given: SimpleNamespace(workspace=0))
-    case = problem(64, 64, "2:4", rank, dtype=torch.bfloat16)
-    for joined in (False, rank == 32):
-        program = gpu.run(rows, [case.weight], LaunchConfig("sparse_cores", joined=joined))
-        x, given = draw(rows, 64, seed=6, dtype=torch.bfloat16), []
-        monkeypatch.setattr(
-            sparse_cores.SparseMultiply, "run", lambda step, slots, weights, given=given: given.append(slots[step.x])
-        )
-        program(x, rows, [case.weight])
-        expected = x if not joined else torch.cat([x, *[(x.double() @ case.A.double().T).to(x.dtype)] * 2], 1)
-        actual = given[0].flatten()[: expected.numel()].view_as(expected)
-        assert torch.equal(actual[:, :64], x)
-        assert_near(actual, expected.double(), torch.bfloat16)
-
-
 # Unpacking, and back
 
 
@@ -287,7 +230,7 @@ def test_measured_cards_have_a_kernel_for_every_number_of_rows(pairs: bool, monk
         for outs in (64, 16384):
             kernel = measured(rows, outs, pairs, device).kernel
             most = {"gemv": 16, "mma": 32, "tiles": 256, "medium_batch": 256}.get(kernel, rows)
-            assert rows <= most and (pairs or kernel not in ("tiles", "sparse_cores"))
+            assert rows <= most and (pairs or kernel != "tiles")
     assert measured(1, 64, pairs, torch.device("cpu")) is None
 
 
@@ -300,13 +243,13 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_fastest_is_kept_on_disk(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sparse = LaunchConfig("sparse_cores")
-    times = {JOINED: 0.5, sparse: 0.3, BESIDE: 0.29}  # of equal ones the first
+    tiles = TILES[0]
+    times = {JOINED: 0.5, tiles: 0.3, BESIDE: 0.29}  # of equal ones the first
     monkeypatch.setattr(autotune, "milliseconds", lambda run, device: times[run()])
     weight = problem(64, 64, "2:4", dtype=torch.bfloat16).weight
-    assert autotune.choose(300, weight, list(times), lambda config: config) == sparse
+    assert autotune.choose(300, weight, list(times), lambda config: config) == tiles
     autotune._table.cache_clear()  # what follows is read from the file
-    assert autotune.known(300, weight) == sparse and autotune.known(20, weight) is None
+    assert autotune.known(300, weight) == tiles and autotune.known(20, weight) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"name": 1}', '{"name": {"speed": 2}}'])

@@ -268,16 +268,6 @@ static const word *multiply(const word *step, const word *slots, const struct Gr
   return step + 9;
 }
 
-typedef int SparseProduct(void *, void *, const float *, word, word, const float *, word, word, word, void **, int);
-
-static const word *multiply_sparse(const word *step, const word *slots, void *stream, int *status) {
-  float one = 1, zero = 0;
-  word y = slots[step[5]], workspace = step[6] < 0 ? 0 : slots[step[6]];
-  SparseProduct *product = (SparseProduct *)step[0];
-  *status = product((void *)step[1], (void *)step[2], &one, slots[step[3]], slots[step[4]], &zero, y, y, workspace, &stream, 1);
-  return step + 7;
-}
-
 static const word *copy(const word *step, const word *slots, void *stream, int *status) {
   *status = api.copy((void *)slots[step[0]], (void *)slots[step[1]], (size_t)(step[2] * slots[0]), stream);
   return step + 3;
@@ -303,7 +293,6 @@ static int run(const word *step, word count, const word *slots, void *stream, co
     word kind = *step++;
     if (kind == 0) step = launch(step, slots, stream, &status);
     else if (kind == 1) step = multiply(step, slots, group, &status);
-    else if (kind == 2) step = multiply_sparse(step, slots, stream, &status);
     else if (kind == 3) step = copy(step, slots, stream, &status);
     else step = multiply_packed(step, slots, &status);
   }
