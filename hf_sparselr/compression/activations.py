@@ -13,6 +13,7 @@ from ..utils.modules import move_to_device
 from ..utils.precision import arithmetic
 from ..utils.world import ALONE, World
 from .capture import Call, replay
+from .fused_operators import fused_operators
 from .rounded_weights import rounded_weights
 from .transformer_matching import resolve_precision
 
@@ -54,7 +55,11 @@ class Workplace:
     @contextmanager
     def products(self, block: nn.Module) -> Iterator[None]:
         """Inside, a block with constant weights multiplies in the precision of forward passes."""
-        with rounded_weights(block, self.precision), arithmetic(self.device, self.precision):
+        with (
+            rounded_weights(block, self.precision),
+            fused_operators(block, self.device, self.precision),
+            arithmetic(self.device, self.precision),
+        ):
             yield
 
     def keep(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -127,7 +127,7 @@ def compress_block(
         _round(working, dtypes)
         hidden = place.forward(working, hidden, calls)
         _pack(working, dtypes)
-        working.to(next(block.parameters()).device)
+        _move_home(working, next(block.parameters()).device)
         _keep_shared(working, block, fixed)
     row = {
         "name": name,
@@ -252,6 +252,15 @@ def _match(
         f"{stats['loss_after']:.3e} in {stats['seconds']:.1f} s"
     )
     return stats
+
+
+def _move_home(block: nn.Module, device: torch.device) -> None:
+    """Moves a block to a device. What leaves a GPU goes through pinned memory, which is several times as fast."""
+    for _, tensor in named_tensors(block) if device.type == "cpu" else ():
+        if tensor.is_cuda:
+            pinned = torch.empty_like(tensor, device=device, pin_memory=True)
+            tensor.data = pinned.copy_(tensor).clone()
+    block.to(device)
 
 
 def _keep_shared(finished: nn.Module, block: nn.Module, names: frozenset[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.cache_utils import Cache
 
 from ..data.model_inputs import Sample
@@ -75,7 +75,7 @@ def capture_block_inputs(
     Raises:
         BrokenChainError: the blocks are no chain in a real forward pass.
     """
-    recording = Recording(calls={name: [] for name in blocks})
+    recording, known = Recording(calls={name: [] for name in blocks}), {}
     with in_fp32(halves_outside(model, blocks)), torch.no_grad():
         for index, batch in enumerate(batches):
             try:
@@ -86,9 +86,30 @@ def capture_block_inputs(
                 continue
             recording.inputs += keep([found[0]])
             recording.batches.append(index)
-            for name, call in zip(blocks, found[1], strict=True):
+            for name, call in zip(blocks, _with_known_tensors(found[1], known), strict=True):
                 recording.calls[name].append(call)
     return recording
+
+
+def _with_known_tensors(calls: list[Call], known: dict[Any, list[torch.Tensor]]) -> list[Call]:
+    """Calls with the tensors of earlier batches where theirs hold the same, as position embeddings do.
+
+    Args:
+        known: the last of these by shape, dtype and device; gets new ones.
+    """
+    found: dict[int, torch.Tensor] = {}
+
+    def find(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in found:
+            others = known.setdefault((value.shape, value.dtype, value.device), [])
+            found[id(value)] = next((other for other in others if torch.equal(other, value)), value)
+            if found[id(value)] is value:
+                others[:] = [*others[-3:], value]
+        return found[id(value)]
+
+    return tree_map(find, calls)
 
 
 def _record_chain(

@@ -140,7 +140,7 @@ def grams_of_experts(
         grams = {layer: GramAccumulator(width, place.device) for layer in part}
         _accumulate(block, grams, hidden, calls, place)
         if len(parts) == 1:
-            pooled.gram = torch.stack([each.gram for each in grams.values()]).sum(0)
+            pooled.gram.copy_(torch.stack([each.gram for each in grams.values()]).sum(0))
             pooled.rows = sum(each.rows for each in grams.values())
         for layer in part:
             own = grams.pop(layer)

@@ -4,6 +4,7 @@ In a training step the gradient of a layer's whole weight is summed over the bat
 and B are taken from it once a step.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,10 +23,11 @@ class RoundedWeight:
     Args:
         layer: without a hierarchical part if it is trained.
         trained: whether gradients are summed.
+        casts: of the inputs, common to the layers of a module.
     """
 
-    def __init__(self, layer: WorkingLinear, trained: bool) -> None:
-        self._layer = layer
+    def __init__(self, layer: WorkingLinear, trained: bool, casts: "Casts") -> None:
+        self._layer, self._casts = layer, casts
         self.weight = torch.empty_like(layer.S, dtype=torch.bfloat16, requires_grad=trained)
         self.gradient = torch.zeros_like(layer.S) if trained else None
         self.refresh()
@@ -51,12 +53,32 @@ class RoundedWeight:
 
     def product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The layer's outputs (..., out) in BF16."""
-        outputs = _Product.apply(inputs.bfloat16(), self.weight, self.gradient)
+        outputs = _Product.apply(self._casts(inputs), self.weight, self.gradient)
         return outputs if bias is None else outputs + bias.bfloat16()
 
     def read(self) -> torch.Tensor:
         """The weight in FP32, for blocks that read it."""
         return _Read.apply(self.weight, self.gradient)
+
+
+class Casts:
+    """The last inputs in BF16: layers that share inputs share their cast, and its gradient."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs of any float dtype in BF16."""
+        if inputs.dtype == torch.bfloat16:
+            return inputs
+        state = inputs._version, torch.is_grad_enabled()
+        if self._inputs is None or self._inputs() is not inputs or self._state != state:
+            self._cast, self._state = inputs.bfloat16(), state
+            self._inputs = weakref.ref(inputs, self._clear)  # the cast ends with them
+        return self._cast
+
+    def _clear(self, _: Any = None) -> None:
+        self._inputs = self._state = self._cast = None
 
 
 class _Product(torch.autograd.Function):
@@ -121,10 +143,10 @@ def rounded_weights(module: nn.Module, precision: str, trained: bool = False) ->
         for layer in module.modules()
         if isinstance(layer, WorkingLinear) and layer.rounded is None and not (trained and layer.hierarchy is not None)
     ]
-    layers = wanted if precision == "bf16" else []
+    layers, casts = wanted if precision == "bf16" else [], Casts()
     try:
         for layer in layers:
-            layer.rounded = RoundedWeight(layer, trained)
+            layer.rounded = RoundedWeight(layer, trained, casts)
         yield RoundedWeights([layer.rounded for layer in layers])
     finally:
         for layer in layers:

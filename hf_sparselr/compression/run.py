@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from ..config.options import DistillOptions
 from ..config.sparselr_config import SparseLRConfig
 from ..data.model_inputs import Sample, make_batches
+from ..utils.cuda_graphs import one_pool
 from ..utils.modules import tensor_bytes
 from ..utils.phase_timer import PhaseTimer
 from ..utils.precision import available, plain_modes
@@ -64,7 +65,7 @@ def compress_in_memory(
     Raises:
         ValueError: before the work, for a model that cannot be distilled.
     """
-    with plain_modes(work_device(config.device, model.device)):
+    with plain_modes(work_device(config.device, model.device)), one_pool():
         return _compress(model, plan, config, samples, precomputed, source or BlockSource(model), folder, world)
 
 

@@ -15,6 +15,7 @@ from ..config.options import TMOptions
 from ..utils.precision import arithmetic, available
 from ..utils.world import ALONE, World
 from .capture import Call, replay
+from .fused_operators import fused_operators
 from .padding import position_mask
 from .rounded_weights import rounded_weights
 from .training_loop import Training, is_large, shared_steps, train
@@ -75,7 +76,8 @@ def match_block(
 
     before, training = loss(), Training()
     if before > 0:
-        training = _train(block, groups, trained, options, seed, before, on_pass, lambda: loss() / before, world)
+        with fused_operators(block, next(block.parameters()).device, options.precision):
+            training = _train(block, groups, trained, options, seed, before, on_pass, lambda: loss() / before, world)
     best = training.best_pass
     return {
         "loss_before": before,
@@ -132,7 +134,11 @@ def mean_squared_error(
     """Mean of (block(x) - target)^2 over batches (x, target, call) of all processes."""
     device = next(block.parameters()).device
     total = torch.zeros((), device=device, dtype=torch.float64)
-    with rounded_weights(block, precision), arithmetic(device, precision):
+    with (
+        rounded_weights(block, precision),
+        fused_operators(block, device, precision),
+        arithmetic(device, precision),
+    ):
         for x, target, call in batches:
             out = replay(block, x, call)
             total += _difference(out, target, call).square().sum(dtype=torch.float64)

@@ -10,10 +10,11 @@ from functools import cached_property
 
 import torch
 
-from ..utils.precision import add_bf16_product, product
+from ..utils.precision import add_bf16_product, matmuls, product
 
 KEPT_INVERSES = 2**25  # entries in all, 128 MiB
 SMALL_SHIFT = 0.03  # of rho, as a share
+SMALL_TRIANGLE = 512  # that one kernel inverts fast enough
 SPLIT, PARTS = 8192, 4  # from this size on a symmetric product is made of so many row parts
 
 
@@ -26,14 +27,25 @@ class GramAccumulator:
     """
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
-        self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._lower = False  # whether blocks above the diagonal are missing
         self.rows = 0
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """X^T X (n, n)."""
+        if self._lower:
+            _mirror(self._sum)
+            self._lower = False
+        return self._sum
 
     def add(self, inputs: torch.Tensor) -> None:
         """Adds one batch of inputs (..., n), any float dtype."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.gram.device)
         if rows.is_cuda and rows.dtype == torch.bfloat16:
-            add_bf16_product(self.gram, rows.T, rows)
+            for own, until in _lower_parts(len(self.gram)):
+                add_bf16_product(self.gram[own, until], rows[:, own].T, rows[:, until])
+            self._lower = True
         else:
             rows = rows.float()
             self.gram.addmm_(rows.T, rows)
@@ -73,7 +85,7 @@ class ScaledGram:
         self.scale = damped.sqrt()
         self.matrix = gram / self.scale[:, None] / self.scale[None, :]
         self.matrix.fill_diagonal_(1.0)
-        self._inverses: dict[float, torch.Tensor] = {}
+        self._inverses: dict[tuple[float, bool], torch.Tensor] = {}  # by (rho, rounded)
 
     def squared_error(self, error: torch.Tensor) -> float:
         """tr(E H E^T) with H as it was before damping, for an error E (out, in) that is not scaled."""
@@ -107,27 +119,58 @@ class ScaledGram:
             if not failed and float(R.diagonal().square().min()) > torch.finfo(G.dtype).eps:
                 return torch.linalg.solve_triangular(R.flip(0, 1), identity, upper=True), jitter
 
-    def inverse(self, rho: float) -> torch.Tensor:
+    def inverse(self, rho: float, precision: str = "fp32") -> torch.Tensor:
         """(G + rho I)^-1, (n, n), by Cholesky, or by eigenvalues if FP32 rounding makes Cholesky fail.
 
         The first inverses are kept for later calls, up to `KEPT_INVERSES` entries: do not write to the result.
+
+        Args:
+            precision: in which the result is used. On CUDA its products are rounded alike, to TF32 at the most.
         """
-        if rho in self._inverses:
-            return self._inverses[rho]
-        inverse = self._inverse(rho)
+        rounded = self.matrix.is_cuda and precision != "fp32"
+        key = rho, rounded
+        if key in self._inverses:
+            return self._inverses[key]
+        inverse = self._inverse(rho, rounded)
         if (len(self._inverses) + 1) * inverse.numel() <= KEPT_INVERSES:
-            self._inverses[rho] = inverse
+            self._inverses[key] = inverse
         return inverse
 
-    def _inverse(self, rho: float) -> torch.Tensor:
+    def _inverse(self, rho: float, rounded: bool) -> torch.Tensor:
         shifted = self.matrix.clone()
         shifted.diagonal().add_(rho)
         factor, failed = torch.linalg.cholesky_ex(shifted)
         del shifted
+        if not failed and rounded:  # torch's function takes six times the operations, and none in TF32
+            with matmuls("high"):
+                return _square_of_lower(lower_inverse(factor))
         if not failed:
             return torch.cholesky_inverse(factor)
         values, vectors = self._eigen
         return (vectors / (values + rho)) @ vectors.T
+
+
+def lower_inverse(L: torch.Tensor) -> torch.Tensor:
+    """L^-1 (n, n) of a lower triangular L by halves, so that nearly all of it is products of matrices."""
+    size = len(L)
+    if size <= SMALL_TRIANGLE:
+        identity = torch.eye(size, dtype=L.dtype, device=L.device)
+        return torch.linalg.solve_triangular(L, identity, upper=False)
+    first, second = slice(0, size // 2), slice(size // 2, size)
+    result = torch.zeros_like(L)
+    result[first, first] = lower_inverse(L[first, first])
+    result[second, second] = lower_inverse(L[second, second])
+    torch.mm(result[second, second] @ L[second, first], result[first, first], out=result[second, first])
+    result[second, first].neg_()
+    return result
+
+
+def _square_of_lower(U: torch.Tensor) -> torch.Tensor:
+    """U^T U (n, n) of a lower triangular U."""
+    result = torch.empty_like(U)
+    for own, until in _lower_parts(len(U)):
+        result[own, until] = U[own.start :, own].T @ U[own.start :, until]
+    return _mirror(result)
 
 
 def shift_inverse(M: torch.Tensor, rho: float, delta: float, precision: str = "fp32") -> torch.Tensor:
@@ -151,18 +194,30 @@ def shift_inverse(M: torch.Tensor, rho: float, delta: float, precision: str = "f
 
 def _symmetric_product(left: torch.Tensor, right: torch.Tensor, precision: str) -> torch.Tensor:
     """left @ right of commuting symmetric matrices. Of a large product on CUDA only the lower part is computed."""
-    size = len(left)
-    if not left.is_cuda or size < SPLIT:
+    if not left.is_cuda or len(left) < SPLIT:
         return product(left, right, precision)
     result = torch.empty_like(right, dtype=torch.float32)
     if precision == "bf16":
-        left, right = left.bfloat16(), right.bfloat16()
-    step = -(-size // PARTS)
-    for first in range(0, size, step):
-        last = min(first + step, size)
-        result[first:last, :last] = product(left[first:last], right[:, :last], precision)
-        result[:first, first:last] = result[first:last, :first].T
-    return result
+        same, right = left is right, right.bfloat16()
+        left = right if same else left.bfloat16()
+    for own, until in _lower_parts(len(left)):
+        result[own, until] = product(left[own], right[:, until], precision)
+    return _mirror(result)
+
+
+def _lower_parts(size: int) -> list[tuple[slice, slice]]:
+    """(rows, columns) of the parts in which the lower half of a symmetric matrix is computed; all of it if small."""
+    step = -(-size // PARTS) if size >= SPLIT else size
+    return [
+        (slice(first, min(first + step, size)), slice(0, min(first + step, size))) for first in range(0, size, step)
+    ]
+
+
+def _mirror(matrix: torch.Tensor) -> torch.Tensor:
+    """Copies what the parts of the lower half have below the diagonal to the place above it, in place."""
+    for own, _ in _lower_parts(len(matrix)):
+        matrix[: own.start, own] = matrix[own, : own.start].T
+    return matrix
 
 
 def squared_error(error: torch.Tensor, gram: torch.Tensor) -> float:

@@ -1,7 +1,9 @@
 """Functions replayed as CUDA graphs: launched one by one, many small kernels leave a GPU idle."""
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ class GraphedCallable:
         self._function = function
         self._device = device
         self._calls: dict[Any, Callable[[list], Any] | None] = {}
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _side_stream(device) if device.type == "cuda" else None
 
     def __call__(self, *args: Any) -> Any:
         """The function's result, in new tensors. Arguments are nested containers of tensors and constants."""
@@ -62,13 +64,59 @@ class GraphedCallable:
         generator = torch.cuda.default_generators[self._stream.device_index]
         state = generator.clone_state()
         try:
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with capturing(graph, self._device):
                 results = call(own)
             return replay
         except RuntimeError as error:
             generator.graphsafe_set_state(state)  # its own now takes itself to be captured for good
             logger.info(f"not replayed as a CUDA graph: {error}")
             return call
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """Inside, the work of this thread on a device is captured into a graph, on a stream of its own.
+
+    Tensors that are made inside must be consumed before the next replay of any graph. `torch.cuda.graph` would first
+    give all free memory back to the driver, pinned memory too, and so take longer than the capture.
+    """
+    stream, current = _side_stream(device), torch.cuda.current_stream(device)
+    last = _SHARED[-1].get(stream.device_index) if _SHARED else None
+    pool = () if last is None else (last.pool(),)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(*pool, capture_error_mode="thread_local")
+        try:
+            yield
+        finally:
+            graph.capture_end()
+    if _SHARED:
+        _SHARED[-1][stream.device_index] = graph
+
+
+@contextmanager
+def one_pool() -> Iterator[None]:
+    """Inside, all captured graphs share their memory, which is free after it. Otherwise each leaves its own behind."""
+    _SHARED.append({})
+    try:
+        yield
+    finally:
+        _SHARED.pop()
+
+
+# Of every `one_pool`, the last captured graph of each device: it keeps the pool alive.
+_SHARED: list[dict[int, torch.cuda.CUDAGraph]] = []
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for captures on a device: cuBLAS keeps 64 MB for every stream that it has worked on."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _stream(index)
+
+
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
 
 
 def _is_tensor(leaf: Any) -> bool:

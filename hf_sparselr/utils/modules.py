@@ -53,8 +53,17 @@ def _containers(item: Any) -> list[tuple[Any, Any]]:
 
 
 def move_to_device(values: Any, device: torch.device) -> Any:
-    """Nested containers with every tensor in them on a device."""
-    return tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, values)
+    """Nested containers with every tensor in them on a device. One that is there several times is moved once."""
+    moved: dict[int, torch.Tensor] = {}
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device)
+        return moved[id(value)]
+
+    return tree_map(move, values)
 
 
 def named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

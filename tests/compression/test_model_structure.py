@@ -10,6 +10,7 @@ from hf_sparselr.compression.model_structure import find_stacks, linear_layers
 from hf_sparselr.compression.plan import plan_layers
 from hf_sparselr.data.model_inputs import make_batches, token_samples
 from hf_sparselr.format.patterns import NM, Unstructured
+from hf_sparselr.utils.modules import move_to_device
 
 # family: (stacks, linear layers in them)
 STACKS = {
@@ -77,6 +78,16 @@ def test_replay_is_exact(name, batch_size):
             calls = recording.calls[name]
             hidden = [replay(block, batch, call) for batch, call in zip(hidden, calls, strict=True)]
             assert all(map(torch.equal, hidden, outputs)), name
+
+
+def test_batches_share_the_arguments_that_are_equal():
+    model = tiny.build("llama")
+    (blocks,) = find_stacks(model).values()
+    recording = capture_block_inputs(model, blocks, make_batches(token_samples(tiny.IDS), 2))
+    tensors = {id(call.kwargs["position_embeddings"][0]) for calls in recording.calls.values() for call in calls}
+    assert len(recording.inputs) > 1 and len(tensors) == 1
+    moved = move_to_device(next(iter(recording.calls.values())), torch.device("cpu"))
+    assert {id(call.kwargs["position_embeddings"][0]) for call in moved} == tensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

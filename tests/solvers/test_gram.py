@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_sparselr.solvers import gram
 from hf_sparselr.solvers.gram import GramAccumulator, ScaledGram, squared_error
 
 
@@ -129,3 +130,39 @@ def test_squared_error_of_a_scaled_matrix_is_without_damping(damping: tuple[floa
     error = torch.randn(5, 12, generator=generator)
     scaled = ScaledGram(X.T @ X, damping)
     assert scaled.squared_error(error) == pytest.approx(float((error @ X.T).square().sum()), rel=1e-4)
+
+
+def test_a_triangular_matrix_is_inverted_by_halves(monkeypatch) -> None:
+    monkeypatch.setattr(gram, "SMALL_TRIANGLE", 4)
+    for size in (1, 4, 9, 30):
+        L = torch.linalg.cholesky(gram_of("plain", size) + torch.eye(size, dtype=torch.float64))
+        inverse = gram.lower_inverse(L)
+        torch.testing.assert_close(inverse @ L, torch.eye(size, dtype=torch.float64))
+        assert torch.equal(inverse, inverse.tril())
+
+
+def test_symmetric_matrices_are_made_of_the_parts_below_the_diagonal(monkeypatch) -> None:
+    monkeypatch.setattr(gram, "SPLIT", 8)
+    for size in (8, 13, 30):
+        U = randn(size, size, dtype=torch.float64).tril()
+        torch.testing.assert_close(gram._square_of_lower(U), U.T @ U)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [40, 9001])
+def test_on_a_gpu_the_lower_half_is_enough(size: int) -> None:
+    batches = [randn(60, size, seed=seed, dtype=torch.bfloat16).cuda() for seed in range(2)]
+    accumulator = GramAccumulator(size, "cuda")
+    for batch in batches:
+        accumulator.add(batch)
+    X = torch.cat(batches).double()
+    torch.testing.assert_close(accumulator.gram.double(), X.T @ X, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_rounded_inverse_is_near_the_exact_one() -> None:
+    X = randn(9000, 1500).cuda()
+    scaled = ScaledGram(X.T @ X)
+    exact, rounded = (scaled.inverse(0.1, precision) for precision in ("fp32", "bf16"))
+    assert not torch.equal(exact, rounded)
+    assert (rounded - exact).norm() < 2e-3 * exact.norm()

@@ -155,13 +155,15 @@ def test_takes_the_published_steps(rank: int, rho: float) -> None:
     V, L = torch.zeros_like(Wt), torch.zeros_like(Wt)
     if rank:
         basis = randomized_range_finder((Wt - D).float(), gram.matrix, rank, seed=0).double()
+        coefficients = basis.T @ (Wt - D)
     for _ in range(7):
         right = (Wt - L) @ G - V + rho * D
         X = torch.linalg.solve(G + rho * torch.eye(16), right, left=False)
         D, mask = project(X + V / rho, TWO_OF_FOUR)
         if rank:
-            basis = subspace_iteration_step(Wt - X, G, basis)
-            L = basis @ (basis.T @ (Wt - X))
+            basis = torch.linalg.qr((Wt - X) @ G @ coefficients.T).Q
+            coefficients = basis.T @ (Wt - X)
+            L = basis @ coefficients
         V = V + rho * (X - D)
     options = Options(rho=rho, min_iterations=7, max_iterations=7, refit_rounds=0)
     result = solve(weight, gram, TWO_OF_FOUR, rank, options)

@@ -8,8 +8,8 @@ D is zero off the support and the dual V = rho (T - D) is zero on it, so one mat
 rows of all layers of a group are stacked: the layers share the product and the penalty. Only the low-rank step and
 unstructured supports look at single layers.
 
-Several processes share the rows of every layer. Only sums over rows are exchanged: two thin matrices a step for the
-low-rank part, and counts.
+Several processes share the rows of every layer. Only sums over rows are exchanged: a thin matrix and a small one a step
+for the low-rank part, and counts.
 """
 
 import math
@@ -21,6 +21,7 @@ import torch
 
 from ...format.patterns import NM, Pattern
 from ...utils.availability import TRITON
+from ...utils.cuda_graphs import capturing
 from ...utils.precision import LARGE, LEVELS, coarsest, finer, matmuls, product, subtract_product
 from ...utils.world import ALONE, World
 from ..base import randomized_range_finder
@@ -69,7 +70,7 @@ class Admm:
         rho: first penalty.
         seed: draws the first low-rank bases.
         precision: of the large product: "bf16", "tf32" or "fp32", or a finer one if the device lacks it. "auto" takes
-            the coarsest one whose rounding does not show; on CUDA it keeps "fp32" for small layers.
+            the coarsest one whose rounding does not show.
         world: the processes that share the rows of every layer. State and results are of this one's rows.
     """
 
@@ -96,13 +97,14 @@ class Admm:
             self.layers.append(_Layer(len(weight), slice(first, first + len(part)), pattern, rank, world))
             first += len(part)
         self.kept = sum(pattern.kept(weight.shape) for weight, pattern in zip(weights, patterns, strict=True))
-        self._joined = self.W.is_cuda and self.W.numel() <= LARGE  # launches limit the speed
-        self._bands = bands_of([(layer.rows, layer.rank) for layer in self.layers], self.W, join=self._joined)
+        small = self.W.is_cuda and self.W.numel() <= LARGE  # launches limit the speed
+        self._bands = bands_of([(layer.rows, layer.rank) for layer in self.layers], self.W, join=small)
         for band in self._bands:
             for index, basis in band.bases.items():
                 self.layers[index].basis = basis
         self.mask = torch.empty_like(self.W, dtype=torch.bool)
         self.T, self.L = torch.empty_like(self.W), torch.empty_like(self.W)
+        self._other: torch.Tensor | None = None  # in the place of L in every second joined step
         self.M = torch.empty_like(gram.matrix)
         self._rho = torch.empty((), device=self.W.device)
         self._coarsest = _first_precision(precision, self.W)
@@ -129,11 +131,14 @@ class Admm:
                 error = self.W[layer.rows] - self.T[layer.rows]
                 start = randomized_range_finder(error, self.gram.matrix, layer.rank, self._seed, world=self.world)
                 layer.basis.copy_(start)
+        for band in self._bands:
+            torch.mm(band.basis.T, self.W[band.rows] - self.T[band.rows], out=band.coefficients)
+            self.world.sum_(band.coefficients)
 
     def restart(self, rho: float) -> None:
         """D = project(Wt), V = 0, L = 0."""
         self._set_rho(rho)
-        self._set_inverse(self.gram.inverse(rho))
+        self._set_inverse(self.gram.inverse(rho, self.precision))
         for layer in self.layers:
             self.T[layer.rows], self.mask[layer.rows] = layer.nearest(self.W[layer.rows])
         self.L.zero_()
@@ -144,7 +149,7 @@ class Admm:
         self._set_inverse(
             shift_inverse(self.M, self.rho, delta, self.precision)
             if factor <= LARGEST_SHIFT
-            else self.gram.inverse(self.rho + delta)
+            else self.gram.inverse(self.rho + delta, self.precision)
         )
         self._set_rho(self.rho + delta)
         if self._in_triton():
@@ -164,8 +169,9 @@ class Admm:
     def _set_precision(self, precision: str) -> None:
         self.precision = precision
         self._rounded_M = self.M.bfloat16() if precision == "bf16" and self.M.is_cuda else None
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by steps
         self._warm = False  # whether the kernels of a step have been compiled
+        self._Z: torch.Tensor | None = None  # made in the first steps on a GPU, so that no graph has it in its memory
 
     def _set_rho(self, rho: float) -> None:
         self.rho = rho
@@ -182,9 +188,13 @@ class Admm:
                     self._start(self.rho)  # as if the precision had never been coarser
                     self._advance(steps)
                 else:
-                    self._set_inverse(self.gram.inverse(self.rho))  # the shifts that made M were rounded, too
+                    self._set_inverse(
+                        self.gram.inverse(self.rho, self.precision)
+                    )  # the shifts that made M were rounded, too
 
     def _advance(self, steps: int) -> None:
+        if self._are_joined():
+            self._Z = self._correct()  # after the first one, each step makes the correction of the next
         if self.W.is_cuda and self._warm:
             self._replay(steps)
         else:
@@ -193,11 +203,15 @@ class Admm:
         self._steps += steps
 
     def _replay(self, steps: int) -> None:
-        if steps not in self._graphs:
-            self._graphs[steps] = graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(self.W.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._step(steps)
-        self._graphs[steps].replay()
+        unit = 2 if steps % 2 == 0 else 1  # a graph of more steps takes longer to make than it saves
+        if unit not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            with capturing(graph, self.W.device):
+                self._step(unit)
+            self._graphs[unit] = graph
+        with torch.cuda.device(self.W.device):
+            for _ in range(steps // unit):
+                self._graphs[unit].replay()
 
     def changed(self, before: torch.Tensor) -> float:
         """The share of the kept entries that an earlier mask did not keep."""
@@ -209,9 +223,8 @@ class Admm:
             yield *layer.nearest(self.T[layer.rows]), layer.basis
 
     def _step(self, steps: int) -> None:
-        pattern = self._common_pattern()
-        if self._joined and pattern is not None and self._in_triton(pattern):
-            self._joined_steps(steps, pattern)
+        if self._are_joined():
+            self._joined_steps(steps)
             return
         for _ in range(steps):
             E = subtract_product(self.L, self._correct(), self._factor, self.precision)
@@ -219,11 +232,18 @@ class Admm:
             self._project(E)
             self._fit(coefficients, self.L)
 
-    def _joined_steps(self, steps: int, pattern: NM) -> None:
-        """The same steps; the kernel that moves T makes the next step's correction, too."""
+    def _are_joined(self) -> bool:
+        """Whether the kernel that moves T makes the next step's correction, too."""
+        pattern = self._common_pattern()
+        return pattern is not None and self._in_triton(pattern)
+
+    def _joined_steps(self, steps: int) -> None:
+        """The same steps, on Z as the step before left it."""
         from . import gpu_steps
 
-        Z, L, other = self._correct(), self.L, torch.empty_like(self.L)
+        if self._other is None:
+            self._other = torch.empty_like(self.L)
+        Z, L, other, pattern = self._Z, self.L, self._other, self._common_pattern()
         for _ in range(steps):
             E = subtract_product(L, Z, self._factor, self.precision)
             self._fit(self._coefficients(E), other)
@@ -250,7 +270,10 @@ class Admm:
         if self._in_triton():
             from . import gpu_steps
 
-            return gpu_steps.correction(self.T, self.mask, self.W, self.L, self._rho, self._factor.dtype)
+            if self._Z is None:
+                self._Z = torch.empty_like(self.W, dtype=self._factor.dtype)
+            gpu_steps.correction(self.T, self.mask, self.W, self.L, self._rho, self._Z)
+            return self._Z
         return self._fused(_correction)(self.T, self.mask, self.W, self.L, self._rho, self._factor.dtype)
 
     def _project(self, E: torch.Tensor) -> None:
@@ -285,17 +308,23 @@ class Admm:
         return self._fused(_sparse)
 
     def _coefficients(self, E: torch.Tensor) -> list[torch.Tensor]:
-        """P^T E of all bands, after one subspace step on E G E^T; then L = P P^T E."""
+        """P^T E of all bands, after one subspace step on E G E^T; then L = P P^T E.
+
+        The step takes P^T E of the step before in the place of its own: E hardly changes, and is read once less.
+        """
         if not self._bands:
             return []
         parts = [E[band.rows] for band in self._bands]
         with self._products():
-            seen = torch.cat([part.T @ band.basis for part, band in zip(parts, self._bands, strict=True)], 1)
-            seen = (self.gram.matrix @ self.world.sum_(seen)).split([band.basis.shape[1] for band in self._bands], 1)
-            spans = [part @ columns for part, columns in zip(parts, seen, strict=True)]
+            seen = self.gram.matrix @ torch.cat([band.coefficients for band in self._bands]).T
+            columns = seen.split([band.basis.shape[1] for band in self._bands], 1)
+            spans = [part @ own for part, own in zip(parts, columns, strict=True)]
         set_bases(self._bands, spans, self.world)
         with self._products():
-            return [self.world.sum_(band.basis.T @ part) for part, band in zip(parts, self._bands, strict=True)]
+            for part, band in zip(parts, self._bands, strict=True):
+                torch.mm(band.basis.T, part, out=band.coefficients)
+                self.world.sum_(band.coefficients)
+        return [band.coefficients for band in self._bands]
 
     def _fused(self, function: Callable) -> Callable:
         return _compiled(function) if self.W.is_cuda else function
@@ -328,8 +357,6 @@ class Admm:
 
 
 def _first_precision(precision: str, W: torch.Tensor) -> str:
-    if precision == "auto" and W.is_cuda and W.numel() <= LARGE:
-        return "fp32"  # launches, not products, limit the speed of small layers
     if precision == "auto":
         return coarsest(W.device)
     return precision if W.is_cuda or precision == coarsest(W.device) else "fp32"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...utils.availability import TRITON
 from ...utils.world import World
 from ..base import inverse_factors
 
@@ -20,6 +21,7 @@ class Band:
         rows: in the stack of all layers.
         ranks: of its layers with a low-rank part.
         basis: P (rows, sum of ranks): orthonormal columns, zero beside the blocks of the layers.
+        coefficients: P^T E (sum of ranks, in) of the last step, summed over all processes.
         bases: {index of a layer in the stack: its block of P, a view}.
         inside: (rows, sum of ranks), 1 in the blocks and 0 beside them; None for a single block.
     """
@@ -27,6 +29,7 @@ class Band:
     rows: slice
     ranks: list[int]
     basis: torch.Tensor
+    coefficients: torch.Tensor
     bases: dict[int, torch.Tensor] = field(default_factory=dict)
     inside: torch.Tensor | None = None
 
@@ -53,7 +56,14 @@ def _grams(bands: list[Band], spans: list[torch.Tensor]) -> list[tuple[torch.Ten
 def _factors(C: torch.Tensor, ranks: list[int]) -> torch.Tensor:
     """`inverse_factors`; those of one band with blocks of one rank block by block, which is faster."""
     count, rank = len(ranks), ranks[0]
-    if count == 1 or set(ranks) != {rank}:
+    if set(ranks) != {rank}:
+        return inverse_factors(C)
+    if C.is_cuda and TRITON:
+        from . import gpu_steps
+
+        if rank <= gpu_steps.LARGEST_BLOCK and gpu_steps.supports(None):
+            return gpu_steps.inverse_factors(C, count)
+    if count == 1:
         return inverse_factors(C)
     factors = torch.zeros_like(C)
     _blocks(factors[0], count, rank).copy_(inverse_factors(_blocks(C[0], count, rank).contiguous()))
@@ -81,7 +91,9 @@ def bands_of(layers: list[tuple[slice, int]], like: torch.Tensor, join: bool) ->
 def _band(layers: dict[int, tuple[slice, int]], like: torch.Tensor) -> Band:
     ranks = [rank for _, rank in layers.values()]
     rows = slice(min(own.start for own, _ in layers.values()), max(own.stop for own, _ in layers.values()))
-    band = Band(rows, ranks, like.new_zeros(rows.stop - rows.start, sum(ranks)))
+    width = sum(ranks)
+    basis = like.new_zeros(rows.stop - rows.start, width)
+    band = Band(rows, ranks, basis, like.new_empty(width, like.shape[1]))
     if len(layers) > 1:
         band.inside = torch.zeros_like(band.basis)
     first = 0

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _WARPS = 4
 _BLOCK = 1024
+LARGEST_BLOCK = 64  # of `inverse_factors`, held in registers
 _ENTRIES = 16  # per thread: the largest M, and enough loads in flight to keep the memory busy
 
 
@@ -81,6 +82,32 @@ def _stiffen(T, mask, factor, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _invert(C, F, width, rounding, R: tl.constexpr, SIZE: tl.constexpr):
+    first = tl.program_id(1).to(tl.int64) * width * width + tl.program_id(0) * R * (width + 1)
+    one = tl.arange(0, SIZE)
+    row, column = one[:, None], one[None, :]
+    at, inside = first + row * width + column, (row < R) & (column < R)
+    tile = tl.load(C + at, mask=inside, other=0.0)
+    squares = tl.sum(tl.where(row == column, tile, 0.0), axis=1)
+    others = tl.sum(tl.where(row == column, tile, 0.0), axis=0)
+    unit = tl.where(squares < 1.1754944e-38, 0.0, tl.rsqrt(squares))
+    units = tl.where(others < 1.1754944e-38, 0.0, tl.rsqrt(others))
+    tile = tile * unit[:, None] * units[None, :]
+    tile += tl.where(row == column, tl.where(row < R, rounding, 1.0), 0.0)
+    factor = tl.where(row == column, 1.0, 0.0)
+    for j in range(R):  # elimination: the tile becomes upper triangular, the factor its inverse
+        pivots = tl.sum(tl.where(row == j, tile, 0.0), axis=0)
+        own = tl.sum(tl.where(row == j, factor, 0.0), axis=0)
+        below = tl.sum(tl.where(column == j, tile, 0.0), axis=1)
+        pivot = tl.maximum(tl.sum(tl.where(one == j, pivots, 0.0), axis=0), rounding / 10)
+        share = tl.where(one > j, below / pivot, 0.0)
+        tile -= share[:, None] * pivots[None, :]
+        factor -= share[:, None] * own[None, :]
+    root = tl.rsqrt(tl.maximum(tl.sum(tl.where(row == column, tile, 0.0), axis=1), rounding / 10))
+    tl.store(F + at, factor * root[:, None] * units[None, :], mask=inside)
+
+
+@triton.jit
 def _columns(tile):
     """The four columns of a tile (rows, 4), the inverse of `stack`."""
     even, odd = tl.split(tile.reshape(tile.shape[0], 2, 2))
@@ -109,17 +136,11 @@ def move(T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, E: torch.Tensor, 
 
 
 def correction(
-    T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, L: torch.Tensor, rho: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """`admm._correction`, to the bit: (out, in) of the dtype.
-
-    Args:
-        T, mask, W, L, rho: see `move_and_correct`.
-    """
-    Z = torch.empty_like(W, dtype=dtype)
+    T: torch.Tensor, mask: torch.Tensor, W: torch.Tensor, L: torch.Tensor, rho: torch.Tensor, Z: torch.Tensor
+) -> None:
+    """Writes `admm._correction` into Z, to the bit; arguments as in `move_and_correct`."""
     with torch.cuda.device_of(T):
         _correct[(triton.cdiv(T.numel(), _BLOCK),)](T, mask.view(torch.uint8), W, L, rho, Z, T.numel(), BLOCK=_BLOCK)
-    return Z
 
 
 def stiffen(T: torch.Tensor, mask: torch.Tensor, factor: float) -> None:
@@ -151,6 +172,23 @@ def move_and_correct(
         Z: (out, in), contiguous; BF16 or FP32.
     """
     _launch(T, mask, W, E, L, rho, Z, pattern)
+
+
+def inverse_factors(C: torch.Tensor, count: int) -> torch.Tensor:
+    """`base.inverse_factors` of the diagonal blocks of matrices, zero beside them, in one kernel.
+
+    Args:
+        C: (batch, count * r, count * r) FP32, contiguous, r at most `LARGEST_BLOCK`.
+        count: of the blocks of each matrix.
+    """
+    batch, width, _ = C.shape
+    rank = width // count
+    size = max(16, triton.next_power_of_2(rank))
+    rounding = 10 * torch.finfo(C.dtype).eps * rank
+    factors = torch.empty_like(C) if count == 1 else torch.zeros_like(C)
+    with torch.cuda.device_of(C):
+        _invert[(count, batch)](C, factors, width, rounding, R=rank, SIZE=size, num_warps=1 if size <= 16 else 4)
+    return factors
 
 
 def _launch(T, mask, W, E, L, rho, Z, pattern: NM) -> None:

@@ -44,8 +44,7 @@ class Options:
             lowers the objective by less than 1e-4 of it is the last.
         cg_steps: conjugate gradient steps per round.
         precision: of the large products: "bf16" (with FP32 sums), "tf32" (GPUs only), "fp32" or "auto". "auto" takes
-            the coarsest one whose rounding does not show in the objective: on GPUs for large layers, on CPUs with
-            BF16 instructions for all.
+            the coarsest one whose rounding does not show in the objective.
         weigh_outputs: count the squared error of each output by how strongly the block's output depends on it. The
             low-rank part, and unstructured supports, then go where errors do most harm.
     """
