@@ -137,7 +137,7 @@ def distill_in_memory(
     phases = PhaseTimer(device)
     with phases("distillation"), on_device(teacher, device, options):
         trained, judging = {}, {}
-        kinds = {CALIBRATION: calibration, SELF_WRITTEN: world.of_first(samples.for_distillation(teacher))}
+        kinds = {CALIBRATION: calibration, SELF_WRITTEN: world.of_first(samples.for_distillation(teacher, calibration))}
         for kind, windows in kinds.items():
             trained[kind], judging[kind] = keep_back(windows)
         batched = takes_batches(teacher, calibration[0])

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from ..config.sparselr_config import SparseLRConfig
@@ -15,6 +16,7 @@ from .model_structure import context_length
 
 logger = logging.getLogger("hf_sparselr")
 
+PROMPT = 16  # tokens of a calibration sample that a prompted window begins with
 MOST_AT_A_TIME = 1024  # windows that the dense model writes at a time for distillation
 WIDTH_TIMES_WINDOWS = 2**20  # bounds the memory of keys and values, which grows with the model's width
 
@@ -78,19 +80,25 @@ class Samples:
         )
         return token_samples(windows)
 
-    def for_distillation(self, model: PreTrainedModel) -> list[Sample]:
-        """The samples that `distill.self_samples` asks the dense model to write beside the calibration samples."""
-        options = self.config.distill
-        if not options.self_samples:
-            return []
-        windows = sample_from_model(
-            model,
-            self._bos_id(),
-            num_samples=options.self_samples,
-            seq_len=_bounded(options.self_len, model),
-            seed=self.config.seed + 1,
-            batch_size=_at_a_time(model),
-        )
+    def for_distillation(self, model: PreTrainedModel, calibration: list[Sample]) -> list[Sample]:
+        """The samples that `distill.self_samples` asks the dense model to write beside the calibration samples, a share
+        of them as continuations of these."""
+        options, bos_id = self.config.distill, self._bos_id()
+        length, seed = _bounded(options.self_len, model), self.config.seed + 1
+        count = round(options.self_samples * options.prompted) if self.loaded is not None else 0
+        prompts = _prompts(calibration, count, min(PROMPT, length // 2), bos_id, seed)
+        windows = []
+        for starts, wanted in ((prompts, len(prompts)), (None, options.self_samples - len(prompts))):
+            if wanted:
+                windows += sample_from_model(
+                    model,
+                    bos_id,
+                    num_samples=wanted,
+                    seq_len=length,
+                    seed=seed,
+                    batch_size=_at_a_time(model),
+                    prompts=starts,
+                )
         return token_samples(windows)
 
     def _bos_id(self) -> int | None:
@@ -101,6 +109,33 @@ class Samples:
             logger.debug("%s", error)
             return None
         return getattr(getattr(tokenizer, "tokenizer", tokenizer), "bos_token_id", None)
+
+
+def _prompts(samples: list[Sample], count: int, length: int, bos_id: int | None, seed: int) -> torch.Tensor:
+    """(count, length) tokens from random places of token samples, each after a BOS where its sample begins with one.
+
+    Empty where samples have no, or too few, tokens.
+    """
+    texts = [_real_tokens(sample) for sample in samples if "input_ids" in sample]
+    texts = [text for text in texts if len(text) >= length]
+    if not (texts and length and count):
+        return torch.zeros(0, length, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(seed)
+    prompts = []
+    for index in range(count):
+        text = texts[index % len(texts)]
+        place = int(torch.randint(len(text) - length + 1, (1,), generator=generator))
+        prompt = text[place : place + length].clone()
+        if int(text[0]) == bos_id:
+            prompt[0] = bos_id
+        prompts.append(prompt)
+    return torch.stack(prompts)
+
+
+def _real_tokens(sample: Sample) -> torch.Tensor:
+    """The token ids (length,) of a sample without padding."""
+    ids, mask = sample["input_ids"][0], sample.get("attention_mask")
+    return ids if mask is None else ids[mask[0].bool()]
 
 
 def _at_a_time(model: PreTrainedModel) -> int:

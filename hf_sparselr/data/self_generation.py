@@ -18,7 +18,14 @@ logger = logging.getLogger("hf_sparselr")
 
 
 def sample_from_model(
-    model: Any, bos_id: int | None, *, num_samples: int, seq_len: int, seed: int, batch_size: int = 8
+    model: Any,
+    bos_id: int | None,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    batch_size: int = 8,
+    prompts: torch.Tensor | None = None,
 ) -> list[torch.LongTensor]:
     """Token windows that the dense model itself writes.
 
@@ -29,6 +36,7 @@ def sample_from_model(
     Args:
         bos_id: the first token of every window. None: the BOS of the model's generation config, or random ids if it
             has none.
+        prompts: the first tokens (num_samples, fewer than seq_len) of the windows, in place of `bos_id`.
 
     Returns:
         `num_samples` int64 CPU tensors of shape (seq_len,).
@@ -42,13 +50,18 @@ def sample_from_model(
     good: list[torch.LongTensor] = []
     circles: list[torch.LongTensor] = []
     with _isolated(model, seed):
-        for attempt in range(ATTEMPTS):
-            starts = _start_ids(model, bos_id, num_samples - len(good), seed + attempt * 7919)
+        starts = _start_ids(model, bos_id, num_samples, seed) if prompts is None else prompts
+        for attempt in range(1, ATTEMPTS + 1):
+            again = []
             for batch in starts.to(model.device).split(batch_size):
-                for window in _continued(model, batch, seq_len):
-                    (circles if repetition(window) > MOST_REPETITION else good).append(window)
-            if len(good) == num_samples:
+                for start, window in zip(batch, _continued(model, batch, seq_len), strict=True):
+                    in_circles = repetition(window) > MOST_REPETITION
+                    (circles if in_circles else good).append(window)
+                    again += [start] if in_circles else []
+            if not again:
                 return good
+            starts = _start_ids(model, bos_id, len(again), seed + attempt * 7919)
+            starts = starts if prompts is None else torch.stack(again)
     missing = num_samples - len(good)
     logger.warning(
         "%s repeats itself in %d of %d windows that it writes, however often they are written again: such text is poor "

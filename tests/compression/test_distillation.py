@@ -400,7 +400,7 @@ def test_a_cpu_without_bf16_computes_in_fp32(train: str, monkeypatch: pytest.Mon
 def test_the_dense_model_writes_windows_of_its_own(monkeypatch) -> None:
     seen, real = [], offline.distill
     monkeypatch.setattr(offline, "distill", lambda *args: seen.extend(args[2]) or real(*args))
-    own = {**FAST, "self_samples": 3, "self_len": 10}
+    own = {**FAST, "self_samples": 3, "self_len": 10, "prompted": 0.0}
     model = compress(dense(), tiny.settings(refine="distill", distill=own, seed=4))
     written = sample_from_model(dense(), None, num_samples=3, seq_len=10, seed=5)
     windows = [row for batch in seen for row in batch["input_ids"]]
@@ -409,6 +409,29 @@ def test_the_dense_model_writes_windows_of_its_own(monkeypatch) -> None:
     assert torch.equal(torch.stack(windows[4:]), torch.stack(written))
     stats = model.sparselr_report.distill
     assert stats["loss_after"] < stats["loss_before"]
+
+
+def test_a_share_of_its_windows_continue_calibration_windows(monkeypatch) -> None:
+    seen, real = [], offline.distill
+    monkeypatch.setattr(offline, "distill", lambda *args: seen.extend(args[2]) or real(*args))
+    own = {**FAST, "self_samples": 6, "self_len": 12, "prompted": 0.5}
+    compress(dense(), tiny.settings(refine="distill", distill=own))
+    windows = [row for batch in seen for row in batch["input_ids"]][4:]
+    places = {tuple(place.tolist()) for row in tiny.IDS for place in row.unfold(0, 6, 1)}
+    assert [tuple(row[:6].tolist()) in places for row in windows] == [True] * 3 + [False] * 3
+
+
+def test_prompts_are_real_tokens_after_the_first_one() -> None:
+    ids, mask = torch.arange(100, 110)[None], torch.ones(1, 10, dtype=torch.int64)
+    mask[0, 6:] = 0
+    samples = [{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids + 100}, {"pixel_values": ids}]
+    prompts = samples_module._prompts(samples, 8, 5, 200, seed=0)
+    assert prompts.shape == (8, 5) and torch.equal(prompts, samples_module._prompts(samples, 8, 5, 200, seed=0))
+    assert bool((prompts[::2] <= 105).all())  # the rest of the first sample is padding
+    assert bool((prompts[1::2, 0] == 200).all()) and bool((prompts[1::2, 1:] > 200).all())
+    assert all(bool((prompt.diff() == 1).all()) for prompt in prompts[:, 1:])
+    assert len(samples_module._prompts(samples, 8, 11, 200, seed=0)) == 0
+    assert len(samples_module._prompts(samples[2:], 8, 5, 200, seed=0)) == 0
 
 
 def test_its_windows_fit_into_the_context() -> None:

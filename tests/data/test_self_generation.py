@@ -10,11 +10,11 @@ from hf_sparselr.data import self_generation
 from hf_sparselr.data.self_generation import MOST_REPETITION, repetition, sample_from_model
 
 
-def decided() -> torch.nn.Module:
-    """A model that is so sure of its next token that a quarter of its texts turn in circles."""
+def decided(scale: float = 300) -> torch.nn.Module:
+    """A model that is so sure of its next token that many of its texts turn in circles: a quarter by default."""
     model = tiny.build("llama")
     with torch.no_grad():
-        model.lm_head.weight.mul_(300)
+        model.lm_head.weight.mul_(scale)
     return model
 
 
@@ -41,6 +41,17 @@ def test_windows_that_go_round_in_circles_are_written_again(monkeypatch, caplog)
     assert torch.equal(torch.stack(windows[: len(good)]), torch.stack(good))
     assert torch.equal(torch.stack(windows), torch.stack(written(decided())))
     assert not caplog.records
+
+
+def test_windows_continue_their_prompts_also_when_written_again(monkeypatch) -> None:
+    monkeypatch.setattr(self_generation, "ATTEMPTS", 50)
+    monkeypatch.setattr(self_generation, "MOST_REPETITION", 0.1)
+    prompts = torch.arange(36).view(12, 3) + 4
+    windows = sample_from_model(decided(150), 1, num_samples=12, seq_len=60, seed=0, prompts=prompts)
+    assert max(map(repetition, windows)) <= 0.1
+    starts = torch.stack([window[:3] for window in windows])
+    assert not torch.equal(starts, prompts)  # some were written again
+    assert torch.equal(starts[starts[:, 0].argsort()], prompts)
 
 
 def test_a_model_that_only_repeats_itself_is_said(monkeypatch, caplog) -> None:
