@@ -16,10 +16,7 @@ class TMOptions:
 
     Attributes:
         passes: number of passes over the calibration windows.
-        optimizer: of S: "adam", or "muon", which steps along the momentum with all its singular values made equal.
-            Factors, norms and biases always have Adam. So has S where it is large (a layer of more than 2^22 weights,
-            or 2^28 in all), since the products of Muon would take longer than the rest of a step.
-        lr: first step size. Of Muon, the root mean square of the step's entries.
+        lr: first step size of Adam.
         relative_lr: whether `lr` is a share of a parameter's root mean square over its nonzero entries, taken as at
             least 0.02 for norms and biases. The sizes of weights differ tenfold between models.
         factor_lr: step size of A and B, as a multiple of `lr`.
@@ -34,7 +31,6 @@ class TMOptions:
     """
 
     passes: int = 20
-    optimizer: str = "adam"
     lr: float = 2e-5
     relative_lr: bool = False
     factor_lr: float = 1.0
@@ -53,7 +49,6 @@ def check_schedule(field: str, options: Any) -> None:
     """Checks steps and step sizes, which matching and distillation have in common."""
     check_integer(f"{field}.passes", options.passes, 1)
     check_integer(f"{field}.batch_size", options.batch_size, 1)
-    check_choice(f"{field}.optimizer", options.optimizer, ("adam", "muon"))
     check_number(f"{field}.lr", options.lr, 0, exclusive=True)
     check_choice(f"{field}.relative_lr", options.relative_lr, (True, False))
     check_number(f"{field}.factor_lr", options.factor_lr, 0)
@@ -148,10 +143,7 @@ class DistillOptions:
 
     Attributes:
         passes: number of passes over the calibration windows and those of `self_samples`.
-        optimizer: of S: "adam", or "muon", which steps along the momentum with all its singular values made equal.
-            Factors, norms and biases always have Adam. So has S where it is large (a layer of more than 2^22 weights,
-            or 2^28 in all), since the products of Muon would take longer than the rest of a step.
-        lr: first step size. Of Muon, the root mean square of the step's entries.
+        lr: first step size of Adam.
         relative_lr: whether `lr` is a share of a parameter's root mean square over its nonzero entries, taken as at
             least 0.02 for norms and biases. The sizes of weights differ tenfold between models.
         factor_lr: step size of A and B, as a multiple of `lr`.
@@ -173,7 +165,6 @@ class DistillOptions:
     """
 
     passes: int = 8
-    optimizer: str = "adam"
     lr: float = 1e-3
     relative_lr: bool = True
     factor_lr: float = 1.0

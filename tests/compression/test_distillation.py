@@ -88,7 +88,7 @@ def places(model) -> dict[str, tuple]:
 # What it does
 
 
-@pytest.mark.parametrize(("train", "optimizer"), [("all", "adam"), ("all", "muon"), ("factors", "muon")])
+@pytest.mark.parametrize("train", ["all", "factors"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("name", "dtype", "rank"),
@@ -102,11 +102,10 @@ def places(model) -> dict[str, tuple]:
         ("bert-mlm", torch.float32, 4),
     ],
 )
-def test_lowers_the_divergence_and_keeps_what_is_fixed(name, dtype, rank, precision, train, optimizer) -> None:
+def test_lowers_the_divergence_and_keeps_what_is_fixed(name, dtype, rank, precision, train) -> None:
     model, teacher = packed(name, dtype, rank)
     before, own, masks, where = tiny.snapshot(model), tiny.snapshot(teacher), supports(model), places(model)
-    lr = 3e-4 if (train, optimizer) == ("all", "muon") else 1e-3
-    stats = run(model, teacher, train=train, precision=precision, optimizer=optimizer, lr=lr)
+    stats = run(model, teacher, train=train, precision=precision)
     assert stats["loss_after"] < stats["loss_before"]
     assert stats["loss_after"] == pytest.approx(divergence(model, teacher), rel=0.25 if precision == "bf16" else 1e-3)
     assert stats["passes"] == len(stats["losses"]) == 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparselr.compression.optimizers import MaskedMuon, by_size, make_optimizer, orthogonalised
+from hf_sparselr.compression.optimizers import by_size, make_optimizer
 from hf_sparselr.compression.training_loop import keep_back, train
 from hf_sparselr.config.options import TMOptions
 
@@ -133,81 +133,3 @@ def test_relative_steps_move_weights_of_any_size_by_the_same_share(scale: float)
     train(model, {"S": [model.place]}, [[1.0]], len, backward, options, (0.9, 0.9), 0, lambda _: None, lambda: 0.5)
     share = float((model.place.detach() / scale - 1).mean())
     assert 0.01 / 2**0.25 <= share <= 0.01 * 2**0.25 + 1e-6
-
-
-@pytest.mark.parametrize("shape", [(3, 12, 20), (3, 20, 12)])
-def test_orthogonalised_matrices_keep_their_singular_vectors(shape: tuple[int, int, int]) -> None:
-    torch.manual_seed(0)
-    matrices = torch.randn(shape) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
-    U, _, Vh = torch.linalg.svd(matrices, full_matrices=False)
-    values = (U.mT @ orthogonalised(matrices) @ Vh.mT).diagonal(dim1=1, dim2=2)
-    assert bool(((values > 0.6) & (values < 1.3)).all())
-    torch.testing.assert_close(U * values[:, None] @ Vh, orthogonalised(matrices), rtol=0, atol=1e-3)
-    assert torch.equal(orthogonalised(torch.zeros(1, 4, 5)), torch.zeros(1, 4, 5))
-
-
-def test_muon_moves_the_support_alone_by_the_step_size() -> None:
-    torch.manual_seed(0)
-    masks = [torch.rand(16, 24) < share for share in (0.3, 0.5, 0.5)] + [torch.rand(8, 24) < 0.5]
-    start = [torch.randn(mask.shape) * mask for mask in masks]
-    parameters = [nn.Parameter(tensor.clone()) for tensor in start]
-    optimizer = MaskedMuon([{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:], "lr": 0.2}], 0.9)
-    gradients = [torch.randn(mask.shape) * mask for mask in masks]
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient.clone()
-    parameters[1].grad = None  # a layer that no batch reached
-    optimizer.step()
-    moves = [(own.detach() - first) for own, first in zip(parameters, start, strict=True)]
-    sizes = [float(move[mask].square().mean().sqrt()) for move, mask in zip(moves, masks, strict=True)]
-    assert sizes == pytest.approx([0.1, 0.0, 0.2, 0.2], rel=1e-4)
-    for move, mask, gradient in zip(moves, masks, gradients, strict=True):
-        assert not bool(move[~mask].any())
-        if bool(move.any()):
-            expected = orthogonalised(gradient[None])[0] * mask
-            assert float(torch.cosine_similarity(move.flatten(), -expected.flatten(), 0)) > 0.999
-
-
-def test_muon_takes_small_sparse_parts_alone() -> None:
-    def classes(size: int, optimizer: str = "muon") -> dict[str, str]:
-        groups = {
-            "S": [nn.Parameter(torch.ones(size, size))],
-            "factors": [nn.Parameter(torch.ones(size, 4))],
-            "vectors": [nn.Parameter(torch.ones(4))],
-        }
-        made = make_optimizer(groups, TMOptions(optimizer=optimizer), (0.9, 0.9))
-        parts = getattr(made, "parts", [made])
-        return {
-            name: type(part).__name__
-            for name, own in groups.items()
-            for part in parts
-            for group in part.param_groups
-            if any(each is own[0] for each in group["params"])
-        }
-
-    assert classes(8) == {"S": "MaskedMuon", "factors": "Adam", "vectors": "Adam"}
-    assert classes(8, "adam") == classes(2049) == dict.fromkeys(("S", "factors", "vectors"), "Adam")
-
-
-def test_muon_and_adam_train_together() -> None:
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.S = nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
-            self.bias = nn.Parameter(torch.zeros(6))
-
-    model, target = Layer(), torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
-
-    def backward(batch: float, size: float) -> torch.Tensor:
-        loss = (model.S - target).square().sum() + (model.bias - 1).square().sum()
-        loss.backward()
-        return loss.detach()
-
-    def judge() -> float:
-        return float((model.S.detach() - target).square().sum() + (model.bias.detach() - 1).square().sum()) / start
-
-    start = 1.0
-    start = judge()
-    groups = {"S": [model.S], "factors": [], "vectors": [model.bias]}
-    options = TMOptions(passes=60, optimizer="muon", lr=0.05, final_lr=0.02)
-    done = train(model, groups, [[1.0]], len, backward, options, (0.9, 0.95), 0, lambda _: None, judge)
-    assert done.judged[-1] < 0.01
