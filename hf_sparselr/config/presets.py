@@ -14,18 +14,12 @@ _DISTILL = {
     "hidden_weight": 3.0,
 }
 # A softer start and slower growth of the penalty find better supports, in more iterations.
-_SOFT = {"rho": 0.07, "check_every": 20, "growth": (1.15, 1.12, 1.06), "tolerance": 8e-3, "weigh_outputs": True}
-_SLOW = {
-    "rho": 0.03,
-    "growth": (1.05, 1.025, 1.01),
-    "weigh_outputs": True,
-    "tolerance": 1e-4,
-    "max_iterations": 3000,
-}
+_SOFT = {"rho": 0.03, "growth": (1.09, 1.045, 1.018), "weigh_outputs": True}
+_SLOW = {**_SOFT, "growth": (1.05, 1.025, 1.01), "tolerance": 1e-4, "max_iterations": 3000}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {
-        "3basil": {"rho": 0.09, "tolerance": 3e-3, "weigh_outputs": True},
+        "3basil": {"rho": 0.09, "weigh_outputs": True},
         "tm": {**_TM, "passes": 4},
         "distill": {**_DISTILL, "passes": 2},
     },
