@@ -91,7 +91,7 @@ def _send_signs_back(block: nn.Module, batch: torch.Tensor, call: Call, place: W
     generator = torch.Generator(place.device).manual_seed(0)
     with torch.enable_grad(), arithmetic(place.device, place.precision):
         inputs = batch.to(place.device, torch.float32).detach().requires_grad_()
-        output = replay(block, inputs, call)
+        output = replay(block, inputs.clone(), call)  # some blocks change their inputs in place
         signs = torch.randint(2, output.shape[1:], generator=generator, device=place.device).mul_(2).sub_(1)
         signs = signs.to(output.dtype).expand_as(output)
         mask = position_mask(output, call.masks)

@@ -110,6 +110,17 @@ def test_a_block_without_derivative_is_told(caplog: pytest.LogCaptureFixture) ->
     assert "cannot be differentiated (no derivative)" in caplog.text
 
 
+def test_a_block_may_change_its_inputs_in_place() -> None:
+    class InPlace(Gated):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.mul_(2))
+
+    torch.manual_seed(0)
+    block, hidden = InPlace(), windows()
+    assert weights_of(block, ["plain"], hidden).keys() == {"plain"}
+    assert all(map(torch.equal, hidden, windows()))
+
+
 def test_nothing_of_the_block_changes() -> None:
     block = Gated()
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
