@@ -139,7 +139,7 @@ def wide_config(rows: int, outs: int, ins: int, multiprocessors: int) -> LaunchC
     tall, resident = (128, 1) if batch >= 128 else (64, 2)
     room, chunks = resident * multiprocessors, -(-ins // 256)
     blocks = -(-outs // tall) * -(-rows // batch)
-    if blocks > room:
+    if blocks > room * 85 // 100:
         return LaunchConfig("wgmma", tall, resident=resident, batch=batch, cluster=2 if rows > 512 else 1)
     split = _parts(blocks, room, chunks)
     if batch >= 128 and 2 * blocks <= room and not 2 <= split <= 4:

@@ -110,7 +110,7 @@ class _Factors(Joint):
 
 
 # Up to so many rows of x: those of a block, blocks that share the columns, stages.
-_WIDE = ((64, 32, 8, 4), (128, 64, 8, 3), (256, 128, 4, 2), (4096, 64, 8, 3), (None, 128, 4, 2))
+_WIDE = ((64, 32, 8, 4), (128, 64, 8, 3), (256, 128, 8, 2), (4096, 64, 8, 3), (None, 128, 4, 2))
 
 
 def _wide(rows: int, weight: PackedWeight, u: int, kernel: _Kernel | None) -> _Factors:

@@ -78,11 +78,12 @@ __device__ __forceinline__ u32 places(u32 low, u32 high, int t) {
   return (four | four >> 8) & 0xFFFF;
 }
 
+/* For each nibble of a mask that keeps two of four columns: the first of them in bits 0, 1, the second in bits 2, 3. Five
+   instructions: bits 1 and 3 are b0 nor b1, b2 or b3; bits 0 and 2 are b1 and not b0, b3 or not b2. */
 __device__ __forceinline__ u32 metadata(u32 mask) {
-  u32 b0 = mask & 0x11111111, b1 = mask >> 1 & 0x11111111, b2 = mask >> 2 & 0x11111111, b3 = mask >> 3 & 0x11111111;
-  u32 first = (b1 & ~b0) | (0x11111111 & ~(b0 | b1)) << 1;
-  u32 second = (b3 | (0x11111111 & ~b2)) | (b2 | b3) << 1;
-  return first | second << 2;
+  u32 above = mask << 1, below = mask >> 1;
+  u32 odd = (mask | above) ^ 0x22222222, even = (below & ~mask) | (0x44444444 & (below | ~mask));
+  return (odd & 0xAAAAAAAA) | (even & 0x55555555);
 }
 
 /* For each nibble of a mask: which bytes of the first two of its values make its first two columns, and which of its

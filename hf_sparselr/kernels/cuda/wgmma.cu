@@ -152,7 +152,7 @@ __device__ __forceinline__ void store_sums(const Arguments &args, float *sums, u
 #endif
 
 extern "C" __global__ void IN_CLUSTER __launch_bounds__(THREADS, RESIDENT) wgmma(const __grid_constant__ Arguments args) {
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = (int)args.count;
+  int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, count = (int)args.count; /* a uniform warp */
   int me = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0, part = PARTS > 1 ? blockIdx.y : 0, peers = part * CLUSTER;
   int high = PARTS > 1 ? gridDim.z : gridDim.y, wide = gridDim.x / CLUSTER;
   /* BAND neighbours along S, then the next rows of x: what is at work together is in the cache together. */
