@@ -1,11 +1,20 @@
-"""Operators of a block as fused kernels on a GPU: RMS norms."""
+"""Operators of a block as fused kernels on a GPU: RMS norms and attention."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.backends import cuda
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils import deterministic
+
+LARGEST_HALF = torch.finfo(torch.float16).max
+LARGEST_GRADIENT = 2.0**-4  # of an attention's outputs in FP16: their products must not overflow
+REPRODUCIBLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]  # those that can be
 
 
 @contextmanager
@@ -18,7 +27,8 @@ def fused_operators(block: nn.Module, device: torch.device, precision: str) -> I
     for norm, forward in norms.items():
         norm.forward = forward
     try:
-        yield
+        with FusedAttention():
+            yield
     finally:
         for norm in norms:
             del norm.forward
@@ -63,3 +73,117 @@ def _rms_norm(module: nn.Module) -> tuple[float, float] | None:
             if torch.allclose(F.rms_norm(rows, weight.shape, weight + offset, eps), expected, 1e-4, 1e-6):
                 return offset, eps
     return None
+
+
+class FusedAttention(TorchFunctionMode):
+    """Inside, attention takes fused kernels where they fit, and its gradients are the same bits each time.
+
+    Under autocast it runs in that dtype. Otherwise FP32 tensors are rounded to FP16, whose significand is that of TF32:
+    torch has no fused kernel in FP32 for keys that heads share.
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            func = attention
+        return func(*args, **(kwargs or {}))
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`F.scaled_dot_product_attention` as in `FusedAttention`, or as it is where no fused kernel fits."""
+    options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    dtype = torch.float16 if dtype == torch.float32 else dtype
+    if not _fits(query, key, value, attn_mask, dtype, options):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+    return _Attention.apply(query, key, value, attn_mask, dtype, options)
+
+
+def _fits(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+) -> bool:
+    """Whether a fused kernel takes such arguments in a dtype. A mask is not rounded to FP16, and gets no gradient."""
+    masked = mask is not None and (dtype == torch.float16 or mask.requires_grad)
+    if not query.is_cuda or options["dropout_p"] or masked:
+        return False
+    tensors = [torch.empty_like(tensor, dtype=dtype) for tensor in (query, key, value)]
+    if mask is not None and mask.is_floating_point():
+        mask = torch.empty_like(mask, dtype=dtype)
+    params = cuda.SDPAParams(*tensors, mask, 0.0, options["is_causal"], options["enable_gqa"])
+    return cuda.can_use_flash_attention(params) or cuda.can_use_efficient_attention(params)
+
+
+class _Attention(torch.autograd.Function):
+    """Computes the outputs again for the gradients: only torch's own function knows what its kernels save."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        dtype: torch.dtype,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        tensors = [_rounded(tensor, dtype) for tensor in (query, key, value)]
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(dtype)
+        ctx.save_for_backward(*tensors, mask)
+        ctx.options, ctx.dtypes = options, (query.dtype, key.dtype, value.dtype)
+        with torch.autocast(query.device.type, enabled=False):
+            outputs = F.scaled_dot_product_attention(*tensors, mask, **options)
+        return outputs.float() if dtype == torch.float16 else outputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *saved, mask = ctx.saved_tensors
+        tensors, scale = [tensor.detach().requires_grad_() for tensor in saved], None
+        if tensors[0].dtype == torch.float16:  # its range is too small for gradients
+            scale = LARGEST_GRADIENT / gradient.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+            gradient = gradient * scale
+        with torch.enable_grad(), sdpa_kernel(REPRODUCIBLE), torch.autocast(gradient.device.type, enabled=False):
+            outputs = F.scaled_dot_product_attention(*tensors, mask, **ctx.options)
+            with _reproducible():
+                found = torch.autograd.grad(outputs, tensors, gradient.to(outputs.dtype))
+        if scale is not None:
+            found = tuple(each.float().div_(scale) for each in found)
+        return *(each.to(dtype) for each, dtype in zip(found, ctx.dtypes, strict=True)), None, None, None
+
+
+def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.float16:
+        tensor = tensor.clamp(-LARGEST_HALF, LARGEST_HALF)
+    return tensor.to(dtype)
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """Inside, kernels with atomic sums give way to others.
+
+    Not by `torch.use_deterministic_algorithms`, which imports the compiler.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = False
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(enabled, warn_only=warn_only)
+        deterministic.fill_uninitialized_memory = fill

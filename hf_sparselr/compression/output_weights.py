@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from ..nn.packed_experts import ExpertStack
-from ..utils.precision import arithmetic
 from .activations import Workplace
 from .capture import Call, replay
 from .linear_layers import weight_shape
@@ -89,7 +88,7 @@ def _chosen(hidden: list[torch.Tensor], calls: list[Call], place: Workplace) -> 
 def _send_signs_back(block: nn.Module, batch: torch.Tensor, call: Call, place: Workplace) -> None:
     """Computes J^T r, with the same signs for every window: windows differ anyway, and order does not matter then."""
     generator = torch.Generator(place.device).manual_seed(0)
-    with torch.enable_grad(), arithmetic(place.device, place.precision):
+    with torch.enable_grad(), place.products(block):
         inputs = batch.to(place.device, torch.float32).detach().requires_grad_()
         output = replay(block, inputs.clone(), call)  # some blocks change their inputs in place
         signs = torch.randint(2, output.shape[1:], generator=generator, device=place.device).mul_(2).sub_(1)
