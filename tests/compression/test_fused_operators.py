@@ -84,7 +84,8 @@ def test_attention_with_a_mask_is_not_rounded_to_half_precision() -> None:
 
 @pytest.mark.parametrize("kind", [None, torch.bool, torch.float32])
 def test_attention_under_autocast_is_that_of_autocast(kind: torch.dtype | None, monkeypatch) -> None:
-    monkeypatch.setattr(module, "_fits", lambda *_: True)
+    if DEVICE == "cpu":  # a GPU has no fused kernel for a mask and shared keys
+        monkeypatch.setattr(module, "_fits", lambda *_: True)
     options = {"is_causal": True}
     if kind is not None:
         mask = (torch.rand(24, 24) > 0.3).fill_diagonal_(True).to(DEVICE)
