@@ -10,6 +10,7 @@ import torch
 from .autotune import choose, known
 from .bindings import Binding, binding_of
 from .cuda import small_batch
+from .cuda.bitmask import bind_bitmask
 from .cuda.medium_batch import bind_tiles, supports_tiles
 from .cuda.wgmma import bind_wgmma, supports_wgmma
 from .launch import drives
@@ -31,6 +32,7 @@ _BINDERS = {
     "mma": small_batch.bind_mma,
     "tiles": bind_tiles,
     "wgmma": bind_wgmma,
+    "bitmask": bind_bitmask,
     "medium_batch": bind_medium_batch,
     "unpack_then_gemm": bind_unpacked,
 }

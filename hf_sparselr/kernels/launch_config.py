@@ -20,16 +20,17 @@ class LaunchConfig:
         kernel: reads the packed S: "gemv" multiplies one row of x in FP32 registers, "small_batch" gives up to 16 rows
             of 16 bits to the tensor cores, "medium_batch" more of them; "mma" does as "small_batch", in CUDA C++, and
             "tiles" as "medium_batch", at 2:4. "wgmma" takes any number of rows at 2:4, in CUDA C++ for compute
-            capability 9.0. "unpack_then_gemm" unpacks S first.
+            capability 9.0. "bitmask", there likewise, takes other supports; nothing chooses it before its tests ran
+            (NOTES.md). "unpack_then_gemm" unpacks S first.
         rows: output rows of a program, a power of two ("small_batch": at least 16); of a warp ("tiles"); 64 or
-            128 ("wgmma").
+            128 ("wgmma" and "bitmask").
         warps: of a program.
         split: programs that share output rows, each with a part of the columns (not for "gemv").
         ahead: "small_batch": read the mask of the next columns, of 2:4 also the values, before multiplying these. "mma"
             at 2:4: steps along the columns whose loads are issued together.
-        resident: blocks of a multiprocessor that registers are left for ("mma", "tiles" and "wgmma").
+        resident: blocks of a multiprocessor that registers are left for ("mma", "tiles", "wgmma", "bitmask").
         batch: rows of x of a program, a power of two from 16 to 256 ("wgmma").
-        cluster: programs that share these ("wgmma").
+        cluster: programs that share these ("wgmma" and "bitmask").
         joined: "unpack_then_gemm" multiplies by S + B A, not by S, B and A.
     """
 

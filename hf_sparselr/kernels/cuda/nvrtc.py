@@ -18,7 +18,7 @@ from ..launch import load_cubin
 
 logger = logging.getLogger(__name__)
 
-_HEADERS = ("tensor_cores.cuh", "hopper.cuh")  # that sources include
+_HEADERS = ("tensor_cores.cuh", "hopper.cuh", "packed_rows.cuh")  # that sources include
 
 
 class CompileError(RuntimeError):
