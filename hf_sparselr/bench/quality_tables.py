@@ -7,7 +7,7 @@ from typing import Any
 DENSE, ROUNDED, PUBLISHED = "dense", "8 bits", "published"
 REFINEMENTS = ("none", "tm", "distill", "tm+distill")
 CLEAR = 0.9  # of the gap without refinement, which matching should stay below
-LEAST = 0.01  # a smaller share counts as this one, so that one of zero does not decide a geometric mean alone
+LEAST = 0.1  # a smaller share, or one below zero, counts as this one, so that it does not decide a geometric mean alone
 
 _SETTING = ("model", "calibration", "sparsity", "rank")
 _ORDER = (DENSE, ROUNDED, PUBLISHED, *REFINEMENTS)

@@ -149,7 +149,7 @@ def test_summary_compares_refinements() -> None:
 
 def test_a_gap_below_zero_has_no_share() -> None:
     rows = [_row("published", 0, a=-5.0, b=2.0), _row("tm", 0, a=-4.0, b=-1.0)]
-    assert "tm: gap 0.010 of published (geometric mean of 1), at most 0.000 (m 2:4 b)." in markdown(rows)
+    assert "tm: gap 0.100 of published (geometric mean of 1), at most 0.000 (m 2:4 b)." in markdown(rows)
 
 
 def test_processes_share_the_work(tmp_path, capsys) -> None:
