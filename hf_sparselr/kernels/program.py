@@ -5,7 +5,6 @@ after the results, memory for the length of a call. A program holds addresses of
 """
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -179,7 +178,6 @@ class Program:
         steps: in order.
         captured: takes its place while a CUDA graph is captured, or None.
         rows: that it is for; 0: any up to the power of two that it was made for.
-        padding: results have memory for the rows rounded up to a multiple of this.
     """
 
     outs: tuple[int, ...]
@@ -187,13 +185,12 @@ class Program:
     steps: tuple[Step, ...]
     captured: "Program | None" = None
     rows: int = 0
-    padding: int = 1
 
     def __call__(self, inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
         """x (..., in), contiguous, to (..., out) of each weight."""
         if self.captured is not None and inputs.is_cuda and torch.cuda.is_current_stream_capturing():
             return self.captured(inputs, rows, weights)
-        ys = [_result(inputs, out, rows, self.padding) for out in self.outs]
+        ys = [inputs.new_empty((*inputs.shape[:-1], out)) for out in self.outs]
         slots = [rows, inputs, *ys, *self._memory(inputs, rows)]
         for step in self.steps:
             step.run(slots, weights)
@@ -223,7 +220,7 @@ class Program:
         known = [words for words in steps if words is not None]
         if len(known) < len(steps):
             return None
-        words, place = [len(self.outs), self.padding, len(self.memories)], COUNTERS
+        words, place = [len(self.outs), len(self.memories)], COUNTERS
         for dtype, fixed, per_row, shared, counters in self.memories:
             if counters or shared:
                 words += [1, 0 if counters else place, 0 if counters else place + 4 * fixed]
@@ -231,13 +228,6 @@ class Program:
             else:
                 words += [0, fixed * dtype.itemsize, per_row * dtype.itemsize]
         return [*words, len(steps), *itertools.chain(*known)]
-
-
-def _result(inputs: torch.Tensor, out: int, rows: int, padding: int) -> torch.Tensor:
-    shape = *inputs.shape[:-1], out
-    if rows % padding == 0:
-        return inputs.new_empty(shape)
-    return inputs.new_empty((-(-rows // padding) * padding, out))[:rows].view(shape)
 
 
 def merge(parts: Sequence[tuple[list[int], Program]]) -> Program:
@@ -261,8 +251,7 @@ def merge(parts: Sequence[tuple[list[int], Program]]) -> Program:
     if any(part.captured for _, part in parts):
         captured = merge([(numbers, part.captured or part) for numbers, part in parts])
     rows = max(part.rows for _, part in parts)
-    padding = math.lcm(*(part.padding for _, part in parts))
-    return Program(tuple(outs), tuple(memories), _with_joined(steps), captured, rows, padding)
+    return Program(tuple(outs), tuple(memories), _with_joined(steps), captured, rows)
 
 
 def _with_joined(steps: list[Step]) -> tuple[Step, ...]:

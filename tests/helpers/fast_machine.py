@@ -21,8 +21,7 @@ class Machine:
         )
         capturing = ctypes.CFUNCTYPE(number, pointer, ctypes.POINTER(number))(self._capturing)
         context = ctypes.CFUNCTYPE(number, ctypes.POINTER(pointer))(self._context)
-        copy = ctypes.CFUNCTYPE(number, pointer, pointer, ctypes.c_size_t, pointer)(self._copy)
-        self.kept = [stream, launch, capturing, context, copy]
+        self.kept = [stream, launch, capturing, context]
         address = [ctypes.cast(function, pointer).value for function in self.kept]
         cpu = fast_calls._part_of_torch("cpu")
         multiply = [
@@ -54,9 +53,6 @@ class Machine:
     def _context(self, out):
         out[0] = self.context
         return 0
-
-    def _copy(self, target, source, size, stream):
-        return 1
 
 
 class _OnDevice(fast_calls._Library):

@@ -124,15 +124,6 @@ def test_a_launch_gets_its_arguments_and_grid(machine: Machine) -> None:
     assert machine.grids == [(2, 4, 1), (2, 3, 1)]
 
 
-def test_padded_results_are_as_others(machine: Machine) -> None:
-    layer = Layer(INS)
-    program = Program((INS,), (), (Launch(Adder(4), (X, y(0), ROWS)),), padding=16)
-    fast, x = made([layer], program, 6), draw(2, 3, INS, seed=1, dtype=torch.float32)
-    with torch.no_grad():
-        out = fast.call(layer.parameters, x, "auto")
-    assert torch.equal(out, x + 4) and out.is_contiguous() and out.untyped_storage().nbytes() == 16 * INS * 4
-
-
 def test_a_failed_launch_is_an_error(machine: Machine) -> None:
     layer = Layer(INS)
     fast = made([layer], Program((INS,), (), (Launch(Adder(4, status=700), (X, y(0), ROWS)),)), 2)

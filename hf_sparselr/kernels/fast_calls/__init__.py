@@ -213,13 +213,13 @@ class _Library:
 
 _TORCH = (  # functions of torch's C interface, in the order of `struct Interface`
     "get_data_ptr", "get_numel", "get_dim", "get_sizes", "get_dtype", "get_device_type", "get_device_index",
-    "is_contiguous", "grad_mode_is_enabled", "empty_strided", "_reinterpret_tensor", "create_tensor_from_blob",
+    "is_contiguous", "grad_mode_is_enabled", "empty_strided", "create_tensor_from_blob",
     "delete_tensor_object",
 )  # fmt: skip
 _THREADS = "_ZN2at15get_num_threadsEv"  # int at::get_num_threads()
 _TORCH_CUDA = ("cuda_mm_out", "cuda_addmm_out", "get_current_cuda_stream")
 _WRAP = "_Z16THPVariable_WrapRKN2at10TensorBaseE"  # PyObject* THPVariable_Wrap(const at::TensorBase&)
-_DRIVER = ("cuLaunchKernelEx", "cuStreamIsCapturing", "cuCtxGetCurrent", "cuMemcpyDtoDAsync_v2")
+_DRIVER = ("cuLaunchKernelEx", "cuStreamIsCapturing", "cuCtxGetCurrent")
 
 
 def _address(function: Any) -> int:

@@ -56,7 +56,6 @@ struct Interface {
   int (*is_contiguous)(void *, bool *);
   bool (*grad_enabled)(void);
   int (*empty)(word, const word *, const word *, int32_t, int32_t, int32_t, void **);
-  int (*view)(void *, word, const word *, const word *, word, void **);
   int (*from_memory)(void *, word, const word *, const word *, word, int32_t, int32_t, int32_t, void **);
   int (*delete)(void *);
   PyObject *(*wrap)(const void *);
@@ -67,7 +66,6 @@ struct Interface {
   int (*launch)(const void *, void *, void **, void **);
   int (*is_capturing)(void *, int *);
   int (*context)(void **);
-  int (*copy)(void *, void *, size_t, void *);
   word uint8;
 } api;
 
@@ -195,19 +193,12 @@ static void *empty(const word *sizes, word dimensions, int32_t dtype, const stru
                                                                                                                    : tensor;
 }
 
-/* (..., out), with memory for the rows rounded up to a multiple of `padding`. */
-static void *result(const word *sizes, word dimensions, word rows, word padding, word out, const struct Group *group) {
-  word shape[DIMENSIONS], strides[DIMENSIONS], stride = 1;
+/* (..., out) */
+static void *result(const word *sizes, word dimensions, word out, const struct Group *group) {
+  word shape[DIMENSIONS];
   memcpy(shape, sizes, (size_t)dimensions * sizeof(word));
   shape[dimensions - 1] = out;
-  if (rows % padding == 0) return empty(shape, dimensions, (int32_t)group->dtype, group);
-  word whole = (rows + padding - 1) / padding * padding * out;
-  void *memory = empty(&whole, 1, (int32_t)group->dtype, group), *tensor = NULL;
-  if (!memory) return NULL;
-  for (word i = dimensions; i-- > 0; stride *= shape[i]) strides[i] = stride;
-  if (api.view(memory, dimensions, shape, strides, 0, &tensor)) tensor = NULL;
-  api.delete(memory);
-  return tensor;
+  return empty(shape, dimensions, (int32_t)group->dtype, group);
 }
 
 struct Config { /* CUlaunchConfig */
@@ -268,11 +259,6 @@ static const word *multiply(const word *step, const word *slots, const struct Gr
   return step + 9;
 }
 
-static const word *copy(const word *step, const word *slots, void *stream, int *status) {
-  *status = api.copy((void *)slots[step[0]], (void *)slots[step[1]], (size_t)(step[2] * slots[0]), stream);
-  return step + 3;
-}
-
 enum { REFUSED = -2 }; /* Python says why */
 
 typedef int PackedProduct(const void *, word, word, const word *, word, int, int, word *);
@@ -293,7 +279,6 @@ static int run(const word *step, word count, const word *slots, void *stream, co
     word kind = *step++;
     if (kind == 0) step = launch(step, slots, stream, &status);
     else if (kind == 1) step = multiply(step, slots, group, &status);
-    else if (kind == 3) step = copy(step, slots, stream, &status);
     else step = multiply_packed(step, slots, &status);
   }
   return status;
@@ -324,8 +309,8 @@ static int execute(const struct Group *group, const word *program, word rows, co
                    void *stream, PyObject **outs) {
   word slots[SLOTS] = {rows, (word)x};
   void *held[MEMBERS + 1] = {0}; /* results, then memory */
-  word count = program[0], padding = program[1], memories = program[2];
-  const word *memory = program + 3, *steps = memory + 3 * memories;
+  word count = program[0], memories = program[1];
+  const word *memory = program + 2, *steps = memory + 3 * memories;
   int status = 0;
   for (word i = 0; i < memories; i++) { /* first: nothing is allocated yet */
     if (!memory[3 * i]) continue;
@@ -335,7 +320,7 @@ static int execute(const struct Group *group, const word *program, word rows, co
   }
   for (word i = 0; i < count && !status; i++) {
     void *address = NULL;
-    held[i] = result(sizes, dimensions, rows, padding, group->members[i].out, group);
+    held[i] = result(sizes, dimensions, group->members[i].out, group);
     status = !held[i] || api.data_pointer(held[i], &address);
     slots[2 + i] = (word)address;
   }
