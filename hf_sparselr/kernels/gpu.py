@@ -51,16 +51,10 @@ def multiply(
         kernel: "auto" or "packed".
     """
     rows = inputs.numel() // binding.in_features if binding.in_features else 0
-    program = ready_program(binding, rows, kernel)
+    program = binding.products.get((row_key(rows), kernel))
     if program is None or binding.device != torch._C._cuda_getDevice():
         return _first(inputs, rows, weights, binding, kernel)
     return program(ready(inputs), rows, weights)
-
-
-def ready_program(binding: Binding, rows: int, kernel: str) -> Program | None:
-    """What was made ready for so many rows of x, if that is there."""
-    program = binding.products.get((row_key(rows), kernel))
-    return program if program is None or program.rows in (0, rows) else None
 
 
 def ready(inputs: torch.Tensor) -> torch.Tensor:

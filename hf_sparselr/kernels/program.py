@@ -177,14 +177,12 @@ class Program:
         memories: what steps use beside x, the results and the weights.
         steps: in order.
         captured: takes its place while a CUDA graph is captured, or None.
-        rows: that it is for; 0: any up to the power of two that it was made for.
     """
 
     outs: tuple[int, ...]
     memories: tuple[Memory, ...]
     steps: tuple[Step, ...]
     captured: "Program | None" = None
-    rows: int = 0
 
     def __call__(self, inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
         """x (..., in), contiguous, to (..., out) of each weight."""
@@ -250,8 +248,7 @@ def merge(parts: Sequence[tuple[list[int], Program]]) -> Program:
     captured = None
     if any(part.captured for _, part in parts):
         captured = merge([(numbers, part.captured or part) for numbers, part in parts])
-    rows = max(part.rows for _, part in parts)
-    return Program(tuple(outs), tuple(memories), _with_joined(steps), captured, rows)
+    return Program(tuple(outs), tuple(memories), _with_joined(steps), captured)
 
 
 def _with_joined(steps: list[Step]) -> tuple[Step, ...]:

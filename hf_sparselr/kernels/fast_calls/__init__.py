@@ -86,7 +86,7 @@ class FastCall:
                 place[:] = (-1, 0) if tensor is None else (tensor.data_ptr(), tensor.numel())
             member.version = -1 if weight.mask.is_inference() else version(weight.mask)
             member.out = weight.in_features if gradient else weight.out_features
-        self._learnt: dict[int, int] = {}  # the rows that the last program is for, by those that share an entry
+        self._learnt: set[int] = set()  # keys of rows that have a program
         self._state = library.new_group(ctypes.byref(group), kernel, list(parameters))
         self._functions = [library.function_of(self._state, first) for first in (0, 1)]
 
@@ -112,14 +112,13 @@ class FastCall:
 
     def learn(self, rows: int, program: Program, weights: Sequence[PackedWeight]) -> None:
         """Takes over a program for so many rows of x, if its steps are for C."""
-        entry = row_key(rows)
-        if self._learnt.get(entry) == program.rows:
+        if row_key(rows) in self._learnt:
             return
-        self._learnt[entry] = program.rows
+        self._learnt.add(row_key(rows))
         words = program.words(weights)
         if words is not None and 2 + len(program.outs) + len(program.memories) <= _SLOTS:
             array = (ctypes.c_int64 * len(words))(*words)
-            _library().learn(self._state, rows, bool(program.rows), array, len(words))
+            _library().learn(self._state, rows, array, len(words))
 
 
 def updated(
@@ -176,7 +175,7 @@ class _Library:
         python.function_of.argtypes, python.function_of.restype = [held, ctypes.c_int], held
         python.waits.argtypes = python.misses.argtypes = [held]
         python.misses.restype = word
-        python.learn.argtypes, python.learn.restype = [held, word, ctypes.c_int, pointer, word], None
+        python.learn.argtypes, python.learn.restype = [held, word, pointer, word], None
         python.set_scratch.argtypes = [word, pointer, word, word]
         self.new_group, self.function_of, self.learn = python.new_group, python.function_of, python.learn
         self.waits, self.misses, self.set_scratch = python.waits, python.misses, python.set_scratch

@@ -83,13 +83,9 @@ struct Group {
   struct Member members[MEMBERS];
 };
 
-struct Entry { /* a program, and the rows of x that it is for, 0 for any */
-  word rows, *program;
-};
-
 struct State {
   struct Group group;
-  struct Entry entries[EXACT + BUCKETS]; /* by the rows of x, then by powers of two */
+  word *programs[EXACT + BUCKETS]; /* by the rows of x, then by powers of two */
   word misses; /* calls in which not all results were taken */
   PyObject *kernel;           /* "auto" or "packed" */
   PyObject *members[MEMBERS]; /* the dicts of their parameters; not of a lone one, whose calls bring it */
@@ -178,11 +174,6 @@ static int entry_of(word rows) {
   int power = 0;
   while (power < MOST_POWER && ((word)1 << power) < rows) power++;
   return EXACT + power;
-}
-
-static const word *program_for(const struct State *state, word rows) {
-  const struct Entry *entry = state->entries + entry_of(rows);
-  return entry->rows && entry->rows != rows ? NULL : entry->program;
 }
 
 static void *empty(const word *sizes, word dimensions, int32_t dtype, const struct Group *group) {
@@ -371,7 +362,7 @@ static PyObject *call(PyObject *self, PyObject *const *given, Py_ssize_t count) 
   word dimensions, *sizes;
   void *x, *stream;
   word rows = rows_of(group, tensor_of(given[1]), &dimensions, &sizes, &x);
-  const word *program = rows < 0 ? NULL : program_for(state, rows);
+  const word *program = rows < 0 ? NULL : state->programs[entry_of(rows)];
   if (!program || !is_quiet(group)) return nothing();
   if (!is_current(group, &stream)) return nothing();
   word version = group->count > 1 ? version_of(given[1]) : 0;
@@ -424,7 +415,7 @@ static void end(PyObject *self) {
   for (int i = 0; i < MEMBERS; i++)
     if (state->members[i]) Py_DecRef(state->members[i]);
   Py_DecRef(state->kernel);
-  for (int i = 0; i < EXACT + BUCKETS; i++) free(state->entries[i].program);
+  for (int i = 0; i < EXACT + BUCKETS; i++) free(state->programs[i]);
   free(state);
 }
 
@@ -453,15 +444,13 @@ PyObject *function_of(PyObject *capsule, int first) {
   return PyCFunction_NewEx(definitions + !!first, capsule, NULL);
 }
 
-/* Takes a program for so many rows of x; `exact`: for these alone. */
-void learn(PyObject *capsule, word rows, int exact, const word *program, word size) {
+/* Takes a program for so many rows of x. */
+void learn(PyObject *capsule, word rows, const word *program, word size) {
   struct State *state = PyCapsule_GetPointer(capsule, NULL);
-  struct Entry *entry = state->entries + entry_of(rows);
-  word *copied = malloc((size_t)size * sizeof(word));
+  word **place = state->programs + entry_of(rows), *copied = malloc((size_t)size * sizeof(word));
   if (!copied) return;
-  free(entry->program);
-  entry->rows = exact ? rows : 0;
-  entry->program = memcpy(copied, program, (size_t)size * sizeof(word));
+  free(*place);
+  *place = memcpy(copied, program, (size_t)size * sizeof(word));
 }
 
 /* Whether results wait, and in how many calls some were left. */
