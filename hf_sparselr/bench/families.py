@@ -11,8 +11,7 @@ import argparse
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from ..data.sources import read_files
+from ..utils.determinism import deterministic_kernels
 from .measures import token_windows
 
 # Shapes of `hidden` columns and `layers` blocks: learned positions and ReLU, parallel branches, sliding windows with
@@ -109,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.bfloat16).to(args.device).eval()
@@ -117,27 +118,13 @@ def run(args: argparse.Namespace) -> None:
         folder = Path(args.output) / name
         if (folder / "config.json").exists():
             continue
-        with _deterministic():
+        with deterministic_kernels(warn_only=True):
             model, loss = trained(name, teacher, windows, args)
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         size = sum(parameter.numel() for parameter in model.parameters())
         known = _checksum(model)
         print(f"{name}: {size / 1e6:.1f} M parameters, checksum {known:08x}, last loss {loss:.3f}", flush=True)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Inside, operators take deterministic kernels where they have them; torch warns of those that have none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before, filling = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.set_deterministic_debug_mode("warn")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a pass over every new tensor
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
 def _checksum(model: torch.nn.Module) -> int:

@@ -10,7 +10,8 @@ from torch.backends import cuda
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils import deterministic
+
+from ..utils.determinism import deterministic_kernels
 
 LARGEST_HALF = torch.finfo(torch.float16).max
 LARGEST_GRADIENT = 2.0**-4  # of an attention's outputs in FP16: their products must not overflow
@@ -158,7 +159,7 @@ class _Attention(torch.autograd.Function):
             gradient = gradient * scale
         with torch.enable_grad(), sdpa_kernel(REPRODUCIBLE), torch.autocast(gradient.device.type, enabled=False):
             outputs = F.scaled_dot_product_attention(*tensors, mask, **ctx.options)
-            with _reproducible():
+            with deterministic_kernels():
                 found = torch.autograd.grad(outputs, tensors, gradient.to(outputs.dtype))
         if scale is not None:
             found = tuple(each.float().div_(scale) for each in found)
@@ -169,21 +170,3 @@ def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float16:
         tensor = tensor.clamp(-LARGEST_HALF, LARGEST_HALF)
     return tensor.to(dtype)
-
-
-@contextmanager
-def _reproducible() -> Iterator[None]:
-    """Inside, kernels with atomic sums give way to others.
-
-    Not by `torch.use_deterministic_algorithms`, which imports the compiler.
-    """
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = deterministic.fill_uninitialized_memory
-    deterministic.fill_uninitialized_memory = False
-    torch._C._set_deterministic_algorithms(True, warn_only=False)
-    try:
-        yield
-    finally:
-        torch._C._set_deterministic_algorithms(enabled, warn_only=warn_only)
-        deterministic.fill_uninitialized_memory = fill
