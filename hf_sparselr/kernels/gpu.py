@@ -3,7 +3,8 @@
 import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -158,12 +159,7 @@ def input_gradient(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         return grad.new_zeros((*grad.shape[:-1], plain.in_features))
     binding = binding_of((plain,))
     with _on_device_of(grad):
-        program = binding.gradient
-        if program is None:
-            check_count(plain, index_of(plain.mask, plain.in_features).nonzeros)
-            program = bind_gradient(plain)
-            if drives() and plain is weight:
-                binding.gradient = program
+        program = _kept(binding, "gradient", bind_gradient, plain, weight)
         return program(ready(grad), rows, (plain,))[0]
 
 
@@ -176,10 +172,21 @@ def densify(weight: PackedWeight) -> torch.Tensor:
     plain = weight.contiguous()
     binding = binding_of((plain,))
     with _on_device_of(weight.values):
-        launch = binding.densify
-        if launch is None:
-            check_count(plain, index_of(plain.mask, plain.in_features).nonzeros)
-            launch = bind_densify(plain)
-            if drives() and plain is weight:
-                binding.densify = launch
-        return unpack.densify(plain, launch)
+        return unpack.densify(plain, _kept(binding, "densify", bind_densify, plain, weight))
+
+
+def _kept(
+    binding: Binding, name: str, bind: Callable[[PackedWeight], Any], plain: PackedWeight, weight: PackedWeight
+) -> Any:
+    """What a binding keeps under a name, bound at first use, after the number of values was checked.
+
+    Args:
+        plain: `weight`, contiguous. Of a copy nothing is kept.
+    """
+    found = getattr(binding, name)
+    if found is None:
+        check_count(plain, index_of(plain.mask, plain.in_features).nonzeros)
+        found = bind(plain)
+        if drives() and plain is weight:
+            setattr(binding, name, found)
+    return found
