@@ -152,13 +152,18 @@ def test_a_gap_below_zero_has_no_share() -> None:
     assert "tm: gap 0.100 of published (geometric mean of 1), at most 0.000 (m 2:4 b)." in markdown(rows)
 
 
-def test_processes_share_the_work(tmp_path, capsys) -> None:
-    """What another process has in the works is left to it."""
-    folder, tokens, out = tmp_path / "little", tmp_path / "tokens.safetensors", tmp_path / "out"
+def _command(tmp_path, *more: str) -> list[str]:
+    """`bench quality` on a tiny model, into tmp_path / "out"."""
+    folder, tokens = tmp_path / "little", tmp_path / "tokens.safetensors"
     tiny.build("llama").save_pretrained(folder)
     save_file({"calibration": tiny.IDS, "heldout": tiny.IDS.flip(1)}, tokens)
-    command = ["bench", "quality", f"{folder}@{tokens}", "--rank", "4", "--sparsity", "2:4", "--seeds", "0", "1"]
-    command += ["--set", '{"method": "eora"}', "--output", str(out), "--refine", "none"]
+    command = ["bench", "quality", f"{folder}@{tokens}", "--rank", "4", *more, "--set", '{"method": "eora"}']
+    return [*command, "--output", str(tmp_path / "out"), "--refine", "none"]
+
+
+def test_processes_share_the_work(tmp_path, capsys) -> None:
+    """What another process has in the works is left to it."""
+    command, out = _command(tmp_path, "--sparsity", "2:4", "--seeds", "0", "1"), tmp_path / "out"
     with _Results(out).claimed(Cell("little", "tokens", "2:4", 4, "none", 0)) as free:
         assert free and main(command) == 0
     refined = [(row["refine"], row["seed"]) for row in _Results(out).rows()]
@@ -168,11 +173,7 @@ def test_processes_share_the_work(tmp_path, capsys) -> None:
 
 
 def test_one_failure_does_not_stop_the_others(tmp_path, capsys) -> None:
-    folder, tokens, out = tmp_path / "little", tmp_path / "tokens.safetensors", tmp_path / "out"
-    tiny.build("llama").save_pretrained(folder)
-    save_file({"calibration": tiny.IDS, "heldout": tiny.IDS.flip(1)}, tokens)
-    command = ["bench", "quality", f"{folder}@{tokens}", "--rank", "4", "--sparsity", "15:30", "2:4", "--seeds", "0"]
-    command += ["--set", '{"method": "eora"}', "--output", str(out), "--refine", "none"]
+    command, out = _command(tmp_path, "--sparsity", "15:30", "2:4", "--seeds", "0"), tmp_path / "out"
     assert main(command) == 2
     assert "1 results are missing. little tokens 15:30 4 none 0" in capsys.readouterr().err
     assert [row["sparsity"] for row in _Results(out).rows()] == ["", "", "2:4"]
