@@ -11,11 +11,20 @@ import torch
 from .autotune import choose, known
 from .bindings import Binding, binding_of
 from .cuda import small_batch
-from .cuda.bitmask import bind_bitmask
+from .cuda.bitmask import bind_bitmask, supports_bitmask
 from .cuda.medium_batch import bind_tiles, supports_tiles
 from .cuda.wgmma import bind_wgmma, supports_wgmma
 from .launch import drives
-from .launch_config import FEW_ROWS, LARGE, LaunchConfig, candidates, row_key, wide_config
+from .launch_config import (
+    FEW_ROWS,
+    LARGE,
+    LaunchConfig,
+    bitmask_config,
+    candidates,
+    row_key,
+    takes_bitmask,
+    wide_config,
+)
 from .measured import measured
 from .packed_weight import PackedWeight, check_count
 from .program import Program, merge
@@ -126,8 +135,9 @@ def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -
     native = small_batch.supports(weight, index)
     outs, ins = weight.out_features, weight.in_features
     if native and rows > (FEW_ROWS if outs * ins < LARGE else FEW_ROWS // 2) and supports_wgmma(weight):
-        most = torch.cuda.get_device_properties(inputs.device).multi_processor_count
-        return wide_config(rows, outs, ins, most)
+        return wide_config(rows, outs, ins, _multiprocessors(inputs))
+    if native and not index.pairs and takes_bitmask(rows, outs, ins) and supports_bitmask(weight):
+        return bitmask_config(rows, outs, _multiprocessors(inputs))
     native = native and (rows <= FEW_ROWS or not index.pairs or supports_tiles(weight))
     options = candidates(rows, weight, index.pairs, native)
     if kernel == "packed" and rows <= FEW_ROWS:
@@ -146,6 +156,10 @@ def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -
         return run(rows, [weight], config)
 
     return choose(rows, weight, options, lambda config: bound(config)(inputs, rows, [weight]))
+
+
+def _multiprocessors(inputs: torch.Tensor) -> int:
+    return torch.cuda.get_device_properties(inputs.device).multi_processor_count
 
 
 def input_gradient(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

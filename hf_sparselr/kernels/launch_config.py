@@ -9,6 +9,8 @@ NATIVE_ROWS = 32  # of x that "mma" takes
 MEDIUM_ROWS = 256  # of x for which "medium_batch" is worth trying, as it unpacks S for each 128
 TILE_ROWS = 256  # for which "tiles" is
 LARGE = 2**25  # entries of S, from which on "wgmma" is faster than "mma" for more than 8 rows of x
+BITMASK_ROWS = 256  # of x that "bitmask" is faster for
+BITMASK_ENTRIES = 2**24  # of S, likewise
 MOST_ROWS = 8192  # with more rows the same configuration is the fastest
 
 
@@ -20,8 +22,7 @@ class LaunchConfig:
         kernel: reads the packed S: "gemv" multiplies one row of x in FP32 registers, "small_batch" gives up to 16 rows
             of 16 bits to the tensor cores, "medium_batch" more of them; "mma" does as "small_batch", in CUDA C++, and
             "tiles" as "medium_batch", at 2:4. "wgmma" takes any number of rows at 2:4, in CUDA C++ for compute
-            capability 9.0. "bitmask", there likewise, takes other supports; nothing chooses it before its tests ran
-            (NOTES.md). "unpack_then_gemm" unpacks S first.
+            capability 9.0. "bitmask", there likewise, takes other supports. "unpack_then_gemm" unpacks S first.
         rows: output rows of a program, a power of two ("small_batch": at least 16); of a warp ("tiles"); 64 or
             128 ("wgmma" and "bitmask").
         warps: of a program.
@@ -146,6 +147,22 @@ def wide_config(rows: int, outs: int, ins: int, multiprocessors: int) -> LaunchC
     if batch >= 128 and 2 * blocks <= room and not 2 <= split <= 4:
         batch, split = batch // 2, _parts(2 * blocks, room, chunks)
     return LaunchConfig("wgmma", tall, split=split, resident=resident, batch=batch)
+
+
+def takes_bitmask(rows: int, outs: int, ins: int) -> bool:
+    """Whether "bitmask" is the fastest for a product with another support than 2:4, where it runs."""
+    fewest = 2 if outs * ins >= LARGE else FEW_ROWS // 2 + 1
+    return fewest <= rows <= BITMASK_ROWS and outs * ins >= BITMASK_ENTRIES
+
+
+def bitmask_config(rows: int, outs: int, multiprocessors: int) -> LaunchConfig:
+    """The configuration of "bitmask" for a product, likewise."""
+    tall = 128 if outs > 64 * multiprocessors or rows > 128 else 64
+    split = 2 if 2 * -(-outs // tall) <= multiprocessors else 1
+    narrow, middle = (64, 128) if tall == 128 else (32, 64)  # more rows of x leave room for fewer warps
+    return LaunchConfig(
+        "bitmask", tall, 16 if rows <= narrow else 12 if rows <= middle and tall == 64 else 8, split=split
+    )
 
 
 def _parts(blocks: int, room: int, chunks: int) -> int:
