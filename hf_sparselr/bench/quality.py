@@ -150,7 +150,8 @@ class _Results:
     def rows(self) -> list[dict[str, Any]]:
         if not self._file.exists():
             return []
-        return [json.loads(line) for line in self._file.read_text("utf-8").splitlines()]
+        rows = map(_parsed, self._file.read_text("utf-8").splitlines())
+        return [row for row in rows if row is not None]
 
     @contextmanager
     def claimed(self, cell: Cell) -> Iterator[bool]:
@@ -165,9 +166,20 @@ class _Results:
             yield cell not in {Cell(*(row[name] for name in Cell._fields)) for row in self.rows()}
 
     def add(self, row: dict[str, Any]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")  # in one call, so that lines of several processes stay whole
+        with self._file.open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read(1) not in (b"", b"\n")
+            line = "\n" * torn + json.dumps(row) + "\n"
+            file.write(line.encode())  # in one call, so that lines of several processes stay whole
         write_text(self._folder / "results.md", markdown(self.rows()) + "\n")
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A result, or None for a line that its process was killed in: the cell is measured again."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 class _Subject:

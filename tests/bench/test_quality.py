@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -170,6 +172,33 @@ def test_processes_share_the_work(tmp_path, capsys) -> None:
     assert refined == [("dense", 0), ("8 bits", 0), ("none", 1)]
     assert main(command) == 0
     assert len(_Results(out).rows()) == 4
+
+
+def test_a_killed_process_loses_only_its_cell(tmp_path, capsys) -> None:
+    """Its lock is free, and a line that it could not finish costs no other result."""
+    command, out = _command(tmp_path, "--sparsity", "2:4", "--seeds", "0"), tmp_path / "out"
+    results, cell = _Results(out), Cell("little", "tokens", "2:4", 4, "none", 0)
+    holder = subprocess.Popen([sys.executable, "-c", _HOLDER, str(out / "locks" / str(cell))], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    with results.claimed(cell) as free:
+        assert not free
+    holder.kill()
+    holder.communicate()
+    (out / "results.jsonl").write_text('{"model": "little", "calib')
+    assert results.rows() == []
+    assert main(command) == 0
+    assert [row["refine"] for row in results.rows()] == ["dense", "8 bits", "none"]
+    assert main(command) == 0
+    assert len(results.rows()) == 3
+
+
+_HOLDER = """
+import fcntl, sys, time
+lock = open(sys.argv[1], "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
 
 
 def test_one_failure_does_not_stop_the_others(tmp_path, capsys) -> None:
