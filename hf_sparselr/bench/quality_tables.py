@@ -1,12 +1,14 @@
 """The tables of `bench quality`, and how its results stand to one another."""
 
 from collections.abc import Callable, Iterator
+from itertools import compress
 from statistics import fmean, geometric_mean, median
 from typing import Any
 
 DENSE, ROUNDED, PUBLISHED = "dense", "8 bits", "published"
 REFINEMENTS = ("none", "tm", "distill", "tm+distill")
 CLEAR = 0.9  # of the gap without refinement, which matching should stay below
+MOST = 0.85  # of `published`, above which a share is named
 LEAST = 0.1  # a smaller share, or one below zero, counts as this one, so that it does not decide a geometric mean alone
 
 _SETTING = ("model", "calibration", "sparsity", "rank")
@@ -24,7 +26,7 @@ def markdown(rows: list[Row]) -> str:
 
     The first has a row a model, calibration, pattern and text, and a column a refinement: gap / divergence from the
     dense model in nats / share of predictions with its most probable token. The second has share of the dense bytes /
-    share of hidden words that are found / seconds.
+    share of hidden words that are found / seconds. Calibration and rank have no column where all rows share them.
 
     Args:
         rows: results as `bench quality` stores them, in any order.
@@ -33,16 +35,18 @@ def markdown(rows: list[Row]) -> str:
     dense = {setting[0]: refinements for setting, refinements in groups.items() if not setting[2]}
     packed = {setting: refinements for setting, refinements in groups.items() if setting[2]}
     columns = sorted({name for own in packed.values() for name in own}, key=_ORDER.index)
-    head = ["model", "calibration", "sparsity", "rank"]
+    varied = [len({setting[place] for setting in packed}) > 1 for place in range(len(_SETTING))]
+    shown = [name in ("model", "sparsity") or differs for name, differs in zip(_SETTING, varied, strict=True)]
+    head = list(compress(_SETTING, shown))
     texts = [[*head, "text", "dense", ROUNDED, *columns, "seeds"]]
     costs = [[*head, "dense", ROUNDED, *columns]]
     for setting, own in packed.items():
         whole = {**dense.get(setting[0], {}), **own}
-        name, *rest = map(str, setting)
+        names = list(map(str, compress(setting, shown)))
         for text in _texts(own, next(iter(own))):
             cells = [_errors(whole.get(refine, {}), text) for refine in (ROUNDED, *columns)]
-            texts.append([name, *rest, text, _perplexity(whole, text), *cells, _counts(own)])
-        costs.append([name, *rest, *(_costs(whole.get(refine, {})) for refine in (DENSE, ROUNDED, *columns))])
+            texts.append([*names, text, _perplexity(whole, text), *cells, _counts(own)])
+        costs.append([*names, *(_costs(whole.get(refine, {})) for refine in (DENSE, ROUNDED, *columns))])
     tables = [_table(texts), "gap in perplexity / KL / same top token", _table(costs), "bytes / last word / seconds"]
     return "\n\n".join([*tables, "\n".join(summary(rows))])
 
@@ -88,18 +92,18 @@ def summary(rows: list[Row]) -> Iterator[str]:
             shares = _everywhere(groups, refine, PUBLISHED, measure)
             if shares and refine != PUBLISHED:
                 worst = max(shares, key=shares.__getitem__)
-                yield (
+                line = (
                     f"{refine}: {title} {_mean_share(shares.values()):.3f} of published (geometric mean of "
                     f"{len(shares)}), at most {shares[worst]:.3f} ({worst})."
                 )
+                yield f"{line} {_above(shares, MOST)}" if refine != "none" else line
     for refine, other, limit in (("tm", "none", CLEAR), ("tm+distill", "tm", 1.0)):
         for measure, title in _MEASURES.items():
             shares = _everywhere(groups, refine, other, measure)
             if shares:
-                above = [f"{name} {share:.2f}" for name, share in shares.items() if share > limit]
-                yield (
-                    f"{title} of {refine} above {limit:g} x {other}: {len(above)} of {len(shares)}. {', '.join(above)}"
-                )
+                mean = _mean_share(shares.values())
+                line = f"{refine}: {title} {mean:.3f} of {other} (geometric mean of {len(shares)})."
+                yield f"{line} {_above(shares, limit)}"
     for refine in found:
         ratios = [ratio for refinements in groups.values() for ratio in _time_ratios(refinements, refine)]
         if ratios and refine != "none":
@@ -107,6 +111,11 @@ def summary(rows: list[Row]) -> Iterator[str]:
     ranges = [spread for refinements in groups.values() for spread in _spreads(refinements)]
     if ranges:
         yield f"Seeds: the KL of a cell varies by {median(ranges):.1%} of its mean (median of {len(ranges)} ranges)."
+
+
+def _above(shares: dict[str, float], limit: float) -> str:
+    above = [f"{name} {share:.2f}" for name, share in shares.items() if share > limit]
+    return f"Above {limit:g}: {', '.join(above) or 'none'}."
 
 
 def _spreads(refinements: dict[str, Runs]) -> Iterator[float]:

@@ -134,18 +134,18 @@ def test_shares_are_of_means_over_seeds() -> None:
     rows += [_row("tm", 0, a=0.5, b=1.0), _row("tm", 1, a=1.5, b=1.0), _row("tm", 2, a=90.0, b=90.0)]
     text = markdown(rows)
     # sqrt(1/2 * 1/4), over the seeds that both have
-    assert "tm: gap 0.354 of published (geometric mean of 2), at most 0.500 (m 2:4 a)." in text
-    assert "tm: KL 1.000 of published" in text
-    assert "| m | c | 2:4 | 16 | a |  |  | 2.00 / 0.1000 / 90.0% | 30.67 / 0.1000 / 90.0% | 2-3 |" in text
-    assert "| m | c | 2:4 | 16 |  |  | 0.600 / 1 | 0.600 / 1 |" in text
+    assert "tm: gap 0.354 of published (geometric mean of 2), at most 0.500 (m 2:4 a). Above 0.85: none." in text
+    assert "at most 1.000 (m 2:4 a). Above 0.85: m 2:4 a 1.00, m 2:4 b 1.00." in text
+    assert "| m | 2:4 | a |  |  | 2.00 / 0.1000 / 90.0% | 30.67 / 0.1000 / 90.0% | 2-3 |" in text
+    assert "| m | 2:4 |  |  | 0.600 / 1 | 0.600 / 1 |" in text
 
 
 def test_summary_compares_refinements() -> None:
     rows = [_row("none", 0, a=1.0, b=1.0), _row("tm", 0, a=0.8, b=0.95), _row("tm+distill", 0, a=0.4, b=0.96)]
     rows[1]["seconds"], rows[2]["seconds"] = 2.0, 8.0
     text = markdown(rows)
-    assert "gap of tm above 0.9 x none: 1 of 2. m 2:4 b 0.95" in text
-    assert "gap of tm+distill above 1 x tm: 1 of 2. m 2:4 b 1.01" in text
+    assert "tm: gap 0.872 of none (geometric mean of 2). Above 0.9: m 2:4 b 0.95." in text
+    assert "tm+distill: gap 0.711 of tm (geometric mean of 2). Above 1: m 2:4 b 1.01." in text
     assert "tm: 2.00 x the seconds of none" in text and "tm+distill: 8.00 x the seconds of none" in text
 
 
@@ -206,3 +206,10 @@ def test_one_failure_does_not_stop_the_others(tmp_path, capsys) -> None:
     assert main(command) == 2
     assert "1 results are missing. little tokens 15:30 4 none 0" in capsys.readouterr().err
     assert [row["sparsity"] for row in _Results(out).rows()] == ["", "", "2:4"]
+
+
+def test_columns_that_tell_nothing_are_left_out() -> None:
+    rows = [_row("tm", 0, a=1.0), {**_row("tm", 0, a=1.0), "rank": 8}]
+    assert "| model | sparsity | rank | text |" in markdown(rows)
+    assert "| m | 2:4 | 8 | a |" in markdown(rows) and "| m | 2:4 | 16 | a |" in markdown(rows)
+    assert "| model | sparsity | text |" in markdown(rows[:1])
