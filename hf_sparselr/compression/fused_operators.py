@@ -47,9 +47,9 @@ def rms_norms(block: nn.Module) -> dict[nn.Module, Callable]:
 def _fused(module: nn.Module, offset: float, eps: float) -> Callable:
     original = module.forward
 
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        if hidden.dtype != torch.float32:
-            return original(hidden)
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or hidden.dtype != torch.float32:  # a gate, for example, makes it more than a norm
+            return original(hidden, *args, **kwargs)
         weight = module.weight + offset if offset else module.weight
         return F.rms_norm(hidden, weight.shape, weight, eps)
 

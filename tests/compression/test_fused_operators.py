@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 from hf_sparselr.compression import fused_operators as module
 from hf_sparselr.compression.fused_operators import FusedAttention, fused_operators, rms_norms
@@ -51,6 +52,15 @@ def test_half_precision_norms_stay_as_they_are() -> None:
     (forward,) = rms_norms(nn.ModuleList([norm])).values()
     hidden = torch.randn(3, 16, dtype=torch.bfloat16)
     assert torch.equal(forward(hidden), norm(hidden))
+
+
+def test_a_gated_norm_keeps_its_gate() -> None:
+    """Mamba-2's norm is an RMS norm where it gets no gate, and more where it gets one."""
+    norm, hidden, gate = MambaRMSNormGated(16, 16), torch.randn(3, 16), torch.randn(3, 16)
+    (forward,) = rms_norms(nn.ModuleList([norm])).values()
+    for outputs in (forward(hidden, gate), forward(hidden, gate=gate)):
+        assert torch.equal(outputs, norm(hidden, gate))
+    torch.testing.assert_close(forward(hidden), norm(hidden))
 
 
 def attend(mode, tensors: list[torch.Tensor], size: float = 1.0, **options) -> list[torch.Tensor]:
