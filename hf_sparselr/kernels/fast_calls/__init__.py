@@ -44,6 +44,7 @@ def not_ready(parameters: Parameters, inputs: torch.Tensor, kernel: str) -> None
 class _Member(ctypes.Structure):
     _fields_ = [
         ("tensors", (ctypes.c_int64 * 2) * len(PARTS)), ("version", ctypes.c_int64), ("out", ctypes.c_int64),
+        ("object", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -84,7 +85,8 @@ class FastCall:
         for member, weight in zip(group.members, weights, strict=False):
             for place, tensor in zip(member.tensors, weight[:5], strict=True):
                 place[:] = (-1, 0) if tensor is None else (tensor.data_ptr(), tensor.numel())
-            member.version = -1 if weight.mask.is_inference() else version(weight.mask)
+            counts = not weight.mask.is_inference()  # edits; asking such a tensor for its version takes an error
+            member.version, member.object = (version(weight.mask), 0) if counts else (0, id(weight.mask))
             member.out = weight.in_features if gradient else weight.out_features
         self._learnt: set[int] = set()  # keys of rows that have a program
         self._state = library.new_group(ctypes.byref(group), kernel, list(parameters))
