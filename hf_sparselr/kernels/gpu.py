@@ -97,13 +97,18 @@ def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def bind(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight], kernel: str) -> Program:
+def bind(
+    inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight], kernel: str, measures: bool = True
+) -> Program:
     """The product of these weights with so many rows, or up to the next power of two from 33 on.
+
+    Args:
+        measures: whether the fastest kernel may be measured, by x.
 
     Raises:
         ValueError: a mask that keeps another number of values than there are.
     """
-    configs = [select(inputs, rows, weight, kernel) for weight in weights]
+    configs = [select(inputs, rows, weight, kernel, measures) for weight in weights]
     groups = defaultdict(list)
     for number, (weight, config) in enumerate(zip(weights, configs, strict=True)):
         alone = len(weights) == 1 or not config.shares
@@ -129,7 +134,7 @@ def run(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Pro
     return _BINDERS[config.kernel](rows, weights, config)
 
 
-def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -> LaunchConfig:
+def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str, measures: bool = True) -> LaunchConfig:
     """The fastest configuration for a weight: known, measured on such cards before, or measured now."""
     index = index_of(weight.mask, weight.in_features)
     native = small_batch.supports(weight, index)
@@ -148,7 +153,7 @@ def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str) -
         config = measured(rows, weight.out_features, index.pairs, inputs.device)
     if config is not None and (native or config.kernel not in ("mma", "tiles")):
         return config
-    if capturing:  # nothing can be measured now
+    if capturing or not measures:  # nothing can be measured now
         return options[0]
 
     @functools.cache

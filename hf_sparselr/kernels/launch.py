@@ -249,13 +249,15 @@ def _example(argument: Any) -> Any:
     return tuple(map(_example, argument)) if isinstance(argument, tuple) else argument
 
 
+_COMPILING = threading.Lock()
 _OF_ANOTHER_TRITON = (AttributeError, KeyError, TypeError, ValueError, RuntimeError)
 
 
 def _bind(kernel: Any, grid: tuple, arguments: tuple, constants: dict[str, Any]) -> DriverLaunch | None:
     """The launch of the kernel that Triton compiles for such arguments, which ends them with two pointers to scratch
     memory that these kernels do not use."""
-    compiled = kernel.run(*map(_example, arguments), grid=grid, warmup=True, **constants)
+    with _COMPILING:  # what another thread compiles, this one finds
+        compiled = kernel.run(*map(_example, arguments), grid=grid, warmup=True, **constants)
     try:
         metadata, types = compiled.metadata, list(compiled.src.signature.values())[: len(arguments)]
         if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:

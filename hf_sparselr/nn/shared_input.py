@@ -10,6 +10,7 @@ autocast. Under torch.compile they serve only if they were found before.
 
 import weakref
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -152,20 +153,23 @@ def _gone() -> None:
 
 def link_shared_inputs(model: nn.Module) -> None:
     """Lets the packed layers of a model find out which of them share their input."""
+    for layers in layers_by_width(model):
+        group = SharedInputGroup(layers) if len(layers) > 1 else None
+        for number, layer in enumerate(layers):
+            layer.shared_input, layer.number = group, number
+            vars(layer).pop("fast_call", None)
+
+
+def layers_by_width(model: nn.Module) -> Iterator[list[SparseLRLinear]]:
+    """The packed layers right below each module, by the width of their input: some of these may have the same."""
     for module in model.modules():
         if isinstance(module, ExpertStack):  # experts have inputs of their own
             continue
         widths = defaultdict(list)
         for child in module.children():
             if isinstance(child, SparseLRLinear):
-                child.shared_input = None
-                vars(child).pop("fast_call", None)
                 widths[child.in_features].append(child)
-        for layers in widths.values():
-            if len(layers) > 1:
-                group = SharedInputGroup(layers)
-                for number, layer in enumerate(layers):
-                    layer.shared_input, layer.number = group, number
+        yield from widths.values()
 
 
 def _state(inputs: torch.Tensor) -> tuple | None:

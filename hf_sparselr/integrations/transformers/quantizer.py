@@ -29,6 +29,7 @@ from ...utils.modules import check_device
 from ...utils.public_names import hub_id
 from .adapters import reject_adapters
 from .checks import check_checkpoint
+from .compiling import compile_kernels
 from .convolutions import put_packed_convolutions
 from .experts import unfuse_packed_experts
 from .experts_forward import install
@@ -64,7 +65,7 @@ class SparseLRQuantizer(HfQuantizer):
     # -- before the weights are read
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> nn.Module:
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError(
@@ -74,6 +75,7 @@ class SparseLRQuantizer(HfQuantizer):
         with torch.device("cpu"):  # transformers builds the skeleton in a meta context; this reads real data
             if self.pre_quantized:
                 self._build_packed(model, checkpoint_files)
+                self._compiling = compile_kernels(model, self.quantization_config, device_map)
             else:
                 from ...compression.samples import Samples
 
@@ -131,6 +133,8 @@ class SparseLRQuantizer(HfQuantizer):
             module.requires_grad_(False)
             module.kernel = self.quantization_config.kernel
         link_shared_inputs(model)
+        for thread in self._compiling:  # none works on while a CUDA graph may be captured
+            thread.join()
         model.sparselr_report = Report.load(self._directory)
         # A folder of this name would have been read instead of the Hub.
         self.hub_name = hub_id(model.config.name_or_path)

@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 import tempfile
+import threading
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -57,12 +59,21 @@ def _cubin(source: str, defines: tuple[str, ...], device: int) -> bytes:
     library = _nvrtc()
     key = hashlib.sha256("\0".join((text, *headers, *options, str(_version(library)))).encode()).hexdigest()[:24]
     file = Path(HF_HOME) / "hf_sparselr" / f"{Path(source).stem}-{key}.cubin"
-    try:
-        cubin = file.read_bytes()
-    except OSError:
-        cubin = _compile(library, text, headers, source, options)
-        _keep(file, cubin)
-    return cubin
+    with _UNDER_WAY[key]:  # one thread compiles it, others wait
+        try:
+            return _COMPILED[key]
+        except KeyError:
+            pass
+        try:
+            cubin = file.read_bytes()
+        except OSError:
+            cubin = _compile(library, text, headers, source, options)
+            _keep(file, cubin)
+        return _COMPILED.setdefault(key, cubin)
+
+
+_UNDER_WAY: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+_COMPILED: dict[str, bytes] = {}  # here too, for where nothing can be kept on disk
 
 
 def _compile(library: ctypes.CDLL, text: str, headers: tuple[str, ...], name: str, options: tuple[str, ...]) -> bytes:

@@ -1,0 +1,115 @@
+"""Kernels are compiled in the background while a model's weights are read, so that its first call finds them ready.
+
+A machine that has them on disk has little left to do. Kernels are bound to stand-ins of random support, as their source
+depends on the shapes and the kind of support of a weight, and seldom on more.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..format.bitmask import pack_mask
+from ..format.patterns import Pattern, Unstructured
+from ..utils.availability import TRITON
+from . import fast_calls
+from .packed_weight import PackedWeight
+
+logger = logging.getLogger(__name__)
+
+PROMPTS = (128, 512)  # rows of x: longer and shorter prompts mostly have the same kernels
+_WORKERS = 3
+_BAND = 1024  # rows of a stand-in that are drawn at a time
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Kind(NamedTuple):
+    """What the kernels of a weight (outs, ins) depend on."""
+
+    outs: int
+    ins: int
+    pattern: Pattern
+    rank: int
+    bias: bool
+    dtype: torch.dtype
+
+
+def compile_ahead(groups: Iterable[Sequence[Kind]], device: torch.device) -> list[threading.Thread]:
+    """Starts to compile what a model's first prompts and tokens need. What fails there is left to the first call.
+
+    Args:
+        groups: of all weights; those of a group have inputs of one width.
+        device: to which the weights go. Nothing is done for others than CUDA's, or where memory is scarce.
+
+    Returns:
+        The threads, to join before a CUDA graph is captured.
+    """
+    groups = [group for group in map(tuple, groups) if all(kind.dtype in _DTYPES for kind in group)]
+    if device.type != "cuda" or not TRITON or not groups:
+        return []
+    needed = sum(2 * kind.pattern.kept((kind.outs, kind.ins)) for group in groups for kind in group)
+    if torch.cuda.mem_get_info(device)[0] < 2 * needed:
+        return []
+    tasks: queue.SimpleQueue = queue.SimpleQueue()
+    for task in dict.fromkeys(_tasks(groups)):
+        tasks.put(task)
+    threads = [threading.Thread(target=_work, args=(tasks, device)) for _ in range(_WORKERS)]
+    threads.append(threading.Thread(target=fast_calls.compiled))
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def _tasks(groups: Sequence[tuple[Kind, ...]]) -> Iterator[tuple[int, tuple[Kind, ...]]]:
+    """Rows of x and the weights of a launch: in a first prompt each weight is alone, then most of a group share it."""
+    for rows in PROMPTS[:1]:
+        yield from ((rows, (kind,)) for group in groups for kind in group)
+    for fewer in (0, 1):
+        yield from ((1, group[: len(group) - fewer]) for group in groups if len(group) > fewer)
+    yield from ((1, group[-1:]) for group in groups)
+    for rows in PROMPTS[1:]:
+        yield from ((rows, (kind,)) for group in groups for kind in group)
+
+
+def _work(tasks: queue.SimpleQueue, device: torch.device) -> None:
+    from . import gpu
+
+    while threading.main_thread().is_alive():
+        try:
+            rows, kinds = tasks.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            with torch.no_grad(), torch.cuda.device(device):
+                made = {kind: stand_in(kind, device) for kind in set(kinds)}
+                weights = [made[kind] for kind in kinds]
+                gpu.bind(weights[0].values, rows, weights, "auto", measures=False)
+        except Exception as error:  # of any kind: the call that needs it says it, too
+            logger.info("kernels for %d rows were not compiled ahead: %r", rows, error)
+
+
+def stand_in(kind: Kind, device: torch.device) -> PackedWeight:
+    """A weight of a kind. Its values are whatever memory holds."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind.dtype, device=device)
+
+    masks, kept = [], 0
+    for top in range(0, kind.outs, _BAND):
+        support = _support(min(_BAND, kind.outs - top), kind, device)
+        masks.append(pack_mask(support))
+        kept += int(support.sum())
+    A, B = (empty(kind.rank, kind.ins), empty(kind.outs, kind.rank)) if kind.rank else (None, None)
+    bias = empty(kind.outs) if kind.bias else None
+    return PackedWeight(torch.cat(masks), empty(kept), A, B, bias, kind.ins)
+
+
+def _support(rows: int, kind: Kind, device: torch.device) -> torch.Tensor:
+    """Some rows of one: bool (rows, ins)."""
+    scores = torch.rand(rows, kind.ins, device=device)
+    if isinstance(kind.pattern, Unstructured):
+        return scores < kind.pattern.kept((kind.outs, kind.ins)) / (kind.outs * kind.ins)
+    return kind.pattern.mask(scores)
