@@ -6,7 +6,7 @@ from helpers import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_sparselr.bench.families import FAMILIES
+from hf_sparselr.bench.families import FAMILIES, reproducibly
 from hf_sparselr.cli import main
 
 
@@ -48,3 +48,20 @@ def test_every_family_learns_and_is_saved(tmp_path, capsys) -> None:
     assert capsys.readouterr().out == ""  # it is there
     with pytest.raises(SystemExit):
         main([*command, "--families", "lstm"])
+
+
+def test_training_is_strict_where_it_can_be() -> None:
+    modes = []
+
+    def train(*, least: bool) -> torch.Tensor:
+        modes.append(torch.is_deterministic_algorithms_warn_only_enabled())
+        assert torch.are_deterministic_algorithms_enabled()
+        values = torch.zeros(3)
+        return values.put_(torch.tensor([1]), torch.ones(1)) if least else values + 1
+
+    assert reproducibly(lambda: train(least=False)).tolist() == [1, 1, 1] and modes == [False]
+    with pytest.warns(UserWarning, match="put_"):
+        assert reproducibly(lambda: train(least=True)).tolist() == [0, 1, 0]
+    assert modes == [False, False, True] and not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RuntimeError, match="shape"):
+        reproducibly(lambda: torch.zeros(2).view(3))
