@@ -176,8 +176,8 @@ def test_fp32_is_never_unpacked_for_inference(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("hf_sparselr.utils.precision._EMULATED", set())
     assert cpu.prefers(torch.bfloat16, 16) and not cpu.prefers(torch.float16, 17)
     for pairs in (True, False):
-        monkeypatch.setattr(cpu, "_multiplies_pairs", lambda pairs=pairs: pairs)
-        assert cpu.prefers(torch.bfloat16, 17) == pairs
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda pairs=pairs: pairs)
+        assert cpu.prefers(torch.bfloat16, 17) == (pairs and cpu.X86)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

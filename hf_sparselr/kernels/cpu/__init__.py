@@ -1,7 +1,7 @@
 """x S^T + (x A^T) B^T + bias on the CPU, and S in full: C, compiled on first use, as no torch operator reads S packed.
 
 All sums are in FP32, so that 16 bits cost a CPU without instructions for them no time. `few_rows.c` takes few rows, by
-`across.c`; `along.c` many; `pairs.c` many where the CPU multiplies pairs of BF16.
+`across.c`; `along.c` many; `panels.c` many where the CPU multiplies pairs of BF16.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from ..program import Program
 
 logger = logging.getLogger(__name__)
 
-_PARTS = ("values.c", "across.c", "few_rows.c", "along.c", "pairs.c", "packed.c")
+_PARTS = ("values.c", "across.c", "few_rows.c", "along.c", "pairs.c", "tiles.c", "panels.c", "packed.c")
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _KINDS = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
 _X86_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt")
@@ -45,13 +45,18 @@ def prefers(dtype: torch.dtype, rows: int) -> bool:
     """Whether the kernels are faster than unpacking S for oneDNN."""
     if dtype == torch.float32 or rows <= _ACROSS_ROWS or not multiplies_natively(dtype):
         return True
-    return dtype == torch.bfloat16 and _multiplies_pairs()
+    return dtype == torch.bfloat16 and X86 and torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache
-def _multiplies_pairs() -> bool:
-    """Whether pairs of BF16 are the fastest that the CPU multiplies: with AMX oneDNN is ahead."""
-    return X86 and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+def _may_use_tiles() -> bool:
+    """Whether there are AMX tiles, and the system lets this process use them."""
+    return X86 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
+def _level() -> int:
+    """Of instructions that may be used: 0 AVX2 or no x86, 1 AVX-512, 2 AMX too."""
+    return 1 + _may_use_tiles() if _WIDE else 0
 
 
 class _Weight(ctypes.Structure):
@@ -82,7 +87,7 @@ class _Products:
         _check(
             self._function(
                 self._array, len(weights), inputs.data_ptr(), self._addresses(*(y.data_ptr() for y in ys)), rows,
-                _WIDE, torch.get_num_threads(), ctypes.byref(kept),
+                _level(), torch.get_num_threads(), ctypes.byref(kept),
             ),
             kept, weights,
         )  # fmt: skip
@@ -93,7 +98,7 @@ class _Products:
     def words(self, weights: Sequence[PackedWeight]) -> list[int]:
         function = ctypes.cast(self._function, ctypes.c_void_p).value or 0
         size = ctypes.sizeof(self._array) // ctypes.sizeof(ctypes.c_int64)
-        return [4, function, _WIDE, len(weights), size, *(ctypes.c_int64 * size).from_buffer(self._array)]
+        return [4, function, _level(), len(weights), size, *(ctypes.c_int64 * size).from_buffer(self._array)]
 
 
 def bind(weights: Sequence[PackedWeight]) -> Program:
@@ -131,7 +136,7 @@ def unpack(weight: PackedWeight) -> torch.Tensor:
     dense = plain.values.new_empty(plain.out_features, plain.in_features)
     function = _library(_KINDS[dense.dtype]).unpack
     size = torch.get_num_threads()
-    _check(function(_Weight.of(plain), dense.data_ptr(), _WIDE, size, ctypes.byref(kept)), kept, (plain,))
+    _check(function(_Weight.of(plain), dense.data_ptr(), _level(), size, ctypes.byref(kept)), kept, (plain,))
     return dense
 
 

@@ -12,13 +12,13 @@ typedef struct {
   int apart;    /* how x must be spread */
 } Across;
 
-/* level: 0 AVX2 or no x86, 1 AVX-512, as far as the processor has it. fours: for one row of x and four of every eight
+/* level: 0 AVX2 or no x86, 1 AVX-512, 2 AMX, as far as the processor has it. fours: for one row of x and four of every eight
    columns. */
 static Across choose_across(int level, int fours) {
 #ifdef X86
   int wide = level > 0 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vl");
 #ifdef HAS_PAIRED
-  if (wide && __builtin_cpu_supports("avx512bf16")) return (Across){across_paired, 16, 0};
+  if (wide && __builtin_cpu_supports("avx512bf16")) return (Across){across_paired, level > 1 ? 8 : 16, 0};
 #endif
   if (!wide && fours) return (Across){across_fours, 1, 0};
   return wide ? (Across){across_wide, 16, 0} : (Across){across_narrow, 12, APART};

@@ -33,7 +33,7 @@ int multiply(const Weight *weights, int64_t size, const entry *x, entry *const *
   int failed = count_all(weights, size, starts, threads, kept);
   if (!failed && rows <= few_rows.most) failed = multiply_across(weights, size, starts, x, ys, rows, few_rows, threads);
 #ifdef HAS_PAIRED
-  else if (!failed && few_rows.row == across_paired) failed = multiply_pairs(weights, size, starts, x, ys, rows, threads);
+  else if (!failed && few_rows.row == across_paired) failed = multiply_panels(weights, size, starts, x, ys, rows, level, threads);
 #endif
   else if (!failed) failed = multiply_along(weights, size, starts, x, ys, rows, level, threads);
   if (starts != local) free(starts);

@@ -1,4 +1,4 @@
-/* Many rows of x on a processor that multiplies pairs of BF16: 32 rows of S are unpacked and laid out as the instruction
+/* Panels of S for a processor that multiplies pairs of BF16: 32 rows are unpacked and laid out as the instruction
  * takes them, once for all rows of x. A lane belongs to a row of S, so that sums need no adding up.
  */
 #ifdef HAS_PAIRED
@@ -129,82 +129,5 @@ PAIRED static void multiply_rows(const Task *t, const entry *x, const entry *u, 
     EACH(CALL)
 #undef CALL
   }
-}
-
-static int64_t even_rank(const Weight *w) { return (w->rank + 1) / 2 * 2; }
-
-/* u (rows, stride) = x A^T of some rows. */
-PAIRED static void low_rank_rows(const Weight *w, Panel space, const entry *x, int64_t x_stride, entry *u,
-                                 int64_t stride, int64_t rows) {
-  memset(u, 0, rows * stride * sizeof(entry));
-  for (int64_t q = 0; q < w->rank; q += PANEL) {
-    int64_t high = w->rank - q < PANEL ? w->rank - q : PANEL;
-    Task task = {space, space, w->ins, 0, x_stride, stride, stride, high, {0}};
-    lay_out_dense(w->A + q * w->ins, high, w->ins, space.first);
-    if (high > LANES) lay_out_dense(w->A + (q + LANES) * w->ins, high - LANES, w->ins, space.second);
-    multiply_rows(&task, x, u, u + q, rows);
-  }
-}
-
-/* PANEL rows of S from `top` on, for all rows of x. */
-PAIRED static void multiply_wide_tile(const Weight *w, const int64_t *starts, int64_t top, Panel S, Panel B,
-                                      const entry *x, int64_t x_stride, const entry *u, int64_t u_stride, entry *y,
-                                      int64_t rows) {
-  int64_t high = w->outs - top < PANEL ? w->outs - top : PANEL;
-  Task task = {S, B, w->ins, w->rank, x_stride, u_stride, w->outs, high, {0}};
-  for (int64_t i = 0; i < high && w->bias; i++) task.bias[i] = widen(w->bias[top + i]);
-  lay_out_sparse(w, starts, top, high, S.first);
-  lay_out_dense(w->B + top * w->rank, high, w->rank, B.first);
-  if (high > LANES) { /* else the second vectors' sums, of whatever is there, are dropped */
-    lay_out_sparse(w, starts, top + LANES, high - LANES, S.second);
-    lay_out_dense(w->B + (top + LANES) * w->rank, high - LANES, w->rank, B.second);
-  }
-  multiply_rows(&task, x, u, y + top, rows);
-}
-
-/* As `multiply_across`; x A^T is rounded to BF16. */
-static int multiply_pairs(const Weight *weights, int64_t size, const int64_t *starts, const entry *x, entry *const *ys,
-                          int64_t rows, int threads) {
-  int64_t ins = weights->ins, x_stride = (ins + 1) / 2 * 2, most = 0, all = 0, panels = 0;
-  for (int64_t i = 0; i < size; i++) {
-    most = weights[i].rank > most ? weights[i].rank : most, all += even_rank(weights + i);
-    panels += (weights[i].outs + PANEL - 1) / PANEL;
-  }
-  int64_t x_bytes = ins % 2 ? rows * x_stride * sizeof(entry) : 0, u_bytes = (rows * all + 1) * sizeof(entry);
-  int64_t S_bytes = (ins + 31) / 32 * 32 * 32, B_bytes = (most + 31) / 32 * 32 * 32, own = 2 * (S_bytes + B_bytes);
-  char *memory = borrow(lines(x_bytes) + lines(u_bytes) + threads * own), *rest = memory;
-  if (!memory) return 1;
-  entry *even = take(&rest, x_bytes), *us = take(&rest, u_bytes);
-  for (int64_t r = 0; r < rows && ins % 2; r++) {
-    memcpy(even + r * x_stride, x + r * ins, ins * sizeof(entry));
-    even[r * x_stride + ins] = 0;
-  }
-  if (ins % 2) x = even;
-#pragma omp parallel num_threads(threads)
-  {
-    char *mine = rest + this_thread() * own;
-    Panel S = {(__m512i *)mine, (__m512i *)(mine + S_bytes)};
-    Panel B = {(__m512i *)(mine + 2 * S_bytes), (__m512i *)(mine + 2 * S_bytes + B_bytes)};
-    int64_t chunks = (rows + CHUNK - 1) / CHUNK;
-#pragma omp for schedule(dynamic)
-    for (int64_t number = 0; number < size * chunks; number++) {
-      int64_t i = number / chunks, first = number % chunks * CHUNK, few = rows - first < CHUNK ? rows - first : CHUNK;
-      entry *u = us;
-      for (int64_t j = 0; j < i; j++) u += rows * even_rank(weights + j);
-      int64_t stride = even_rank(weights + i);
-      low_rank_rows(weights + i, S, x + first * x_stride, x_stride, u + first * stride, stride, few);
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t number = 0; number < panels; number++) {
-      const Weight *w = weights;
-      const int64_t *its_starts = starts;
-      const entry *u = us;
-      int64_t panel = number, count;
-      for (; panel >= (count = (w->outs + PANEL - 1) / PANEL); w++)
-        panel -= count, its_starts += w->outs + 1, u += rows * even_rank(w);
-      multiply_wide_tile(w, its_starts, panel * PANEL, S, B, x, x_stride, u, even_rank(w), ys[w - weights], rows);
-    }
-  }
-  return give_back(memory), 0;
 }
 #endif

@@ -1,6 +1,6 @@
 /* What all parts share: the type of the values, the packed weight, rows of the mask, memory for a call.
  *
- * The parts are compiled as one file: values.c, across.c, few_rows.c, along.c, pairs.c, packed.c.
+ * The parts are compiled as one file: values.c, across.c, few_rows.c, along.c, pairs.c, tiles.c, panels.c, packed.c.
  */
 #include <stdint.h>
 #include <stdlib.h>
