@@ -1,7 +1,8 @@
-"""The C kernels against float64, with and without AVX-512, and against memory that holds what it should not."""
+"""The C kernels against float64, by each set of instructions, and against memory that holds what it should not."""
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +14,16 @@ from hf_sparselr.kernels import PackedWeight, cpu, packed_linear, packed_linears
 from hf_sparselr.utils import c_compiler
 
 pytestmark = pytest.mark.skipif(not cpu.supports(torch.float32), reason="needs a C compiler, on x86 AVX2")
-levels = pytest.mark.parametrize("wide", [False, True], ids=["AVX2", "AVX-512"])
+_AMX = pytest.mark.skipif(cpu._level() < 2, reason="needs AMX")
+levels = pytest.mark.parametrize("level", [0, 1, pytest.param(2, marks=_AMX)], ids=["AVX2", "AVX-512", "AMX"])
 
 
 @pytest.fixture(autouse=True)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which instructions C may use; it asks the processor whether it has them, too."""
-    wide = getattr(request.node, "callspec", None) and request.node.callspec.params.get("wide")
-    if wide is not None:
-        monkeypatch.setattr(cpu, "_WIDE", wide)
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which instructions C may use; but for AMX, it asks the processor whether it has them, too."""
+    level = getattr(request.node, "callspec", None) and request.node.callspec.params.get("level")
+    if level is not None:
+        monkeypatch.setattr(cpu, "_level", lambda: level)
 
 
 def on_cpu(case: Problem) -> PackedWeight:
@@ -32,7 +34,7 @@ def on_cpu(case: Problem) -> PackedWeight:
 @levels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("out", "n", "kind"), SUPPORTS)
-def test_products(out: int, n: int, kind: str | float, dtype: torch.dtype, wide: bool) -> None:
+def test_products(out: int, n: int, kind: str | float, dtype: torch.dtype, level: int) -> None:
     for rank, bias in ((0, False), (5, True), (16, False)):
         case = problem(out, n, kind, rank, bias, dtype)
         for rows in (1, 2, 9, 40):
@@ -43,7 +45,7 @@ def test_products(out: int, n: int, kind: str | float, dtype: torch.dtype, wide:
 @levels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [3, 4, 5, 6, 7, 8, 16, 17, 33, 64, 65, 300])
-def test_every_number_of_rows(rows: int, dtype: torch.dtype, wide: bool) -> None:
+def test_every_number_of_rows(rows: int, dtype: torch.dtype, level: int) -> None:
     case = problem(130, 1100, 0.6, 130, True, dtype)  # more than one band, step and part of the factors
     x = draw(rows, 1100, seed=6, dtype=dtype).cpu()
     assert_near(cpu.multiply(x, on_cpu(case)), case.expected(x.to(case.S.device)).cpu(), dtype)
@@ -52,7 +54,7 @@ def test_every_number_of_rows(rows: int, dtype: torch.dtype, wide: bool) -> None
 @levels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("out", "n", "kind"), SUPPORTS)
-def test_unpacking(out: int, n: int, kind: str | float, dtype: torch.dtype, wide: bool) -> None:
+def test_unpacking(out: int, n: int, kind: str | float, dtype: torch.dtype, level: int) -> None:
     case = problem(out, n, kind, dtype=dtype)
     assert torch.equal(cpu.unpack(on_cpu(case)).double(), case.S.cpu())
 
@@ -110,6 +112,24 @@ def test_the_vectors_of_other_processors(dtype: torch.dtype, compiler: Callable[
             assert_near(cpu.multiply(x, on_cpu(case)), case.expected(x.to(case.S.device)).cpu(), dtype)
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="needs AVX512-BF16")
+def test_tiles_in_an_emulation(compiler: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler(f"cc -include {Path(__file__).parents[1] / 'helpers' / 'emulated_tiles.h'}")
+    monkeypatch.setattr(cpu, "_level", lambda: 2)
+    if not cpu._has_panels():
+        pytest.skip("this compiler does not know AMX")
+    for out, n, kind in SUPPORTS:
+        for rank in (0, 5, 33):
+            case = problem(out, n, kind, rank, rank > 0, torch.bfloat16)
+            for rows in (9, 16, 17, 40, 65):
+                x = draw(rows, n, seed=6, dtype=torch.bfloat16).cpu()
+                assert_near(cpu.multiply(x, on_cpu(case)), case.expected(x.to(case.S.device)).cpu(), torch.bfloat16)
+    weights = [on_cpu(problem(out, 100, 0.5, rank, True, torch.bfloat16)) for out, rank in ((9, 5), (33, 0), (70, 7))]
+    x = draw(40, 100, seed=6, dtype=torch.bfloat16).cpu()
+    together = packed_linears(x, weights)
+    assert all(torch.equal(y, packed_linear(x, weight)) for y, weight in zip(together, weights, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_with_one_input_come_out_as_they_would_alone(dtype: torch.dtype) -> None:
     kinds = ((9, 0.5, 5, True), (33, 0.9, 0, False), (50, 0.5, 7, True))
@@ -144,7 +164,7 @@ def test_only_memory_of_the_cpu_is_given_to_c() -> None:
 @levels
 @pytest.mark.parametrize("rows", [1, 5, 20])
 @pytest.mark.parametrize("change", [-1, 1, -60, 60])
-def test_a_mask_that_does_not_fit_its_values_is_refused(rows: int, change: int, wide: bool) -> None:
+def test_a_mask_that_does_not_fit_its_values_is_refused(rows: int, change: int, level: int) -> None:
     weight = on_cpu(problem(6, 200, 0.5))
     count = weight.values.numel() + change
     values = torch.zeros(count)
@@ -158,7 +178,7 @@ def test_a_mask_that_does_not_fit_its_values_is_refused(rows: int, change: int, 
 
 @levels
 @pytest.mark.parametrize("rows", [1, 5, 20])
-def test_bits_beyond_the_last_column_meet_zeros(rows: int, wide: bool) -> None:
+def test_bits_beyond_the_last_column_meet_zeros(rows: int, level: int) -> None:
     case = problem(3, 13, 0.5, 0, False)
     weight = on_cpu(case)
     mask = weight.mask.clone()
@@ -176,8 +196,8 @@ def test_fp32_is_never_unpacked_for_inference(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("hf_sparselr.utils.precision._EMULATED", set())
     assert cpu.prefers(torch.bfloat16, 16) and not cpu.prefers(torch.float16, 17)
     for pairs in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda pairs=pairs: pairs)
-        assert cpu.prefers(torch.bfloat16, 17) == (pairs and cpu.X86)
+        monkeypatch.setattr(cpu, "_has_panels", lambda pairs=pairs: pairs)
+        assert cpu.prefers(torch.bfloat16, 17) == pairs
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -214,7 +234,7 @@ def test_training_in_16_bits_is_computed_in_fp32_where_the_cpu_has_no_instructio
 @levels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("out", "n", "kind"), [(5, 8, "2:4"), (33, 24, "4:8"), (40, 136, "1:2"), (16, 640, "2:4")])
-def test_four_of_every_eight_columns(out: int, n: int, kind: str, dtype: torch.dtype, wide: bool) -> None:
+def test_four_of_every_eight_columns(out: int, n: int, kind: str, dtype: torch.dtype, level: int) -> None:
     for rank, bias in ((0, False), (5, True), (16, False)):
         case = problem(out, n, kind, rank, bias, dtype)
         weight = on_cpu(case)
@@ -226,7 +246,7 @@ def test_four_of_every_eight_columns(out: int, n: int, kind: str, dtype: torch.d
 @levels
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("row", [0, 1, 39])
-def test_a_mask_that_only_seems_to_keep_four_of_every_eight_columns(row: int, rows: int, wide: bool) -> None:
+def test_a_mask_that_only_seems_to_keep_four_of_every_eight_columns(row: int, rows: int, level: int) -> None:
     case = problem(40, 64, "2:4", 5, True)
     weight, support = on_cpu(case), case.support.cpu().clone()
     support[row] = torch.arange(64) < 32  # as many values, elsewhere

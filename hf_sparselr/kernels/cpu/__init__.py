@@ -27,9 +27,6 @@ _KINDS = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
 _X86_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt")
 _ACROSS_ROWS = 16  # of x that C multiplies faster than oneDNN where the CPU has instructions for the dtype
 
-# Whether AVX-512 may be used; follows ATEN_CPU_CAPABILITY, as torch does.
-_WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
-
 
 def supports(dtype: torch.dtype) -> bool:
     """Whether there is a kernel for values of this dtype; the first call may compile."""
@@ -45,18 +42,24 @@ def prefers(dtype: torch.dtype, rows: int) -> bool:
     """Whether the kernels are faster than unpacking S for oneDNN."""
     if dtype == torch.float32 or rows <= _ACROSS_ROWS or not multiplies_natively(dtype):
         return True
-    return dtype == torch.bfloat16 and X86 and torch.cpu._is_avx512_bf16_supported()
+    return dtype == torch.bfloat16 and _has_panels()
+
+
+def _has_panels() -> bool:
+    """Whether C multiplies many rows of BF16 by the fastest instructions of this CPU."""
+    library = _library("BF16")
+    return library is not None and bool(library.has_panels(_level()))
 
 
 @functools.cache
-def _may_use_tiles() -> bool:
-    """Whether there are AMX tiles, and the system lets this process use them."""
-    return X86 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
-
-
 def _level() -> int:
-    """Of instructions that may be used: 0 AVX2 or no x86, 1 AVX-512, 2 AMX too."""
-    return 1 + _may_use_tiles() if _WIDE else 0
+    """Of instructions that may be used: 0 AVX2 or no x86, 1 AVX-512, 2 AMX too, if the system lets this process use it.
+
+    Follows ATEN_CPU_CAPABILITY, as torch does.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return 0
+    return 2 if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else 1
 
 
 class _Weight(ctypes.Structure):
@@ -166,5 +169,6 @@ def _library(kind: str) -> ctypes.CDLL | None:
     if library is not None:
         pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         library.multiply.argtypes = [pointer, number, pointer, pointer, number, small, small, pointer]
+        library.has_panels.argtypes = [small]
         library.unpack.argtypes = [ctypes.POINTER(_Weight), pointer, small, small, pointer]
     return library

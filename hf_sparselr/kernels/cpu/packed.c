@@ -33,11 +33,23 @@ int multiply(const Weight *weights, int64_t size, const entry *x, entry *const *
   int failed = count_all(weights, size, starts, threads, kept);
   if (!failed && rows <= few_rows.most) failed = multiply_across(weights, size, starts, x, ys, rows, few_rows, threads);
 #ifdef HAS_PAIRED
-  else if (!failed && few_rows.row == across_paired) failed = multiply_panels(weights, size, starts, x, ys, rows, level, threads);
+  else if (!failed && few_rows.row == across_paired)
+    failed = multiply_panels(weights, size, starts, x, ys, rows, level, threads);
 #endif
   else if (!failed) failed = multiply_along(weights, size, starts, x, ys, rows, level, threads);
   if (starts != local) free(starts);
   return failed;
+}
+
+/* Whether many rows of BF16 are multiplied by the fastest instructions there are. */
+int has_panels(int level) {
+#ifdef HAS_TILES
+  return choose_across(level, 0).row == across_paired;
+#elif defined(HAS_PAIRED)
+  return level < 2 && choose_across(level, 0).row == across_paired;
+#else
+  return (void)level, 0;
+#endif
 }
 
 static void plain_unpack(const uint8_t *m, const entry *v, int64_t left, entry *row, int64_t from, int64_t ins) {

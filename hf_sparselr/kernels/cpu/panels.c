@@ -2,20 +2,19 @@
  */
 #ifdef HAS_PAIRED
 
-typedef void (*rows_of_panel)(const Task *, const entry *, const entry *, entry *, int64_t);
-
-/* The way to multiply panels. unit: x and u have zeros up to so many columns. high: and memory up to so many rows. */
+/* multiply: a panel by rows of x. unit: x and u have zeros up to a multiple of so many columns. */
 typedef struct {
-  rows_of_panel multiply;
-  int64_t unit, high;
+  void (*multiply)(const Task *, const entry *, const entry *, entry *, int64_t);
+  int64_t unit;
 } Way;
 
 static int64_t up_to(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
 /* u (rows, stride) = x A^T of some rows. */
 static void low_rank_rows(const Weight *w, Way way, Panel space, const entry *x, int64_t x_stride, entry *u,
-                          int64_t stride, int64_t rows) {
-  memset(u, 0, up_to(rows, way.high) * stride * sizeof(entry));
+                          int64_t rows) {
+  int64_t stride = up_to(w->rank, way.unit);
+  memset(u, 0, rows * stride * sizeof(entry));
   for (int64_t q = 0; q < w->rank; q += PANEL) {
     int64_t high = w->rank - q < PANEL ? w->rank - q : PANEL;
     Task task = {space, space, w->ins, 0, x_stride, stride, stride, high, {0}};
@@ -27,10 +26,9 @@ static void low_rank_rows(const Weight *w, Way way, Panel space, const entry *x,
 
 /* PANEL rows of S from `top` on, for all rows of x. */
 static void multiply_one_panel(const Weight *w, Way way, const int64_t *starts, int64_t top, Panel S, Panel B,
-                               const entry *x, int64_t x_stride, const entry *u, int64_t u_stride, entry *y,
-                               int64_t rows) {
+                               const entry *x, int64_t x_stride, const entry *u, entry *y, int64_t rows) {
   int64_t high = w->outs - top < PANEL ? w->outs - top : PANEL;
-  Task task = {S, B, w->ins, w->rank, x_stride, u_stride, w->outs, high, {0}};
+  Task task = {S, B, w->ins, w->rank, x_stride, up_to(w->rank, way.unit), w->outs, high, {0}};
   for (int64_t i = 0; i < high && w->bias; i++) task.bias[i] = widen(w->bias[top + i]);
   lay_out_sparse(w, starts, top, high, S.first);
   lay_out_dense(w->B + top * w->rank, high, w->rank, B.first);
@@ -41,49 +39,45 @@ static void multiply_one_panel(const Weight *w, Way way, const int64_t *starts, 
   way.multiply(&task, x, u, y + top, rows);
 }
 
-/* As `multiply_across`; x A^T is rounded to BF16. */
+/* As `multiply_across`; x A^T is rounded to BF16. level: see `choose_across`. */
 static int multiply_panels(const Weight *weights, int64_t size, const int64_t *starts, const entry *x, entry *const *ys,
                            int64_t rows, int level, int threads) {
-  Way way = {multiply_rows, 2, 1};
+  Way way = {multiply_rows, 2};
 #ifdef HAS_TILES
-  if (level > 1) way = (Way){multiply_rows_tiled, 32, 16};
+  if (level > 1) way = (Way){multiply_rows_tiled, 32};
 #else
   (void)level;
 #endif
-  int64_t ins = weights->ins, x_stride = up_to(ins, way.unit), u_rows = up_to(rows, way.high);
-  int64_t most = 0, all = 0, panels = 0;
+  int64_t ins = weights->ins, x_stride = up_to(ins, way.unit), most = 0, all = 0, panels = 0;
   for (int64_t i = 0; i < size; i++) {
     most = weights[i].rank > most ? weights[i].rank : most, all += up_to(weights[i].rank, way.unit);
     panels += (weights[i].outs + PANEL - 1) / PANEL;
   }
-  int copies = x_stride > ins || u_rows > rows;
-  int64_t x_bytes = copies ? u_rows * x_stride * sizeof(entry) : 0, u_bytes = (u_rows * all + 1) * sizeof(entry);
+  int64_t x_bytes = x_stride > ins ? rows * x_stride * sizeof(entry) : 0, u_bytes = (rows * all + 1) * sizeof(entry);
   int64_t S_bytes = up_to(ins, 32) * 32, B_bytes = up_to(most, 32) * 32, own = 2 * (S_bytes + B_bytes);
   char *memory = borrow(lines(x_bytes) + lines(u_bytes) + threads * own), *rest = memory;
   if (!memory) return 1;
-  entry *copied = take(&rest, x_bytes), *us = take(&rest, u_bytes);
-  for (int64_t r = 0; r < u_rows && copies; r++) {
-    int64_t size = r < rows ? ins : 0;
-    memcpy(copied + r * x_stride, x + (size ? r * ins : 0), size * sizeof(entry));
-    memset(copied + r * x_stride + size, 0, (x_stride - size) * sizeof(entry));
+  entry *copy = take(&rest, x_bytes), *us = take(&rest, u_bytes);
+  for (int64_t r = 0; r < rows && x_bytes; r++) {
+    memcpy(copy + r * x_stride, x + r * ins, ins * sizeof(entry));
+    memset(copy + r * x_stride + ins, 0, (x_stride - ins) * sizeof(entry));
   }
-  if (copies) x = copied;
+  if (x_bytes) x = copy;
 #pragma omp parallel num_threads(threads)
   {
     char *mine = rest + this_thread() * own;
     Panel S = {(__m512i *)mine, (__m512i *)(mine + S_bytes)};
     Panel B = {(__m512i *)(mine + 2 * S_bytes), (__m512i *)(mine + 2 * S_bytes + B_bytes)};
-    int64_t chunks = (rows + CHUNK - 1) / CHUNK;
+    int64_t parts = (rows + CHUNK - 1) / CHUNK;
 #ifdef HAS_TILES
-    if (level > 1) start_tiles();
+    if (level > 1) start_tiles(rows);
 #endif
 #pragma omp for schedule(dynamic)
-    for (int64_t number = 0; number < size * chunks; number++) {
-      int64_t i = number / chunks, first = number % chunks * CHUNK, few = rows - first < CHUNK ? rows - first : CHUNK;
-      entry *u = us;
-      for (int64_t j = 0; j < i; j++) u += u_rows * up_to(weights[j].rank, way.unit);
-      int64_t stride = up_to(weights[i].rank, way.unit);
-      low_rank_rows(weights + i, way, S, x + first * x_stride, x_stride, u + first * stride, stride, few);
+    for (int64_t number = 0; number < size * parts; number++) {
+      int64_t i = number / parts, first = rows * (number % parts) / parts, next = rows * (number % parts + 1) / parts;
+      entry *u = us + first * up_to(weights[i].rank, way.unit);
+      for (int64_t j = 0; j < i; j++) u += rows * up_to(weights[j].rank, way.unit);
+      low_rank_rows(weights + i, way, S, x + first * x_stride, x_stride, u, next - first);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t number = 0; number < panels; number++) {
@@ -92,9 +86,8 @@ static int multiply_panels(const Weight *weights, int64_t size, const int64_t *s
       const entry *u = us;
       int64_t panel = number, count;
       for (; panel >= (count = (w->outs + PANEL - 1) / PANEL); w++)
-        panel -= count, its_starts += w->outs + 1, u += u_rows * up_to(w->rank, way.unit);
-      multiply_one_panel(w, way, its_starts, panel * PANEL, S, B, x, x_stride, u, up_to(w->rank, way.unit),
-                         ys[w - weights], rows);
+        panel -= count, its_starts += w->outs + 1, u += rows * up_to(w->rank, way.unit);
+      multiply_one_panel(w, way, its_starts, panel * PANEL, S, B, x, x_stride, u, ys[w - weights], rows);
     }
 #ifdef HAS_TILES
     if (level > 1) end_tiles();
