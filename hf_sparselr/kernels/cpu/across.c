@@ -110,11 +110,25 @@ INLINE void narrow_row(const uint8_t *m, const entry *v, int64_t left, const Inp
   }
 }
 
+#if defined(BF16)
+static uint8_t picks[256][16]; /* the bytes of the first four set bits' numbers, as the high halves of four in FP32 */
+#else
 static int32_t picks[256][8] __attribute__((aligned(32))); /* the first four set bits of a byte, twice */
+#endif
 __attribute__((constructor)) static void make_picks(void) {
+#if defined(BF16)
+  memset(picks, 128, sizeof picks); /* which gives zero */
+#endif
   for (int byte = 0; byte < 256; byte++)
-    for (int bit = 0, rank = 0; bit < 8 && rank < 4; bit++)
-      if (byte >> bit & 1) picks[byte][rank] = picks[byte][rank + 4] = bit, rank++;
+    for (int bit = 0, rank = 0; bit < 8 && rank < 4; bit++) {
+      if (!(byte >> bit & 1)) continue;
+#if defined(BF16)
+      picks[byte][4 * rank + 2] = 2 * bit, picks[byte][4 * rank + 3] = 2 * bit + 1;
+#else
+      picks[byte][rank] = picks[byte][rank + 4] = bit;
+#endif
+      rank++;
+    }
 }
 
 INLINE __m256 eight_values(const entry *v) {
@@ -127,18 +141,34 @@ INLINE __m256 eight_values(const entry *v) {
 #endif
 }
 
-/* Eight values that 16 columns keep, four of every eight, times theirs of x. */
-INLINE __m256 add_eight(const uint8_t *m, const entry *v, const float *x, __m256 sum) {
+#if defined(BF16)
+typedef entry picked; /* the type of x that is picked from */
+INLINE const picked *row_of(const Inputs *in) { return in->given; }
+INLINE __m256 pick_eight(const uint8_t *m, const picked *x) {
+  __m128i begin = _mm_loadu_si128((const __m128i *)picks[m[0]]), end = _mm_loadu_si128((const __m128i *)picks[m[1]]);
+  __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(begin), end, 1);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *)x), both));
+}
+#else
+typedef float picked;
+INLINE const picked *row_of(const Inputs *in) { return in->x; }
+INLINE __m256 pick_eight(const uint8_t *m, const picked *x) {
   __m256 begin = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), _mm256_loadu_si256((const __m256i *)picks[m[0]]));
   __m256 end = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 8), _mm256_loadu_si256((const __m256i *)picks[m[1]]));
-  return _mm256_fmadd_ps(eight_values(v), _mm256_blend_ps(begin, end, 0xf0), sum);
+  return _mm256_blend_ps(begin, end, 0xf0);
+}
+#endif
+
+/* Eight values that 16 columns keep, four of every eight, times theirs of x. */
+INLINE __m256 add_eight(const uint8_t *m, const entry *v, const picked *x, __m256 sum) {
+  return _mm256_fmadd_ps(eight_values(v), pick_eight(m, x), sum);
 }
 
 /* One row of x and a row of S that keeps four of every eight columns: x is picked, S stays packed. */
 static void across_fours(const uint8_t *m, const entry *v, int64_t left, const Inputs *in, int64_t bytes, floats *sums,
                          int rows) {
   __m256 s[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-  const float *x = in->x;
+  const picked *x = row_of(in);
   int64_t byte = 0;
   (void)left, (void)rows;
   for (; byte + 7 < bytes; byte += 8) {

@@ -18,7 +18,7 @@ static Across choose_across(int level, int fours) {
 #ifdef X86
   int wide = level > 0 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vl");
 #ifdef HAS_PAIRED
-  if (wide && __builtin_cpu_supports("avx512bf16")) return (Across){across_paired, level > 1 ? 8 : 16, 0};
+  if (wide && __builtin_cpu_supports("avx512bf16")) return (Across){across_paired, level > 1 ? 5 : 16, 0};
 #endif
   if (!wide && fours) return (Across){across_fours, 1, 0};
   return wide ? (Across){across_wide, 16, 0} : (Across){across_narrow, 12, APART};
@@ -84,8 +84,7 @@ INLINE void finish(const floats *sums, const entry *B, const float *factors, con
   floats total = add_up(s);
   if (bias)
     for (int i = 0; i < size; i++) total[i] += widen(bias[i]);
-  if (size == 8)
-    UNROLL for (int i = 0; i < 8; i++) y[i] = narrow(total[i]);
+  if (size == 8) narrow_eight(total, y);
   else
     for (int i = 0; i < size; i++) y[i] = narrow(total[i]);
 }

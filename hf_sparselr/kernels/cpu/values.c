@@ -61,6 +61,19 @@ INLINE float widen(entry value) { return value; }
 INLINE entry narrow(float value) { return value; }
 #endif
 
+/* Rounds as `narrow` does. */
+INLINE void narrow_eight(floats values, entry *to) {
+#if defined(BF16)
+  typedef uint32_t words __attribute__((vector_size(32)));
+  typedef entry eight __attribute__((vector_size(16), aligned(2)));
+  words bits = (words)values, nan = (words)(values != values);
+  words rounded = bits + 0x7fff + (bits >> 16 & 1);
+  *(eight *)to = __builtin_convertvector((nan & (bits | 1 << 22) | ~nan & rounded) >> 16, eight);
+#else
+  UNROLL for (int i = 0; i < 8; i++) to[i] = narrow(values[i]);
+#endif
+}
+
 static void widen_all(const entry *from, float *to, int64_t size) {
   int64_t i = 0;
 #if defined(FP16) && defined(X86)
