@@ -2,7 +2,7 @@
  * partial sums for each row of x.
  */
 
-enum { ACROSS = 8, AHEAD = 4096 }; /* rows of x; bytes: memory is read while earlier values are multiplied */
+enum { ACROSS = 8, AHEAD = 8192 }; /* rows of x; bytes: memory is read while earlier values are multiplied */
 
 typedef struct {
   const float *x;     /* FP32, `stride` apart, zero behind the end for 64 columns; in the order of `spread` */
@@ -174,7 +174,6 @@ static void across_fours(const uint8_t *m, const entry *v, int64_t left, const I
   for (; byte + 7 < bytes; byte += 8) {
     UNROLL for (size_t line = 0; line < sizeof(entry) / 2; line++)
       __builtin_prefetch((const char *)(v + 4 * byte) + AHEAD + line * 64);
-    __builtin_prefetch(m + byte + AHEAD / 8);
     UNROLL for (int i = 0; i < 4; i++) s[i] = add_eight(m + byte + 2 * i, v + 4 * byte + 8 * i, x + 8 * byte + 16 * i, s[i]);
   }
   for (; byte + 1 < bytes; byte += 2) s[0] = add_eight(m + byte, v + 4 * byte, x + 8 * byte, s[0]);
