@@ -27,6 +27,7 @@ from .distillation import copy_sharing_blocks
 from .distributed import even_batch, spread
 from .measuring import dense_groups
 from .model_structure import Stacks, find_blocks, find_stacks, shared_tensors
+from .noisy_windows import with_noisy_windows
 from .plan import Layer, reachable_plan
 from .precomputed import Precomputed
 from .progress import Progress
@@ -98,7 +99,7 @@ def run(
         _check_weights(model, plan)
     report = Report(config.to_dict())
     large = any(model.get_submodule(name).weight.numel() > LARGE for name in plan)
-    all_batches, kept_back = _batches(samples, config, large, world)
+    all_batches, kept_back = _batches(model, samples, config, large, world)
     batches, kept_back = spread(all_batches, kept_back, world)
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     model.eval()
@@ -269,14 +270,17 @@ def _needs_dense_stream(config: SparseLRConfig) -> bool:
     return "tm" in config.refine_steps and config.tm.target != "block"
 
 
-def _batches(samples: list[Sample], config: SparseLRConfig, large: bool, world: World) -> tuple[list[Sample], int]:
-    """Batches of all samples, and how many at the end hold those that are kept back from refinement.
+def _batches(
+    model: nn.Module, samples: list[Sample], config: SparseLRConfig, large: bool, world: World
+) -> tuple[list[Sample], int]:
+    """Batches of all samples and noisy ones, and how many at the end hold those that are kept back from refinement.
 
     Args:
         large: whether the model has large layers.
     """
     size = _micro_batch(config, samples, large, world)
     trained, judging = keep_back(samples) if config.refine_steps else (samples, [])
+    trained = with_noisy_windows(trained, config.noisy_windows, model, config.seed)
     kept_back = make_batches(judging, size)
     return make_batches(trained, size) + kept_back, len(kept_back)
 

@@ -127,6 +127,15 @@ class Fields:
         default=2048,
         metadata=about(Integer(2, MAX_TOKENS), "tokens in a window, bounded by the model's context"),
     )
+    noisy_windows: float | None = field(
+        default=None,
+        metadata=about(
+            Share(),
+            "for each calibration window, so many more in which 30% of the tokens are replaced by random ones: with "
+            "them the layer solves and transformer matching do better on text unlike the calibration's; None is 0 with "
+            'effort="published", else 0.5',
+        ),
+    )
     batch_size: int = field(
         default=8,
         metadata=about(

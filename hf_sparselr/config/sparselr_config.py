@@ -19,7 +19,7 @@ from .fields import FIELDS, Fields, documented
 from .hierarchy import HierarchyOptions, check_hierarchy, resolve_low_rank
 from .kinds import OVERRIDE_KEYS
 from .options import ALLOCATION_OPTIONS, DistillOptions, TMOptions, budget_pattern, budget_rank
-from .presets import PRESETS
+from .presets import NOISY_WINDOWS, PRESETS
 
 logger = logging.getLogger("hf_sparselr")
 
@@ -111,6 +111,8 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
     def _build_options(self) -> None:
         """Makes the groups of options dataclasses: given values beat those of `effort`, which beat the defaults."""
         preset = PRESETS[self.effort]
+        if self.noisy_windows is None:
+            self.noisy_windows = NOISY_WINDOWS[self.effort]
         cls = ALLOCATION_OPTIONS[self.allocation]
         self.allocation_options = build_options("allocation_options", self.allocation_options, cls)
         self.tm = build_options("tm", self.tm, TMOptions, preset["tm"])

@@ -174,7 +174,7 @@ def test_targets_differ_after_the_first_block_alone():
 def test_published_effort_is_the_published_options(tmp_path):
     solver = Options(form="textbook", refit_rounds=1, precision="fp32", max_iterations=100)
     tm = {"passes": 20, "lr": 2e-5, "final_lr": 0.2, "target": "block", "precision": "fp32"}
-    short = {"effort": "published", "method_options": {"max_iterations": 100}}
+    short = {"effort": "published", "noisy_windows": None, "method_options": {"max_iterations": 100}}
     compress(tiny.build("llama"), tiny.settings(refine="tm", **short), tmp_path / "a")
     compress(tiny.build("llama"), tiny.settings(refine="tm", method_options=solver, tm=tm), tmp_path / "b")
     compress(

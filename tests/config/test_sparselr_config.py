@@ -13,7 +13,7 @@ import torch
 
 from hf_sparselr.config.fields import FIELDS
 from hf_sparselr.config.options import ALLOCATION_OPTIONS, DistillOptions, TMOptions
-from hf_sparselr.config.presets import PRESETS
+from hf_sparselr.config.presets import NOISY_WINDOWS, PRESETS
 from hf_sparselr.config.reference import README, attributes, written
 from hf_sparselr.config.sparselr_config import FORMAT_VERSION, SparseLRConfig
 from hf_sparselr.data.calibration import CUSTOM
@@ -29,6 +29,7 @@ FULL = {
     "calibration": "me/texts:part",
     "num_samples": 32,
     "seq_len": 512,
+    "noisy_windows": 0.25,
     "batch_size": 2,
     "seed": 7,
     "targets": ["q_proj", r"mlp\..*"],
@@ -110,6 +111,8 @@ def test_effort_fills_what_is_left_open(effort: str) -> None:
     assert config.method_options == Options(**preset["3basil"])
     assert config.tm == TMOptions(**preset["tm"])
     assert config.distill == DistillOptions(**preset["distill"])
+    assert config.noisy_windows == NOISY_WINDOWS[effort] == SparseLRConfig.from_dict(config.to_dict()).noisy_windows
+    assert SparseLRConfig(effort=effort, noisy_windows=0.25).noisy_windows == 0.25
     own = {"method_options": {"rho": 0.3, "refit_rounds": 7}, "tm": {"passes": 3}, "distill": {"passes": 5}}
     config = SparseLRConfig(effort=effort, **own)
     assert config.method_options == Options(**{**preset["3basil"], **own["method_options"]})

@@ -20,7 +20,7 @@ from hf_sparselr.solvers.registry import PRECOMPUTED
 
 TM = {"passes": 4, "batch_size": 4, "lr": 3e-4}
 STILL = {"passes": 1, "batch_size": 4, "lr": 1e-12}  # as good as no step
-FIELDS = {"calibration": tiny.IDS, "num_samples": 4, "seq_len": 32}
+FIELDS = {"calibration": tiny.IDS, "num_samples": 4, "seq_len": 32, "noisy_windows": 0.0}
 
 
 def config(tm=TM, **changes) -> hf_sparselr.SparseLRConfig:

@@ -90,7 +90,7 @@ def tokenizer() -> tf.PreTrainedTokenizerBase:
 
 
 def settings(**changes) -> SparseLRConfig:
-    """2:4 and rank 4 on 4 x 32 tokens."""
+    """2:4 and rank 4 on 4 x 32 tokens as they are."""
     fields = {
         "sparsity": "2:4",
         "rank": 4,
@@ -98,6 +98,7 @@ def settings(**changes) -> SparseLRConfig:
         "calibration": IDS,
         "num_samples": 4,
         "seq_len": 32,
+        "noisy_windows": 0.0,
         "method_options": FAST,
     }
     return SparseLRConfig(**{**fields, **changes})
