@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from ..utils.modules import detached_states, eval_mode, named_tensors
 from ..utils.precision import arithmetic, available
 from ..utils.world import ALONE, World
 from .capture import first_tensor, instance_forwards, model_inputs
+from .fused_operators import fused_norms
 from .masters import original_places, pack_masters, round_masters, unpack_masters
 from .model_structure import find_blocks
 from .padding import MASKS
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 JUDGING_WINDOWS = 8  # on which the loss before and after is measured, where none are kept back
 BETAS = (0.9, 0.95)
+SHALLOW = 6  # blocks, up to which relative step sizes are those of the options
 
 
 def copy_sharing_blocks(model: nn.Module, blocks: dict[str, nn.Module]) -> nn.Module:
@@ -113,14 +116,15 @@ def distill(
             groups = unpack_masters(model, layers, device, options)
             parameters = [parameter for group in groups.values() for parameter in group]
             start = snapshot(parameters, in_main_memory=is_large(parameters))
-            scale = Scale(model, teacher, judging or {"trained on": batches[:few]}, options, device, world)
-            training = _train(model, teacher, pairs, groups, batches, options, seed, on_pass, scale.weigh, world)
-            best, history = training.best_pass, scale.history
-            if best:
-                round_masters(model, dtypes)
-                if not scale.weigh() < 1:
-                    restore(parameters, start)
-                    best = 0
+            with fused_norms([model, teacher], device, options.precision):
+                scale = Scale(model, teacher, judging or {"trained on": batches[:few]}, options, device, world)
+                training = _train(model, teacher, pairs, groups, batches, options, seed, on_pass, scale.weigh, world)
+                best, history = training.best_pass, scale.history
+                if best:
+                    round_masters(model, dtypes)
+                    if not scale.weigh() < 1:
+                        restore(parameters, start)
+                        best = 0
             after = scale.history[-1] if best else history[0]
         finally:
             pack_masters(model, layers)
@@ -199,7 +203,14 @@ def _train(
         return add_gradients(model, teacher, batch, size, options, pairs)
 
     steps = _steps(batches, list(counts.values()), options.batch_size, world)
+    if options.relative_lr:
+        options = replace(options, lr=options.lr * depth_share(len(find_blocks(teacher))))
     return train(model, groups, steps, size, backward, options, BETAS, seed, on_pass, judge, world)
+
+
+def depth_share(blocks: int) -> float:
+    """The share of a relative step size for a model of so many blocks: their changes add up like random ones."""
+    return math.sqrt(SHALLOW / max(blocks, SHALLOW))
 
 
 def add_gradients(

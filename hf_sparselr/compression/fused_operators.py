@@ -24,12 +24,21 @@ def fused_operators(block: nn.Module, device: torch.device, precision: str) -> I
     if device.type != "cuda" or precision == "fp32":
         yield
         return
-    norms = rms_norms(block)
+    with fused_norms([block], device, precision), FusedAttention():
+        yield
+
+
+@contextmanager
+def fused_norms(modules: list[nn.Module], device: torch.device, precision: str) -> Iterator[None]:
+    """Inside, the RMS norms of modules that work on CUDA, other than in full FP32, take torch's fused kernel."""
+    norms: dict[nn.Module, Callable] = {}
+    if device.type == "cuda" and precision != "fp32":
+        for module in modules:
+            norms |= rms_norms(module)
     for norm, forward in norms.items():
         norm.forward = forward
     try:
-        with FusedAttention():
-            yield
+        yield
     finally:
         for norm in norms:
             del norm.forward

@@ -138,6 +138,8 @@ def distill_in_memory(
     with phases("distillation"), on_device(teacher, device, options):
         trained, judging = {}, {}
         kinds = {CALIBRATION: calibration, SELF_WRITTEN: world.of_first(samples.for_distillation(teacher, calibration))}
+        if device.type == "cuda":  # writing leaves behind memory of many sizes that nothing else fits into
+            torch.cuda.empty_cache()
         for kind, windows in kinds.items():
             trained[kind], judging[kind] = keep_back(windows)
         batched = takes_batches(teacher, calibration[0])

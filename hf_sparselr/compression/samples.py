@@ -17,7 +17,7 @@ from .model_structure import context_length
 logger = logging.getLogger("hf_sparselr")
 
 PROMPT = 16  # tokens of a calibration sample that a prompted window begins with
-MOST_AT_A_TIME = 1024  # windows that the dense model writes at a time for distillation
+MOST_AT_A_TIME = 2048  # windows that the dense model writes at a time for distillation
 WIDTH_TIMES_WINDOWS = 2**20  # bounds the memory of keys and values, which grows with the model's width
 
 

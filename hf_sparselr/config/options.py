@@ -145,7 +145,8 @@ class DistillOptions:
         passes: number of passes over the calibration windows and those of `self_samples`.
         lr: first step size of Adam.
         relative_lr: whether `lr` is a share of a parameter's root mean square over its nonzero entries, taken as at
-            least 0.02 for norms and biases. The sizes of weights differ tenfold between models.
+            least 0.02 for norms and biases, and falls with the square root of the blocks beyond six. The sizes of
+            weights differ tenfold between models, and the changes of many blocks add up.
         factor_lr: step size of A and B, as a multiple of `lr`.
         final_lr: last step size, as a share of the first; between them it follows a cosine.
         batch_size: calibration windows in a step, or as many tokens of shorter ones.

@@ -5,11 +5,11 @@ from typing import Any
 _PUBLISHED_TM = {"passes": 20, "lr": 2e-5, "final_lr": 0.2, "target": "block", "precision": "fp32"}
 _TM = {"passes": 7, "lr": 3e-4, "final_lr": 0.2, "target": "mean", "precision": "auto"}
 _DISTILL = {
-    "passes": 5,
+    "passes": 4,
     "lr": 2e-3,
     "relative_lr": True,
     "batch_size": 4,
-    "self_samples": 2048,
+    "self_samples": 4096,
     "self_len": 256,
     "hidden_weight": 3.0,
 }
@@ -21,10 +21,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {
         "3basil": {"rho": 0.09, "weigh_outputs": True},
         "tm": {**_TM, "passes": 3},
-        "distill": {**_DISTILL, "passes": 2},
+        "distill": {**_DISTILL, "passes": 2, "self_samples": 2048},
     },
     "default": {"3basil": _SOFT, "tm": _TM, "distill": _DISTILL},
-    "high": {"3basil": _SLOW, "tm": {**_TM, "passes": 14}, "distill": {**_DISTILL, "passes": 8, "self_samples": 4096}},
+    "high": {"3basil": _SLOW, "tm": {**_TM, "passes": 14}, "distill": {**_DISTILL, "passes": 6, "self_samples": 8192}},
     "published": {
         "3basil": {"form": "textbook", "precision": "fp32", "refit_rounds": 1},
         "tm": _PUBLISHED_TM,

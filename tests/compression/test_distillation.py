@@ -214,6 +214,20 @@ def test_a_trained_model_predicts_better_afterwards() -> None:
     assert perplexity(model, ids) < 0.6 * before
 
 
+def test_relative_steps_fall_with_the_square_root_of_the_blocks() -> None:
+    moved = {}
+    for blocks in (2, 24):
+        teacher = tiny.build("llama", num_hidden_layers=blocks)
+        settings = tiny.settings(rank=0, method="wanda", method_options=None)
+        model = compress(tiny.build("llama", num_hidden_layers=blocks), settings)
+        layers = packed_layers(model)
+        before = {name: layer.values.clone() for name, layer in layers.items()}
+        run(model, teacher, batch=4, batch_size=4, passes=1, lr=1e-4, final_lr=1.0)
+        moved[blocks] = [(layer.values - before[name]).abs().median() for name, layer in layers.items()]
+    share = torch.stack(moved[24][:14]) / torch.stack(moved[2])  # Adam's first step is the step size
+    assert share.median() == pytest.approx((6 / 24) ** 0.5, rel=0.05)
+
+
 def test_deterministic_for_a_seed() -> None:
     found = []
     for seed, other in ((0, 1), (0, 2), (5, 1)):
