@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.model_inputs import Sample
+from .model_structure import input_embeddings
 
 REPLACED = 0.3  # of the tokens of a noisy window
 
@@ -19,14 +20,19 @@ def with_noisy_windows(samples: list[Sample], share: float, model: PreTrainedMod
     """Samples, and after some of them, evenly spread, the same with 30% of their tokens replaced by random ones.
 
     Tokens with a role that the model's config names, such as the first one or an image's place, are neither replaced
-    nor drawn. Samples with other inputs than tokens and their mask get no such copy.
+    nor drawn. Samples with other inputs than tokens and their mask get no such copy, nor do those of models without
+    embeddings of tokens.
 
     Args:
         share: so many noisy windows for each sample, in [0, 1].
     """
-    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    rows = getattr(input_embeddings(model), "num_embeddings", None)
+    size = getattr(model.config.get_text_config(), "vocab_size", rows)
+    if not isinstance(rows, int) or not isinstance(size, int):
+        return samples
+    size = min(size, rows)
     roles = torch.tensor(sorted(_roles(model.config)), dtype=torch.int64)
-    if size is None or size <= len(roles):
+    if size <= len(roles):
         return samples
     drawn = torch.ones(size, dtype=torch.bool)
     drawn[roles[roles < size]] = False

@@ -37,6 +37,13 @@ def test_tokens_with_a_role_stay() -> None:
         assert sample["attention_mask"] is mask
 
 
+def test_tokens_without_an_embedding_are_not_drawn() -> None:
+    model = tiny.build("llama")
+    model.config.vocab_size = 2 * tiny.VOCAB
+    noisy = with_noisy_windows(token_samples(WINDOWS), 1, model, seed=0)[1::2]
+    assert max(int(sample["input_ids"].max()) for sample in noisy) == tiny.VOCAB - 1
+
+
 def test_the_seed_decides() -> None:
     model, samples = tiny.build("llama"), token_samples(WINDOWS)
     first, same, other = (with_noisy_windows(samples, 1, model, seed)[1]["input_ids"] for seed in (1, 1, 2))
