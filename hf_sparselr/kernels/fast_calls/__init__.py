@@ -259,7 +259,10 @@ def _offset_of_tensor() -> int:
 
 
 def compiled() -> ctypes.CDLL | None:
-    """The C library, if there is a compiler."""
+    """The C library, if this Python can use it and there is a compiler."""
+    interpreter_locks = getattr(sys, "_is_gil_enabled", lambda: True)()
+    if sys.platform != "linux" or sys.implementation.name != "cpython" or not interpreter_locks:
+        return None
     source = importlib.resources.files(__package__).joinpath("fast_calls.c").read_text(encoding="utf-8")
     return load("fast_calls", source, _SLOW)
 
@@ -270,9 +273,6 @@ _SLOW = "calls of packed layers take the host several times longer than they cou
 @functools.cache
 def _library() -> _Library | None:
     """None where calls have to go through Python, after a warning if that is unexpected."""
-    interpreter_locks = getattr(sys, "_is_gil_enabled", lambda: True)()
-    if sys.platform != "linux" or sys.implementation.name != "cpython" or not interpreter_locks:
-        return None
     library = compiled()
     if library is None:
         return None
