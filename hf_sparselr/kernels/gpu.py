@@ -139,7 +139,7 @@ def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str, m
     index = index_of(weight.mask, weight.in_features)
     native = small_batch.supports(weight, index)
     outs, ins = weight.out_features, weight.in_features
-    if native and rows > (FEW_ROWS if outs * ins < LARGE else FEW_ROWS // 2) and supports_wgmma(weight):
+    if native and rows > (FEW_ROWS if outs * ins < LARGE else 1) and supports_wgmma(weight):
         return wide_config(rows, outs, ins, _multiprocessors(inputs))
     if native and not index.pairs and takes_bitmask(rows, outs, ins) and supports_bitmask(weight):
         return bitmask_config(rows, outs, _multiprocessors(inputs))

@@ -8,7 +8,7 @@ FEW_ROWS = 16  # of x that "gemv" and "small_batch" take
 NATIVE_ROWS = 32  # of x that "mma" takes
 MEDIUM_ROWS = 256  # of x for which "medium_batch" is worth trying, as it unpacks S for each 128
 TILE_ROWS = 256  # for which "tiles" is
-LARGE = 2**25  # entries of S, from which on "wgmma" is faster than "mma" for more than 8 rows of x
+LARGE = 2**25  # entries of S, from which on "wgmma" is faster than "mma" from two rows of x on
 BITMASK_ROWS = 256  # of x that "bitmask" is faster for
 BITMASK_ENTRIES = 2**24  # of S, likewise
 MOST_ROWS = 8192  # with more rows the same configuration is the fastest
@@ -138,7 +138,7 @@ def wide_config(rows: int, outs: int, ins: int, multiprocessors: int) -> LaunchC
         multiprocessors: of the device.
     """
     batch = min(256, max(16, 1 << (rows - 1).bit_length()))
-    tall, resident = (128, 1) if batch >= 128 else (64, 2)
+    tall, resident = (128, 1) if batch >= 128 else (64, 2 if batch > 16 else 3)
     room, chunks = resident * multiprocessors, -(-ins // 256)
     blocks = -(-outs // tall) * -(-rows // batch)
     if blocks > room * 85 // 100:
@@ -168,7 +168,7 @@ def bitmask_config(rows: int, outs: int, multiprocessors: int) -> LaunchConfig:
 def _parts(blocks: int, room: int, chunks: int) -> int:
     """Of the columns: some room stays for the kernel before, and clusters do not find a place everywhere. Few columns
     are not worth it."""
-    return max(1, min(8, room * 85 // 100 // blocks, chunks // 2)) if chunks >= 8 else 1
+    return max(1, min(3, room * 85 // 100 // blocks, chunks // 2)) if chunks >= 6 else 1
 
 
 def candidates(rows: int, weight: PackedWeight, pairs: bool, native: bool) -> tuple[LaunchConfig, ...]:
