@@ -23,7 +23,7 @@ from ..compression.report import table
 from ..config.hierarchy import HierarchyOptions
 from ..format.bitmask import pack_mask
 from ..format.hierarchy import FLOAT_PARTS, Hierarchy
-from ..format.patterns import EMPTY, NM, Pattern, from_text, parse
+from ..format.patterns import EMPTY, Pattern, from_text, parse
 from ..nn.hierarchical import HierarchicalLowRank
 from ..nn.linear import SparseLRLinear
 from .presets import PRESETS
@@ -96,12 +96,7 @@ def random_layer(
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, device=device)
 
-    if isinstance(pattern, NM):
-        mask = pattern.mask(randn(*shape))
-    else:  # the largest of random scores, without sorting them
-        keys = torch.rand(shape, generator=generator, device=device).flatten()
-        limit = keys.kthvalue(pattern.kept(shape)).values if pattern.kept(shape) else -1
-        mask = (keys <= limit).view(shape)
+    mask = pattern.mask(randn(*shape))
     nonzeros = int(mask.sum())
     split = None if hierarchy is None else HierarchyOptions(**hierarchy).shape(shape, rank)
     layer = SparseLRLinear(shape[1], shape[0], nonzeros, 0 if split else rank, device=device, dtype=dtype)
