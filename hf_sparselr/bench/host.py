@@ -4,7 +4,7 @@
 
 The linear layers of a preset's blocks are called one after the other, without the operations between them: the caches
 of the processor are as cold as in a model. "us" is the time in which the host issues a call, however busy the device
-is: the median of many passes over the number of layers.
+is: the median of many passes over the number of layers. On a CPU it includes the product.
 """
 
 import argparse

@@ -4,10 +4,11 @@ A machine that has them on disk has little left to do. Kernels are bound to stan
 depends on the shapes and the kind of support of a weight, and seldom on more.
 """
 
+import functools
 import logging
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from ..format.bitmask import pack_mask
 from ..format.patterns import Pattern, Unstructured
 from ..utils.availability import TRITON
-from . import fast_calls
+from . import cpu, fast_calls
 from .packed_weight import PackedWeight
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,16 @@ def compile_ahead(groups: Iterable[Sequence[Kind]], device: torch.device) -> lis
 
     Args:
         groups: of all weights; those of a group have inputs of one width.
-        device: to which the weights go. Nothing is done for others than CUDA's, or where memory is scarce.
+        device: to which the weights go, of CUDA or the CPU. Nothing is done for others, or where memory is scarce.
 
     Returns:
         The threads, to join before a CUDA graph is captured.
     """
-    groups = [group for group in map(tuple, groups) if all(kind.dtype in _DTYPES for kind in group)]
+    groups = [tuple(group) for group in groups]
+    if device.type == "cpu":
+        dtypes = {kind.dtype for group in groups for kind in group}
+        return _started([functools.partial(cpu.supports, dtype) for dtype in dtypes] + [fast_calls.compiled])
+    groups = [group for group in groups if all(kind.dtype in _DTYPES for kind in group)]
     if device.type != "cuda" or not TRITON or not groups:
         return []
     needed = sum(2 * kind.pattern.kept((kind.outs, kind.ins)) for group in groups for kind in group)
@@ -56,8 +61,11 @@ def compile_ahead(groups: Iterable[Sequence[Kind]], device: torch.device) -> lis
     tasks: queue.SimpleQueue = queue.SimpleQueue()
     for task in dict.fromkeys(_tasks(groups)):
         tasks.put(task)
-    threads = [threading.Thread(target=_work, args=(tasks, device)) for _ in range(_WORKERS)]
-    threads.append(threading.Thread(target=fast_calls.compiled))
+    return _started([functools.partial(_work, tasks, device)] * _WORKERS + [fast_calls.compiled])
+
+
+def _started(works: Sequence[Callable[[], object]]) -> list[threading.Thread]:
+    threads = [threading.Thread(target=work) for work in works]
     for thread in threads:
         thread.start()
     return threads

@@ -9,7 +9,7 @@ from hf_sparselr.config.sparselr_config import SparseLRConfig
 from hf_sparselr.format.bitmask import unpack_mask
 from hf_sparselr.format.patterns import NM, Unstructured
 from hf_sparselr.integrations.transformers import compiling
-from hf_sparselr.kernels import ahead
+from hf_sparselr.kernels import ahead, cpu
 from hf_sparselr.kernels.ahead import Kind, compile_ahead, stand_in
 from hf_sparselr.nn.linear import SparseLRLinear
 
@@ -39,7 +39,7 @@ def test_each_launch_of_a_model_is_made_once() -> None:
 
 
 def test_other_devices_and_dtypes_have_nothing_to_compile() -> None:
-    assert compile_ahead([[PAIRS]], torch.device("cpu")) == []
+    assert compile_ahead([[PAIRS]], torch.device("meta")) == []
     assert compile_ahead([[PAIRS._replace(dtype=torch.float32)]], torch.device("cuda")) == []
 
 
@@ -67,9 +67,21 @@ def test_kinds_are_those_of_the_checkpoint(monkeypatch: pytest.MonkeyPatch, devi
 
 
 @pytest.mark.parametrize("device_map", [None, {"": "cpu"}, {"": torch.device("cpu")}])
-def test_a_model_on_the_cpu_starts_nothing(monkeypatch: pytest.MonkeyPatch, device_map: dict | None) -> None:
-    monkeypatch.setattr(compiling, "compile_ahead", lambda *_: pytest.fail("it has no GPU"))
-    assert compiling.compile_kernels(Model(), SparseLRConfig(sparsity="2:4", rank=4), device_map) == []
+def test_a_model_on_the_cpu_finds_its_kernels_compiled(
+    monkeypatch: pytest.MonkeyPatch, device_map: dict | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu._library.cache_clear()
+    for thread in compiling.compile_kernels(Model(), SparseLRConfig(sparsity="2:4", rank=4), device_map):
+        thread.join()
+    assert cpu._library.cache_info().currsize == 1
+    cpu.supports(torch.bfloat16)
+    assert cpu._library.cache_info().misses == 1
+
+
+def test_a_model_that_may_go_to_a_gpu_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert compiling.compile_kernels(Model(), SparseLRConfig(sparsity="2:4", rank=4), None) == []
 
 
 @pytest.mark.gpu

@@ -14,14 +14,14 @@ from ...nn.shared_input import layers_by_width
 
 
 def compile_kernels(model: nn.Module, config: SparseLRConfig, device_map: Any) -> list[Thread]:
-    """In threads, for the first GPU to which weights go; nothing where none goes there at once.
+    """In threads, for the first GPU to which weights go, else for the CPU if they are known to stay there.
 
     Args:
         model: its packed layers on the meta device.
         device_map: {module: device}, a strategy such as "auto", or None.
     """
-    device = _first_gpu(device_map)
-    if device is None:
+    device = _first_gpu(device_map) or torch.device("cpu")
+    if device_map is None and torch.cuda.is_available():
         return []
     names = {layer: name for name, layer in packed_layers(model).items()}
     groups = [

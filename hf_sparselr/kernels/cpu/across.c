@@ -244,6 +244,9 @@ WIDE INLINE void wide_row(const uint8_t *m, const entry *v, int64_t left, const 
 
 #if defined(BF16) && (defined(__clang__) || __GNUC__ >= 10) /* that know these instructions */
 #define HAS_PAIRED 1
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define HAS_TILES 1
+#endif
 /* 32 columns at a time, multiplied in pairs of BF16. */
 PAIRED INLINE void paired_row(const uint8_t *m, const entry *v, int64_t left, const Inputs *in, int64_t bytes,
                               floats *sums, const int rows) {

@@ -4,6 +4,11 @@
  * checked on the way. Else they were counted before.
  */
 
+#ifdef HAS_TILES
+enum { BEFORE_TILES = 5 }; /* rows of x, with AMX */
+#else
+enum { BEFORE_TILES = 16 };
+#endif
 enum { SHORT = 16 }; /* rows of S that are used again while they are in a cache */
 
 typedef struct {
@@ -18,7 +23,7 @@ static Across choose_across(int level, int fours) {
 #ifdef X86
   int wide = level > 0 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vl");
 #ifdef HAS_PAIRED
-  if (wide && __builtin_cpu_supports("avx512bf16")) return (Across){across_paired, level > 1 ? 5 : 16, 0};
+  if (wide && __builtin_cpu_supports("avx512bf16")) return (Across){across_paired, level > 1 ? BEFORE_TILES : 16, 0};
 #endif
   if (!wide && fours) return (Across){across_fours, 1, 0};
   return wide ? (Across){across_wide, 16, 0} : (Across){across_narrow, 12, APART};
@@ -103,7 +108,7 @@ static void low_rank_column(const Weight *w, int64_t q, const Inputs *in, float 
   }
 }
 
-static int64_t padded(int64_t rank) { return (rank + 7) / 8 * 8; }
+static int64_t padded(int64_t rank) { return up_to(rank, 8); }
 
 /* Whether every byte has four bits. */
 static int keeps_fours(const uint8_t *m, int64_t bytes) {
@@ -164,12 +169,11 @@ static void multiply_tile(const Weight *w, const int64_t *starts, int64_t top, c
    without memory, 2 if the masks keep other columns than they seem to without `starts`, else 0. */
 static int multiply_across(const Weight *weights, int64_t size, const int64_t *starts, const entry *x, entry *const *ys,
                            int64_t rows, Across way, int threads) {
-  int64_t ins = weights->ins, stride = (ins + 7) / 8 * 8 + 64, all_ranks = 0, most_ranks = 0, all_tiles = 0;
-  stride = (stride + 15) / 16 * 16;
+  int64_t ins = weights->ins, stride = up_to(up_to(ins, 8) + 64, 16), all_ranks = 0, most_ranks = 0, all_tiles = 0;
   for (int64_t i = 0; i < size; i++) {
     int64_t ranks = padded(weights[i].rank);
     all_ranks += ranks, most_ranks = ranks > most_ranks ? ranks : most_ranks;
-    all_tiles += (weights[i].outs + SHORT - 1) / SHORT;
+    all_tiles += up_to(weights[i].outs, SHORT) / SHORT;
   }
   int64_t x_bytes = rows * stride * 4, u_bytes = rows * all_ranks * 4, given_bytes = rows * stride * sizeof(entry);
   int64_t part_bytes = lines(SHORT * most_ranks * 4);
@@ -198,17 +202,10 @@ static int multiply_across(const Weight *weights, int64_t size, const int64_t *s
     }
 #pragma omp for schedule(static)
     for (int64_t number = 0; number < all_tiles; number++) {
-      const Weight *w = weights;
-      const int64_t *its_starts = starts;
-      const float *u = us;
-      int64_t tile = number, tiles;
-      for (; tile >= (tiles = (w->outs + SHORT - 1) / SHORT); w++) {
-        tile -= tiles, u += rows * padded(w->rank);
-        if (starts) its_starts += w->outs + 1;
-      }
-      int64_t top = tile * SHORT, high = w->outs - top < SHORT ? w->outs - top : SHORT;
-      multiply_tile(w, its_starts, top, &in, u, factors, ys[w - weights], rows, way.row);
-      if (!starts && !keeps_fours(w->mask + top * (w->ins / 8), high * (w->ins / 8))) {
+      Tile t = find_tile(weights, starts, number, SHORT, rows, 8);
+      int64_t high = t.w->outs - t.top < SHORT ? t.w->outs - t.top : SHORT;
+      multiply_tile(t.w, t.starts, t.top, &in, us + t.u, factors, ys[t.w - weights], rows, way.row);
+      if (!starts && !keeps_fours(t.w->mask + t.top * (ins / 8), high * (ins / 8))) {
 #pragma omp atomic write
         others = 1;
       }

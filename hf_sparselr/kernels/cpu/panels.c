@@ -8,8 +8,6 @@ typedef struct {
   int64_t unit;
 } Way;
 
-static int64_t up_to(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
-
 /* u (rows, stride) = x A^T of some rows. */
 static void low_rank_rows(const Weight *w, Way way, Panel space, const entry *x, int64_t x_stride, entry *u,
                           int64_t rows) {
@@ -51,7 +49,7 @@ static int multiply_panels(const Weight *weights, int64_t size, const int64_t *s
   int64_t ins = weights->ins, x_stride = up_to(ins, way.unit), most = 0, all = 0, panels = 0;
   for (int64_t i = 0; i < size; i++) {
     most = weights[i].rank > most ? weights[i].rank : most, all += up_to(weights[i].rank, way.unit);
-    panels += (weights[i].outs + PANEL - 1) / PANEL;
+    panels += up_to(weights[i].outs, PANEL) / PANEL;
   }
   int64_t x_bytes = x_stride > ins ? rows * x_stride * sizeof(entry) : 0, u_bytes = (rows * all + 1) * sizeof(entry);
   int64_t S_bytes = up_to(ins, 32) * 32, B_bytes = up_to(most, 32) * 32, own = 2 * (S_bytes + B_bytes);
@@ -81,13 +79,8 @@ static int multiply_panels(const Weight *weights, int64_t size, const int64_t *s
     }
 #pragma omp for schedule(dynamic)
     for (int64_t number = 0; number < panels; number++) {
-      const Weight *w = weights;
-      const int64_t *its_starts = starts;
-      const entry *u = us;
-      int64_t panel = number, count;
-      for (; panel >= (count = (w->outs + PANEL - 1) / PANEL); w++)
-        panel -= count, its_starts += w->outs + 1, u += rows * up_to(w->rank, way.unit);
-      multiply_one_panel(w, way, its_starts, panel * PANEL, S, B, x, x_stride, u, ys[w - weights], rows);
+      Tile t = find_tile(weights, starts, number, PANEL, rows, way.unit);
+      multiply_one_panel(t.w, way, t.starts, t.top, S, B, x, x_stride, us + t.u, ys[t.w - weights], rows);
     }
 #ifdef HAS_TILES
     if (level > 1) end_tiles();

@@ -1,6 +1,5 @@
 /* The panels of `pairs.c` times x by AMX: 16 rows of x, 32 columns and 16 rows of S an instruction. */
-#if defined(HAS_PAIRED) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define HAS_TILES 1
+#ifdef HAS_TILES
 #define TILED __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,amx-tile,amx-bf16")))
 
 /* Sets up this thread's eight tiles of 64 bytes by 16 rows; by `rows` those of x and of sums, 0 to 5. */

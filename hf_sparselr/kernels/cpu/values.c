@@ -68,7 +68,7 @@ INLINE void narrow_eight(floats values, entry *to) {
   typedef entry eight __attribute__((vector_size(16), aligned(2)));
   words bits = (words)values, nan = (words)(values != values);
   words rounded = bits + 0x7fff + (bits >> 16 & 1);
-  *(eight *)to = __builtin_convertvector((nan & (bits | 1 << 22) | ~nan & rounded) >> 16, eight);
+  *(eight *)to = __builtin_convertvector(((nan & (bits | 1 << 22)) | (~nan & rounded)) >> 16, eight);
 #else
   UNROLL for (int i = 0; i < 8; i++) to[i] = narrow(values[i]);
 #endif
@@ -100,6 +100,26 @@ typedef struct {
   const entry *values, *A, *B, *bias;
   int64_t nonzeros, outs, ins, rank;
 } Weight;
+
+static int64_t up_to(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+/* Some rows of S of one of several weights. starts: of its rows, NULL if those of all are. u: numbers of u before its. */
+typedef struct {
+  const Weight *w;
+  const int64_t *starts;
+  int64_t u, top;
+} Tile;
+
+/* Tile `number` of all, each of `height` rows. Rows of u, one for each of x, are padded to a multiple of `unit`. */
+static Tile find_tile(const Weight *weights, const int64_t *starts, int64_t number, int64_t height, int64_t rows,
+                      int64_t unit) {
+  Tile t = {weights, starts, 0, number * height};
+  for (; t.top >= up_to(t.w->outs, height); t.w++) {
+    t.top -= up_to(t.w->outs, height), t.u += rows * up_to(t.w->rank, unit);
+    if (starts) t.starts += t.w->outs + 1;
+  }
+  return t;
+}
 
 static int32_t set_bits[256][8]; /* of a byte, in order */
 __attribute__((constructor)) static void make_set_bits(void) {
