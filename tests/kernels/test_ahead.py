@@ -85,8 +85,8 @@ def test_a_model_that_may_go_to_a_gpu_starts_nothing(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)])
-def test_the_first_calls_compile_nothing(monkeypatch: pytest.MonkeyPatch, pattern: NM | Unstructured) -> None:
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8)], ids=str)  # rows of one length, so that each draw is alike
+def test_the_first_calls_compile_nothing(monkeypatch: pytest.MonkeyPatch, pattern: NM) -> None:
     from hf_sparselr.kernels import gpu, launch
     from hf_sparselr.kernels.cuda import nvrtc
 
