@@ -28,6 +28,7 @@ from .experts import fuse_experts, one_expert_at_a_time, unfuse_experts
 from .linear_layers import weight_shape
 from .masters import on_device
 from .model_structure import find_blocks
+from .noisy_windows import with_noisy_windows
 from .pipeline import run
 from .plan import Layer, usable_plan
 from .precomputed import Precomputed
@@ -141,7 +142,8 @@ def distill_in_memory(
         if device.type == "cuda":  # writing leaves behind memory of many sizes that nothing else fits into
             torch.cuda.empty_cache()
         for kind, windows in kinds.items():
-            trained[kind], judging[kind] = keep_back(windows)
+            apart, judging[kind] = keep_back(windows)
+            trained[kind] = with_noisy_windows(apart, config.noisy_windows, teacher, config.seed)
         batched = takes_batches(teacher, calibration[0])
         size = math.gcd(config.batch_size, options.batch_size) if batched else 1
         size = even_batch(size, options.batch_size, world)

@@ -142,7 +142,7 @@ class DistillOptions:
     """Options of distillation.
 
     Attributes:
-        passes: number of passes over the calibration windows and those of `self_samples`.
+        passes: number of passes over the calibration windows, those of `self_samples`, and their noisy copies.
         lr: first step size of Adam.
         relative_lr: whether `lr` is a share of a parameter's root mean square over its nonzero entries, taken as at
             least 0.02 for norms and biases, and falls with the square root of the blocks beyond six. The sizes of

@@ -5,7 +5,7 @@ from typing import Any
 _PUBLISHED_TM = {"passes": 20, "lr": 2e-5, "final_lr": 0.2, "target": "block", "precision": "fp32"}
 _TM = {"passes": 7, "lr": 3e-4, "final_lr": 0.2, "target": "mean", "precision": "auto"}
 _DISTILL = {
-    "passes": 4,
+    "passes": 3,
     "lr": 2e-3,
     "relative_lr": True,
     "batch_size": 4,
@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "distill": {**_DISTILL, "passes": 2, "self_samples": 2048},
     },
     "default": {"3basil": _SOFT, "tm": _TM, "distill": _DISTILL},
-    "high": {"3basil": _SLOW, "tm": {**_TM, "passes": 14}, "distill": {**_DISTILL, "passes": 6, "self_samples": 8192}},
+    "high": {"3basil": _SLOW, "tm": {**_TM, "passes": 14}, "distill": {**_DISTILL, "passes": 4, "self_samples": 8192}},
     "published": {
         "3basil": {"form": "textbook", "precision": "fp32", "refit_rounds": 1},
         "tm": _PUBLISHED_TM,

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -422,6 +423,19 @@ def test_the_dense_model_writes_windows_of_its_own(monkeypatch) -> None:
     assert torch.equal(torch.stack(windows[4:]), torch.stack(written))
     stats = model.sparselr_report.distill
     assert stats["loss_after"] < stats["loss_before"]
+
+
+def test_noisy_copies_of_both_kinds_are_trained_on(monkeypatch) -> None:
+    seen, real = [], offline.distill
+    monkeypatch.setattr(offline, "distill", lambda *args: seen.extend([args[2], args[7]]) or real(*args))
+    own = {**FAST, "self_samples": 8, "self_len": 32}
+    compress(dense(), tiny.settings(refine="distill", distill=own, noisy_windows=0.5, seed=4))
+    parts = (seen[0], [batch for own in seen[1].values() for batch in own])
+    trained, kept_back = ([row for batch in part for row in batch["input_ids"]] for part in parts)
+    copies = [(one != other).float().mean() for one, other in pairwise(trained)]
+    noisy = [share for share in copies if 0 < share < 0.6]
+    assert len(trained) == 4 + 2 + 7 + 3 and len(noisy) == 2 + 3  # one of the 8 is kept back
+    assert len(kept_back) == 1
 
 
 def test_a_share_of_its_windows_continue_calibration_windows(monkeypatch) -> None:
