@@ -101,7 +101,7 @@ def compress(args: argparse.Namespace, tokenizer, folder: Path, score: Callable)
         data = {"calibration": tokens, "num_samples": tokens.shape[0], "seq_len": tokens.shape[1]}
     elif args.model == str(quickstart.MODEL):  # less than the defaults, to be quick
         data = {"calibration": quickstart.read(held_out=False), "num_samples": 16, "seq_len": 512}
-        data["tm"] = {"passes": 5, "lr": 1e-4}
+        data["tm"] = {"passes": 5}
     else:
         data = {"calibration": args.calibration}
     config = hf_sparselr.SparseLRConfig(

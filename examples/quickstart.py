@@ -100,7 +100,7 @@ def main() -> None:
         tokenizer=tokenizer,
         num_samples=48,
         seq_len=LENGTH,
-        tm={"passes": 5, "lr": 1e-4},
+        tm={"passes": 5},
     )
     model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
     model.save_pretrained(packed)
