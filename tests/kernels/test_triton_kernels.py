@@ -222,10 +222,13 @@ def test_what_is_known_is_taken(rows: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert gpu.select(x, rows, weight, "packed").kernel in packed
 
 
+@pytest.mark.parametrize(("number", "card"), [(99, "NVIDIA H100 80GB HBM3"), (98, "NVIDIA H200")])
 @pytest.mark.parametrize("pairs", [True, False])
-def test_measured_cards_have_a_kernel_for_every_number_of_rows(pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    device = torch.device("cuda", 99)
+def test_measured_cards_have_a_kernel_for_every_number_of_rows(
+    pairs: bool, number: int, card: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    device = torch.device("cuda", number)
     for rows in (*range(1, 520), 1024, 1025, 8192, 10**6):
         for outs in (64, 16384):
             kernel = measured(rows, outs, pairs, device).kernel
