@@ -132,7 +132,7 @@ class Fields:
         metadata=about(
             Share(),
             "for each calibration window, so many more in which 30% of the tokens are replaced by random ones: with "
-            "them the layer solves, matching and distillation (of self-written windows, too) do better on text unlike "
+            "them the layer solves, matching and distillation (of the model's own text, too) do better on text unlike "
             'the calibration text; None is 0 with effort="published", else 0.5',
         ),
     )

@@ -3,7 +3,15 @@
 from typing import Any
 
 _PUBLISHED_TM = {"passes": 20, "lr": 2e-5, "final_lr": 0.2, "target": "block", "precision": "fp32"}
-_TM = {"passes": 7, "lr": 3e-4, "final_lr": 0.2, "target": "mean", "precision": "auto"}
+_TM = {
+    "passes": 7,
+    "lr": 4e-3,
+    "relative_lr": True,
+    "final_lr": 0.2,
+    "batch_size": 4,
+    "target": "mean",
+    "precision": "auto",
+}
 _DISTILL = {
     "passes": 3,
     "lr": 2e-3,

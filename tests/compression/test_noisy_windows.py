@@ -67,4 +67,4 @@ def test_they_bring_a_model_nearer_to_its_dense_self_on_other_text(refine: str |
         packed = compress(tiny.build("llama"), tiny.settings(**settings))
         with torch.no_grad():
             errors.append(float((packed(wide).logits - dense(wide).logits).square().mean()))
-    assert errors[1] < 0.8 * errors[0]
+    assert errors[1] < 0.9 * errors[0]

@@ -23,7 +23,7 @@ from hf_sparselr.nn.linear import packed_layers
 from hf_sparselr.solvers.threebasil.method import Options
 from hf_sparselr.utils.precision import matmuls
 
-TM = {"refine": "tm", "tm": {"passes": 2, "batch_size": 4}}
+TM = {"refine": "tm", "tm": {"passes": 2, "batch_size": 4, "lr": 3e-4, "relative_lr": False}}
 ROW = {"name", "shape", "pattern", "rank", "sparsity", "relative_error", "seconds", "iterations"}
 IGNORED = {"mamba": {"ignore": ["dt_proj"]}}  # Mamba reads its weight and never calls it
 
@@ -173,7 +173,8 @@ def test_targets_differ_after_the_first_block_alone():
 
 def test_published_effort_is_the_published_options(tmp_path):
     solver = Options(form="textbook", refit_rounds=1, precision="fp32", max_iterations=100)
-    tm = {"passes": 20, "lr": 2e-5, "final_lr": 0.2, "target": "block", "precision": "fp32"}
+    tm = {"passes": 20, "lr": 2e-5, "relative_lr": False, "final_lr": 0.2, "batch_size": 8, "target": "block"}
+    tm["precision"] = "fp32"
     short = {"effort": "published", "noisy_windows": None, "method_options": {"max_iterations": 100}}
     compress(tiny.build("llama"), tiny.settings(refine="tm", **short), tmp_path / "a")
     compress(tiny.build("llama"), tiny.settings(refine="tm", method_options=solver, tm=tm), tmp_path / "b")

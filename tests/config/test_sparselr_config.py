@@ -91,7 +91,7 @@ def test_stores_resolved_options_and_identity() -> None:
     stored = SparseLRConfig(**FULL).to_dict()
     assert stored["quant_method"] == "sparselr" and stored["format_version"] == FORMAT_VERSION
     assert stored["method_options"]["rho"] == 0.2 and stored["method_options"]["cg_steps"] == Options().cg_steps
-    assert stored["tm"]["passes"] == 3 and stored["tm"]["batch_size"] == TMOptions().batch_size
+    assert stored["tm"]["passes"] == 3 and stored["tm"]["batch_size"] == PRESETS["high"]["tm"]["batch_size"]
     assert json.loads(json.dumps(stored)) == stored
 
 

@@ -37,7 +37,7 @@ def test_compress_save_reload_and_fine_tune(tmp_path):
         num_samples=32,
         seq_len=LENGTH,
         method_options=QUICK,
-        tm={"passes": 2, "lr": 1e-4},
+        tm={"passes": 2},
     )
     model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config, dtype=FP32)
     compressed = perplexity(model, held_out)

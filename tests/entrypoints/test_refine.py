@@ -18,7 +18,7 @@ from hf_sparselr.format.patterns import NM, Pattern, Unstructured, project
 from hf_sparselr.nn.linear import packed_layers
 from hf_sparselr.solvers.registry import PRECOMPUTED
 
-TM = {"passes": 4, "batch_size": 4, "lr": 3e-4}
+TM = {"passes": 4, "batch_size": 4, "lr": 3e-4, "relative_lr": False}
 STILL = {"passes": 1, "batch_size": 4, "lr": 1e-12}  # as good as no step
 FIELDS = {"calibration": tiny.IDS, "num_samples": 4, "seq_len": 32, "noisy_windows": 0.0}
 
