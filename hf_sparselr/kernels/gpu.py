@@ -10,7 +10,7 @@ import torch
 
 from .autotune import choose, known
 from .bindings import Binding, binding_of
-from .cuda import small_batch
+from .cuda import small_batch, vector
 from .cuda.bitmask import bind_bitmask, supports_bitmask
 from .cuda.medium_batch import bind_tiles, supports_tiles
 from .cuda.wgmma import bind_wgmma, supports_wgmma
@@ -18,11 +18,13 @@ from .launch import drives
 from .launch_config import (
     FEW_ROWS,
     LARGE,
+    VECTOR,
     LaunchConfig,
     bitmask_config,
     candidates,
     row_key,
     takes_bitmask,
+    takes_vector,
     wide_config,
 )
 from .measured import measured
@@ -43,6 +45,7 @@ _BINDERS = {
     "tiles": bind_tiles,
     "wgmma": bind_wgmma,
     "bitmask": bind_bitmask,
+    "vector": vector.bind_vector,
     "medium_batch": bind_medium_batch,
     "unpack_then_gemm": bind_unpacked,
 }
@@ -122,8 +125,9 @@ def bind(
 
 def _kind_of(weight: PackedWeight, config: LaunchConfig) -> tuple:
     """The properties that weights must share to share a launch."""
-    if config.kernel == "mma":
-        return small_batch.kind_of(weight, index_of(weight.mask, weight.in_features))
+    if config.kernel in ("mma", "vector"):
+        kind = small_batch.kind_of if config.kernel == "mma" else vector.kind_of
+        return kind(weight, index_of(weight.mask, weight.in_features))
     return kind_of(weight)
 
 
@@ -141,6 +145,8 @@ def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str, m
     outs, ins = weight.out_features, weight.in_features
     if native and rows > (FEW_ROWS if outs * ins < LARGE else 1) and supports_wgmma(weight):
         return wide_config(rows, outs, ins, _multiprocessors(inputs))
+    if native and not index.pairs and takes_vector(rows, outs, ins) and vector.supports_vector(weight):
+        return VECTOR
     if native and not index.pairs and takes_bitmask(rows, outs, ins) and supports_bitmask(weight):
         return bitmask_config(rows, outs, _multiprocessors(inputs))
     native = native and (rows <= FEW_ROWS or not index.pairs or supports_tiles(weight))

@@ -9,6 +9,8 @@ NATIVE_ROWS = 32  # of x that "mma" takes
 MEDIUM_ROWS = 256  # of x for which "medium_batch" is worth trying, as it unpacks S for each 128
 TILE_ROWS = 256  # for which "tiles" is
 LARGE = 2**25  # entries of S, from which on "wgmma" is faster than "mma" from two rows of x on
+VECTOR_ROWS = 4  # of x that "vector" takes
+VECTOR_ENTRIES = 2**20  # of S from which on it was measured
 BITMASK_ROWS = 256  # of x that "bitmask" is faster for
 BITMASK_ENTRIES = 2**24  # of S, likewise
 MOST_ROWS = 8192  # with more rows the same configuration is the fastest
@@ -22,13 +24,14 @@ class LaunchConfig:
         kernel: reads the packed S: "gemv" multiplies one row of x in FP32 registers, "small_batch" gives up to 16 rows
             of 16 bits to the tensor cores, "medium_batch" more of them; "mma" does as "small_batch", in CUDA C++, and
             "tiles" as "medium_batch", at 2:4. "wgmma" takes any number of rows at 2:4, in CUDA C++ for compute
-            capability 9.0. "bitmask", there likewise, takes other supports. "unpack_then_gemm" unpacks S first.
+            capability 9.0. "bitmask", there likewise, takes other supports,
+            "vector" of these up to four rows of x. "unpack_then_gemm" unpacks S first.
         rows: output rows of a program, a power of two ("small_batch": at least 16); of a warp ("tiles"); 64 or
-            128 ("wgmma" and "bitmask").
+            128 ("wgmma" and "bitmask"); "vector" shares them out among programs.
         warps: of a program.
         split: programs that share output rows, each with a part of the columns (not for "gemv").
         ahead: "small_batch": read the mask of the next columns, of 2:4 also the values, before multiplying these. "mma"
-            at 2:4: steps along the columns whose loads are issued together.
+            at 2:4: steps along the columns whose loads are issued together. "vector": pairs of rows of S under way.
         resident: blocks of a multiprocessor that registers are left for ("mma", "tiles", "wgmma", "bitmask").
         batch: rows of x of a program, a power of two from 16 to 256 ("wgmma").
         cluster: programs that share these ("wgmma" and "bitmask").
@@ -53,10 +56,10 @@ class LaunchConfig:
     @property
     def shares(self) -> bool:
         """Whether one launch takes several weights with the same input."""
-        return self.kernel in ("gemv", "small_batch", "mma")
+        return self.kernel in ("gemv", "small_batch", "mma", "vector")
 
     def __str__(self) -> str:
-        if not self.rows:
+        if not self.warps:
             return self.kernel + " joined" * self.joined
         more = f" / {self.split}" * (self.split > 1) + f" {self.ahead} ahead" * (self.ahead > 0)
         more += f" {self.resident} resident" * (self.resident > 1)
@@ -64,7 +67,8 @@ class LaunchConfig:
             return f"{self.kernel} {self.rows} x {self.batch}{more}" + f" clusters of {self.cluster}" * (
                 self.cluster > 1
             )
-        return f"{self.kernel} {self.rows} rows {self.warps} warps{more}"
+        rows = f" {self.rows} rows" * (self.rows > 0)
+        return f"{self.kernel}{rows} {self.warps} warps{more}"
 
 
 GEMV = (  # of one order
@@ -99,6 +103,7 @@ TILES = tuple(
     for rows, split in ((32, 1), (32, 2), (32, 4), (16, 1), (16, 2), (16, 4), (16, 8))
 )
 MEDIUM_BATCH = tuple(LaunchConfig("medium_batch", 64, 4, split=split) for split in (1, 2, 4, 8))
+VECTOR = LaunchConfig("vector", 0, 16, ahead=2)
 JOINED = LaunchConfig("unpack_then_gemm", joined=True)
 BESIDE = LaunchConfig("unpack_then_gemm")
 
@@ -149,8 +154,13 @@ def wide_config(rows: int, outs: int, ins: int, multiprocessors: int) -> LaunchC
     return LaunchConfig("wgmma", tall, split=split, resident=resident, batch=batch)
 
 
+def takes_vector(rows: int, outs: int, ins: int) -> bool:
+    """Whether "vector" is the fastest for a product with another support than 2:4, where it runs."""
+    return rows <= VECTOR_ROWS and outs * ins >= (LARGE if rows == 1 else VECTOR_ENTRIES)
+
+
 def takes_bitmask(rows: int, outs: int, ins: int) -> bool:
-    """Whether "bitmask" is the fastest for a product with another support than 2:4, where it runs."""
+    """Whether "bitmask" is, likewise."""
     fewest = 2 if outs * ins >= LARGE else FEW_ROWS // 2 + 1
     return fewest <= rows <= BITMASK_ROWS and outs * ins >= BITMASK_ENTRIES
 

@@ -159,17 +159,17 @@ def with_factors_and_parts(
     if weight.rank:
         factor = 3
         steps.append(factor_step(rows, weight, factor, wide))
-        memories.append(_memory(rows, like.dtype, weight.rank, isinstance(steps[0], Launch)))
+        memories.append(factor_memory(rows, like.dtype, weight.rank, isinstance(steps[0], Launch)))
     if split > 1:
         target = 3 + len(memories)
-        memories.append(_memory(rows, torch.float32, split * outs, True))
+        memories.append(factor_memory(rows, torch.float32, split * outs, True))
     steps.append(Launch(launch, (X, factor, target, ROWS), grid))
     if split > 1:
         steps.append(sum_of_parts(split, like, outs, target, y(0)))
     return Program((outs,), tuple(memories), tuple(steps))
 
 
-def _memory(rows: int, dtype: torch.dtype, per_row: int, by_address: bool) -> Memory:
+def factor_memory(rows: int, dtype: torch.dtype, per_row: int, by_address: bool) -> Memory:
     """Entries for each row of x, for up to `rows` rows, raised to a power of two: the stream's, which costs a call no
     allocation, where that is no waste and its users take an address."""
     size = ceil_div(bucket(rows) * per_row * dtype.itemsize, 16) * 4  # all start at addresses for wide loads
