@@ -10,10 +10,10 @@ import torch
 
 from .autotune import choose, known
 from .bindings import Binding, binding_of
-from .cuda import small_batch, vector
+from .cuda import small_batch, vector, wgmma
 from .cuda.bitmask import bind_bitmask, supports_bitmask
 from .cuda.medium_batch import bind_tiles, supports_tiles
-from .cuda.wgmma import bind_wgmma, supports_wgmma
+from .cuda.wgmma import supports_wgmma
 from .launch import drives
 from .launch_config import (
     FEW_ROWS,
@@ -43,7 +43,7 @@ _BINDERS = {
     "small_batch": bind_decode,
     "mma": small_batch.bind_mma,
     "tiles": bind_tiles,
-    "wgmma": bind_wgmma,
+    "wgmma": wgmma.bind_wgmma,
     "bitmask": bind_bitmask,
     "vector": vector.bind_vector,
     "medium_batch": bind_medium_batch,
@@ -54,9 +54,10 @@ _BINDERS = {
 def multiply(
     inputs: torch.Tensor, weights: Sequence[PackedWeight], binding: Binding, kernel: str
 ) -> list[torch.Tensor]:
-    """x S^T + (x A^T) B^T + bias of every weight; for few rows, weights that are alike share a launch.
+    """x S^T + (x A^T) B^T + bias of every weight; weights that are alike share a launch.
 
-    Each comes out as it would alone, to the bit: weights whose sums differ in order do not share one.
+    Each comes out as it would alone: weights whose sums differ in order do not share one. To the bit, but for "wgmma",
+    before which x A^T of several may be summed in another order.
 
     Args:
         inputs: x (..., in).
@@ -114,12 +115,14 @@ def bind(
     configs = [select(inputs, rows, weight, kernel, measures) for weight in weights]
     groups = defaultdict(list)
     for number, (weight, config) in enumerate(zip(weights, configs, strict=True)):
-        alone = len(weights) == 1 or not config.shares
+        alone = len(weights) == 1 or config.shares == 1
         groups[number if alone else (config.order, _kind_of(weight, config))].append(number)
     parts = []
     for numbers in groups.values():
-        largest = max(numbers, key=lambda number: weights[number].out_features)
-        parts.append((numbers, run(rows, [weights[number] for number in numbers], configs[largest])))
+        largest = configs[max(numbers, key=lambda number: weights[number].out_features)]
+        for first in range(0, len(numbers), largest.shares):
+            some = numbers[first : first + largest.shares]
+            parts.append((some, run(rows, [weights[number] for number in some], largest)))
     return parts[0][1] if len(parts) == 1 else merge(parts)
 
 
@@ -128,6 +131,8 @@ def _kind_of(weight: PackedWeight, config: LaunchConfig) -> tuple:
     if config.kernel in ("mma", "vector"):
         kind = small_batch.kind_of if config.kernel == "mma" else vector.kind_of
         return kind(weight, index_of(weight.mask, weight.in_features))
+    if config.kernel == "wgmma":
+        return wgmma.kind_of(weight)
     return kind_of(weight)
 
 

@@ -9,6 +9,7 @@ NATIVE_ROWS = 32  # of x that "mma" takes
 MEDIUM_ROWS = 256  # of x for which "medium_batch" is worth trying, as it unpacks S for each 128
 TILE_ROWS = 256  # for which "tiles" is
 LARGE = 2**25  # entries of S, from which on "wgmma" is faster than "mma" from two rows of x on
+LARGE_INPUT = 2**24  # entries of x, from which on clusters of "wgmma" share them
 VECTOR_ROWS = 4  # of x that "vector" takes
 VECTOR_ENTRIES = 2**20  # of S from which on it was measured
 BITMASK_ROWS = 256  # of x that "bitmask" is faster for
@@ -54,12 +55,12 @@ class LaunchConfig:
         return self.kernel, self.warps, self.split
 
     @property
-    def shares(self) -> bool:
-        """Whether one launch takes several weights with the same input."""
-        return self.kernel in ("gemv", "small_batch", "mma", "vector")
+    def shares(self) -> int:
+        """How many weights with the same input one launch takes: of "wgmma" as many as C takes arguments for."""
+        return {"gemv": 64, "vector": 64, "small_batch": 64, "mma": 64, "wgmma": 4}.get(self.kernel, 1)
 
     def __str__(self) -> str:
-        if not self.warps:
+        if not (self.rows or self.warps):
             return self.kernel + " joined" * self.joined
         more = f" / {self.split}" * (self.split > 1) + f" {self.ahead} ahead" * (self.ahead > 0)
         more += f" {self.resident} resident" * (self.resident > 1)
@@ -142,15 +143,17 @@ def wide_config(rows: int, outs: int, ins: int, multiprocessors: int) -> LaunchC
     Args:
         multiprocessors: of the device.
     """
-    batch = min(256, max(16, 1 << (rows - 1).bit_length()))
-    tall, resident = (128, 1) if batch >= 128 else (64, 2 if batch > 16 else 3)
-    room, chunks = resident * multiprocessors, -(-ins // 256)
-    blocks = -(-outs // tall) * -(-rows // batch)
-    if blocks > room * 85 // 100:
-        return LaunchConfig("wgmma", tall, resident=resident, batch=batch, cluster=2 if rows > 512 else 1)
-    split = _parts(blocks, room, chunks)
-    if batch >= 128 and 2 * blocks <= room and not 2 <= split <= 4:
-        batch, split = batch // 2, _parts(2 * blocks, room, chunks)
+    batch, chunks = min(256, max(16, 1 << (rows - 1).bit_length())), -(-ins // 256)
+    shapes = [(64, batch)] if batch <= 64 else [*((128, n) for n in (256, 128, 64) if n <= batch), (64, 64)]
+    for tall, batch in shapes:
+        resident = 1 if tall == 128 else 2 if batch > 16 else 3
+        room, blocks = resident * multiprocessors, -(-outs // tall) * -(-rows // batch)
+        if blocks > room * 85 // 100:
+            cluster = 2 if batch == 256 and rows * ins >= LARGE_INPUT else 1
+            return LaunchConfig("wgmma", tall, resident=resident, batch=batch, cluster=cluster)
+        split = _parts(blocks, room, chunks if rows <= 64 else chunks // 2)
+        if blocks * split >= room * 70 // 100:
+            break
     return LaunchConfig("wgmma", tall, split=split, resident=resident, batch=batch)
 
 
@@ -175,10 +178,13 @@ def bitmask_config(rows: int, outs: int, multiprocessors: int) -> LaunchConfig:
     )
 
 
-def _parts(blocks: int, room: int, chunks: int) -> int:
-    """Of the columns: some room stays for the kernel before, and clusters do not find a place everywhere. Few columns
-    are not worth it."""
-    return max(1, min(3, room * 85 // 100 // blocks, chunks // 2)) if chunks >= 6 else 1
+def _parts(blocks: int, room: int, most: int) -> int:
+    """Of the columns: some room stays for the kernel before, and clusters do not find a place everywhere.
+
+    Args:
+        most: twice as many parts as are worth it: few columns are not.
+    """
+    return max(1, min(3, room * 85 // 100 // blocks, most // 2))
 
 
 def candidates(rows: int, weight: PackedWeight, pairs: bool, native: bool) -> tuple[LaunchConfig, ...]:

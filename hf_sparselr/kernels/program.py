@@ -15,7 +15,7 @@ from .launch import COUNTERS, DriverLaunch, TritonLaunch, scratch
 from .packed_weight import PackedWeight
 
 ROWS, X = 0, 1
-_MOST_ARGUMENTS = 160  # of a launch by C
+_MOST_ARGUMENTS = 256  # of a launch by C
 
 
 def y(number: int) -> int:
@@ -248,10 +248,10 @@ def merge(parts: Sequence[tuple[list[int], Program]]) -> Program:
     captured = None
     if any(part.captured for _, part in parts):
         captured = merge([(numbers, part.captured or part) for numbers, part in parts])
-    return Program(tuple(outs), tuple(memories), _with_joined(steps), captured)
+    return Program(tuple(outs), tuple(memories), with_joined(steps), captured)
 
 
-def _with_joined(steps: list[Step]) -> tuple[Step, ...]:
+def with_joined(steps: Sequence[Step]) -> tuple[Step, ...]:
     """The same steps, those that can be joined first."""
     first = [step for step in steps if isinstance(step, Joint)]
     joined = first[0].joined(first) if first else []

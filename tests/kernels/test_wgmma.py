@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from hf_sparselr.kernels.cuda.low_rank import wide_shape
 from hf_sparselr.kernels.cuda.wgmma import tile_of
 from hf_sparselr.kernels.launch_config import wide_config
 
@@ -28,3 +29,24 @@ def test_few_rows_of_a_weight_keep_the_gpu_busy() -> None:
         config = wide_config(rows, outs, ins, 132)
         blocks = -(-outs // config.rows) * -(-rows // config.batch) * config.split
         assert blocks >= 64
+
+
+def test_few_columns_of_many_rows_are_shared_by_more_blocks() -> None:
+    for rows, outs, ins in itertools.product((128, 256, 512), (576, 1024, 2048), (576, 1536, 2048, 4096)):
+        config = wide_config(rows, outs, ins, 132)
+        blocks = -(-outs // config.rows) * -(-rows // config.batch) * config.split
+        assert blocks >= 90 or (config.rows, config.batch) == (64, 64)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 256, 512, 513, 2048, 4096, 4097, 10**6])
+def test_the_blocks_before_a_product_fit_a_multiprocessor(rows: int) -> None:
+    for blocks in (1, 124, 132, 256, 1000):
+        batch, split, stages = wide_shape(rows, [64], blocks, 132)
+        assert split <= 8
+        stage, sums = 128 * (64 + batch) + 16, 4 * (64 + 4) * batch if split > 1 else 128 * batch
+        assert sums <= stages * stage <= MULTIPROCESSOR - 2048
+
+
+def test_long_blocks_take_no_turn_of_their_own() -> None:
+    assert wide_shape(2048, [64], 256, 132) == wide_shape(2048, [64, 64], 1000, 132)  # 264 of 264; 1016 of 1056
+    assert wide_shape(2048, [64], 128, 132) == wide_shape(2048, [65], 256, 132) != wide_shape(2048, [64], 256, 132)

@@ -6,8 +6,8 @@ from helpers.kernel_cases import DEVICE, Problem, assert_near, draw, problem
 
 from hf_sparselr.bench import kernels as bench
 from hf_sparselr.format.patterns import parse
-from hf_sparselr.kernels import gpu, packed_linear
-from hf_sparselr.kernels.cuda.low_rank import factor_step
+from hf_sparselr.kernels import gpu, packed_linear, packed_linears
+from hf_sparselr.kernels.cuda.low_rank import factor_step, wide_shape
 from hf_sparselr.kernels.cuda.wgmma import supports_wgmma
 from hf_sparselr.kernels.launch_config import LaunchConfig
 
@@ -94,10 +94,13 @@ def test_large_layers_as_a_layer_calls_them(out: int, n: int, rows: int) -> None
 @pytest.mark.parametrize(("n", "rank"), [(8, 3), (128, 8), (1096, 72), (4096, 64)])
 def test_low_rank_factor(n: int, rank: int, dtype: torch.dtype) -> None:
     weight = problem(4, n, 0.5, rank, dtype=dtype).weight
-    for rows in (1, 17, 64, 100, 250, 700, 1500, 3000, 5000):
+    for rows in (1, 17, 64, 100, 250, 400, 700, 1500, 3000, 5000):
         x, u = draw(rows, n, seed=6, dtype=dtype), torch.empty(rows, rank, dtype=dtype, device=DEVICE)
-        factor_step(rows, weight, 2, wide=True).run([rows, x, u], [weight])
-        assert_near(u, x.double() @ weight.A.double().T, dtype)
+        for blocks in (100, 132):  # that leave room for a few more, or none
+            u.fill_(float("nan"))
+            shape = wide_shape(rows, [rank], blocks, 132)
+            factor_step(rows, weight, 2, shape).run([rows, x, u], [weight])
+            assert_near(u, x.double() @ weight.A.double().T, dtype)
 
 
 def test_in_a_graph_and_without_the_host_waiting() -> None:
@@ -123,3 +126,34 @@ def test_weights_that_it_does_not_take() -> None:
     case = problem(40, 128, "2:4", 8, dtype=torch.bfloat16)
     B = torch.cat([case.B.flatten()[:1], case.B.flatten()])[1:].view_as(case.B)
     assert not supports_wgmma(case.weight._replace(B=B))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("ranks", "bias"), [((8, 24, 64, 8, 16), True), ((0,) * 5, False)])
+def test_weights_that_share_an_input_share_a_launch(
+    ranks: tuple[int, ...], bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outs = (300, 70, 129, 64, 9)
+    cases = [problem(out, 1088, "2:4", rank, bias, dtype) for out, rank in zip(outs, ranks, strict=True)]
+    weights = [case.weight for case in cases]
+    for config in CONFIGS:
+        monkeypatch.setattr(gpu, "select", lambda *_, config=config: config)
+        for rows in (7, 64, 300, 600):
+            x = draw(rows, 1088, seed=6, dtype=dtype)
+            program = gpu.bind(x, rows, weights, "auto")
+            assert len(program.steps) == 2 + 2 * any(ranks)
+            for case, y in zip(cases, program(x, rows, weights), strict=True):
+                assert_near(y, case.expected(x), dtype)
+                if case.A is None:  # x A^T of several may be summed in another order
+                    assert torch.equal(y, product(case, rows, config, x))
+
+
+@pytest.mark.parametrize("outs", [(4096, 1024, 1024), (1536, 1536), (14336, 14336)])
+@pytest.mark.parametrize("rows", [8, 64, 128, 600])
+def test_groups_of_layers(outs: tuple[int, ...], rows: int) -> None:
+    cases = [problem(out, 4096, "2:4", 64, dtype=torch.bfloat16) for out in outs]
+    x, weights = draw(rows, 4096, seed=6, dtype=torch.bfloat16), [case.weight for case in cases]
+    with torch.no_grad():
+        ys = packed_linears(x, weights)
+        for case, y in zip(cases, ys, strict=True):
+            assert_near(y, case.expected(x), torch.bfloat16)

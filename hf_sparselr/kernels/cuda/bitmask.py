@@ -93,7 +93,7 @@ def bind_bitmask(rows: int, weights: Sequence[PackedWeight], config: LaunchConfi
     ]  # fmt: skip
     blocks = ceil_div(outs, config.rows * config.cluster) * config.cluster
     launch = DriverLaunch(function, (1, 1, 1), (32 * config.warps + 32,), room.shared, arguments, overlaps=rank > 0)
-    return with_factors_and_parts(rows, weight, launch, (blocks, config.split, PerRows(1, batch)), 1)
+    return with_factors_and_parts(rows, [weight], launch, (blocks, config.split, PerRows(1, batch)), 1)
 
 
 def stride_of(densest: int) -> int:

@@ -2,6 +2,7 @@
 times as long, and does not run beside the product with S."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,7 +13,7 @@ import torch
 from ..launch import DriverLaunch, TritonLaunch, Varying, drives
 from ..launch_config import MOST_ROWS, bucket
 from ..packed_weight import PackedWeight
-from ..program import ROWS, Joint, Launch, Memory, Multiply, Part, PerRows, Program, Step, X, y
+from ..program import ROWS, Joint, Launch, Memory, Multiply, Part, PerRows, Program, Step, X, with_joined, y
 from ..triton.decode import ceil_div, sum_of_parts
 from .nvrtc import CompileError, load_function
 from .tensor_map import tensor_map
@@ -23,18 +24,33 @@ _MOST_SCRATCH = 2**22  # entries of 4 bytes that are taken from a stream's scrat
 _JOINT_ROWS = 256  # of x, up to which weights that share it share a launch of `low_rank.cu`
 
 
-def factor_step(rows: int, weight: PackedWeight, u: int, wide: bool = False) -> Step:
+class WideShape(NamedTuple):
+    """Of a block of `wgmma.cu` that computes x A^T, 64 factors.
+
+    Attributes:
+        batch: rows of x of it.
+        split: blocks that share the columns.
+        stages: under way.
+    """
+
+    batch: int
+    split: int
+    stages: int
+
+
+def factor_step(rows: int, weight: PackedWeight, u: int, wide: WideShape | None = None) -> Step:
     """u (rows, rank) = x A^T, rounded to the dtype of the values; for up to `rows` rows of x, raised to a power of two.
 
     Args:
         u: its slot.
-        wide: by `wgmma.cu` where A can be read by it, for a weight alone.
+        wide: by `wgmma.cu`, where A can be read by it; up to `_JOINT_ROWS` rows only for a weight alone.
     """
     A, rank, ins = weight.A, weight.rank, weight.in_features
     fits = A.is_cuda and A.element_size() == 2 and ins % 8 == 0 and A.data_ptr() % 16 == 0 and drives()
     kernel = _kernel(A.get_device(), A.dtype, bucket(rows)) if fits and rows <= _MOST_ROWS else None
     if wide and fits:
-        return _wide(rows, weight, u, kernel if rows <= _JOINT_ROWS else None)
+        kernel = kernel if rows <= _JOINT_ROWS else None
+        return _Wide(A.get_device(), A.dtype, wide, kernel).launch([(A.data_ptr(), rank, u)], ins)
     if kernel is None:
         return Multiply(u, X, Part(0, "A"), rank, ins)
     return kernel.launch([(A.data_ptr(), rank, u)], ins)
@@ -94,79 +110,117 @@ class _Kernel:
 class _Factors(Joint):
     """A launch for some A (rank, ins): their addresses and ranks, and the kernel that may take several."""
 
-    kernel: _Kernel | None
+    kernel: "_Kernel | _Wide"
     matrices: tuple[tuple[int, int], ...]
     ins: int
 
+    @property
+    def results(self) -> tuple[int, ...]:
+        """The slots of u."""
+        return tuple(slot for slot in self.slots if slot not in (ROWS, X))
+
     def joined(self, launches: Sequence["_Factors"]) -> list["_Factors"]:
         """See `Joint`."""
-        if self.kernel is None or len(launches) == 1:
+        if len(launches) == 1:
             return list(launches)
-        products = [
-            (*matrix, slot) for one in launches for matrix, slot in zip(one.matrices, one.slots[2:], strict=True)
-        ]
+        products = [(*matrix, slot) for one in launches for matrix, slot in zip(one.matrices, one.results, strict=True)]
         few = [products[i : i + _MOST_WEIGHTS] for i in range(0, len(products), _MOST_WEIGHTS)]
         return [self.kernel.launch(some, self.ins) for some in few]
 
 
-# Up to so many rows of x: those of a block, blocks that share the columns, stages.
-_WIDE = ((64, 32, 8, 4), (128, 64, 8, 3), (256, 128, 8, 2), (4096, 64, 8, 3), (None, 128, 4, 2))
+# Up to so many rows of x; `_LONG` where it leaves the product after it as many turns as it has alone: then a few
+# multiprocessors compute x A^T, and the others begin with the product.
+_WIDE = (
+    (64, WideShape(32, 8, 4)),
+    (128, WideShape(64, 8, 3)),
+    (256, WideShape(128, 8, 2)),
+    (512, WideShape(128, 1, 8)),
+    (4096, WideShape(64, 8, 3)),
+    (None, WideShape(128, 2, 8)),
+)
+_LONG, _LONG_ROWS = WideShape(256, 1, 5), (513, 4096)
 
 
-def _wide(rows: int, weight: PackedWeight, u: int, kernel: _Kernel | None) -> _Factors:
-    """By `wgmma.cu`: 64 factors and some rows of x a block.
+def wide_shape(rows: int, ranks: Sequence[int], blocks: int, multiprocessors: int) -> WideShape:
+    """For x A^T of some weights, before a product of so many blocks of which a multiprocessor has one at a time."""
+    fewest, most = _LONG_ROWS
+    long = sum(ceil_div(rank, 64) for rank in ranks) * ceil_div(rows, _LONG.batch)
+    if fewest <= rows <= most and ceil_div(blocks + long, multiprocessors) == ceil_div(blocks, multiprocessors):
+        return _LONG
+    return next(shape for most, shape in _WIDE if most is None or rows <= most)
 
-    Args:
-        kernel: what computes it together with other weights.
+
+@dataclass(frozen=True)
+class _Wide:
+    """`wgmma.cu` for a shape.
+
+    Attributes:
+        together: what computes x A^T of several weights; None: the same.
     """
-    A, rank, ins, device = weight.A, weight.rank, weight.in_features, weight.A.get_device()
-    batch, split, stages = next(shape for most, *shape in _WIDE if most is None or rows <= most)
-    steps = ceil_div(ins, 64)
-    split = min(split, steps)
-    shared = stages * (128 * (64 + batch) + 16) + 1024
-    defines = ["WHOLE", "RANK", "WGS=1", f"N={batch}", "COLUMNS=128", f"STAGES={stages}", "CLUSTER=1", f"PARTS={split}"]
-    defines += ["RESIDENT=1"] + ["HALF"] * (A.dtype == torch.float16)
-    function = load_function("wgmma.cu", "wgmma", tuple(defines), device, shared)
-    left, x = tensor_map(A.data_ptr(), rank, ins, (64, 64)), tensor_map(A.data_ptr(), None, ins, (batch // 2, 64))
-    arguments = [
-        *left, *x, *left, Varying(0, None), *x[1:], A, A, Varying(2, None), Varying(1, None), 0, rank, ins,
-        ceil_div(steps, split),
-    ]  # fmt: skip
-    launch = DriverLaunch(function, (1, 1, 1), (160,), shared, arguments)
-    blocks, batches = ceil_div(rank, 64), PerRows(1, batch)
-    grid = (blocks, batches, 1) if split == 1 else (blocks, split, batches)
-    return _Factors(launch, (X, ROWS, u), grid, kernel=kernel, matrices=((A.data_ptr(), rank),), ins=ins)
+
+    device: int
+    dtype: torch.dtype
+    shape: WideShape
+    together: _Kernel | None
+
+    def launch(self, products: Sequence[tuple[int, int, int]], ins: int) -> _Factors:
+        """The launch for addresses of A, ranks and slots of u, at most `_MOST_WEIGHTS` of each."""
+        batch, split, stages = self.shape
+        steps = ceil_div(ins, 64)
+        split = min(split, steps)
+        shared = stages * (128 * (64 + batch) + 16) + 1024
+        defines = [f"WEIGHTS={len(products)}", "WHOLE", "RANK", "WGS=1", f"N={batch}", "COLUMNS=128"]
+        defines += [f"STAGES={stages}", "CLUSTER=1", f"PARTS={split}", "RESIDENT=1"]
+        defines += ["HALF"] * (self.dtype == torch.float16)
+        function = load_function("wgmma.cu", "wgmma", tuple(defines), self.device, shared)
+        ends = list(accumulate(ceil_div(rank, 64) for _, rank, _ in products))
+        arguments = tensor_map(products[0][0], products[0][1], ins, (64, 64))  # not read
+        for number, ((A, rank, _), end) in enumerate(zip(products, ends, strict=True)):
+            left = tensor_map(A, rank, ins, (64, 64))
+            x = [Varying(2 * number, None), *tensor_map(A, None, ins, (batch // 2, 64))[1:]]
+            arguments += [*left, *left, *x, A, A, Varying(2 * number + 1, None), rank, ins, end, 0, 0]
+        arguments += [Varying(2 * len(products), None), 0, ceil_div(steps, split)]
+        launch = DriverLaunch(function, (1, 1, 1), (160,), shared, arguments)
+        batches = PerRows(1, batch)
+        grid = (ends[-1], batches, 1) if split == 1 else (ends[-1], split, batches)
+        slots = *itertools.chain.from_iterable((X, slot) for _, _, slot in products), ROWS
+        matrices = tuple((A, rank) for A, rank, _ in products)
+        return _Factors(launch, slots, grid, kernel=self.together or self, matrices=matrices, ins=ins)
 
 
 def with_factors_and_parts(
     rows: int,
-    weight: PackedWeight,
+    weights: Sequence[PackedWeight],
     launch: DriverLaunch | TritonLaunch,
     grid: tuple,
     split: int = 1,
-    wide: bool = False,
+    wide: WideShape | None = None,
 ) -> Program:
-    """The product by a launch of (x, u, y, ROWS), which reads u = x A^T where there is a low-rank part.
+    """The product by a launch of (x, u of each weight, y of each, ROWS), which reads u = x A^T where there are low-rank
+    parts.
 
     Args:
-        split: parts of the columns, whose results it writes to FP32 memory in the place of y; they are summed after it.
+        weights: of one dtype, all with a low-rank part or none.
+        split: parts of the columns of one weight, whose results it writes to FP32 memory in the place of y; they are
+            summed after it.
         wide: see `factor_step`.
     """
-    outs, like = weight.out_features, weight.values
+    outs, like = tuple(weight.out_features for weight in weights), weights[0].values
     memories: list[Memory] = []
     steps: list[Step] = []
-    factor, target = X, y(0)
-    if weight.rank:
-        factor = 3
-        steps.append(factor_step(rows, weight, factor, wide))
-        memories.append(factor_memory(rows, like.dtype, weight.rank, isinstance(steps[0], Launch)))
+    factors, targets, place = [X] * len(outs), list(map(y, range(len(outs)))), 2 + len(outs)
+    if weights[0].rank:
+        factors = list(range(place, place + len(outs)))
+        steps = [factor_step(rows, weight, slot, wide) for weight, slot in zip(weights, factors, strict=True)]
+        by_address = all(isinstance(step, Launch) for step in steps)
+        memories = [factor_memory(rows, like.dtype, weight.rank, by_address) for weight in weights]
     if split > 1:
-        target = 3 + len(memories)
-        memories.append(factor_memory(rows, torch.float32, split * outs, True))
-    steps.append(Launch(launch, (X, factor, target, ROWS), grid))
+        targets = [place + len(memories)]
+        memories.append(factor_memory(rows, torch.float32, split * outs[0], True))
+    steps = [*with_joined(steps), Launch(launch, (X, *factors, *targets, ROWS), grid)]
     if split > 1:
-        steps.append(sum_of_parts(split, like, outs, target, y(0)))
-    return Program((outs,), tuple(memories), tuple(steps))
+        steps.append(sum_of_parts(split, like, outs[0], targets[0], y(0)))
+    return Program(outs, tuple(memories), tuple(steps))
 
 
 def factor_memory(rows: int, dtype: torch.dtype, per_row: int, by_address: bool) -> Memory:

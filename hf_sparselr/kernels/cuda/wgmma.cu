@@ -10,17 +10,24 @@
  * differ in their rows of S alone (CLUSTER of them) share their x: each brings some groups to all. Blocks that differ in
  * their columns (PARTS of them) add up their sums through each other's shared memory.
  *
- * Compiled for: WGS (1 or 2), N (16 to 256, a power of two), COLUMNS (64 or 128), STAGES, CLUSTER, PARTS, RESIDENT blocks
+ * Compiled for: WEIGHTS that share x, WGS (1 or 2), N (16 to 256, a power of two), COLUMNS (64 or 128), STAGES, CLUSTER, PARTS, RESIDENT blocks
  * of a multiprocessor that registers are left for, RANK (factors or not), BIAS, HALF, WHOLE.
  */
 #include "hopper.cuh"
 
-struct Arguments {
-  Map values, x, left, right;
+struct Weight {
+  Map values, left, right;
   const u64 *words; /* the mask, 64 columns each */
   const u16 *bias;
   u16 *y;
-  long long count, ins, outs, rank, span; /* rows of x, columns, rows of S; span: of a part, 256 columns or stages (WHOLE) */
+  long long outs, rank, last; /* rows of S; the first cluster along S that is a later weight's */
+  long long unused[2];
+};
+
+struct Arguments {
+  Map x;
+  Weight weights[WEIGHTS]; /* 448 bytes each */
+  long long count, ins, span; /* rows of x, columns; span: of a part, 256 columns or stages (WHOLE) */
 };
 
 #define M (64 * WGS)
@@ -82,13 +89,13 @@ __device__ __forceinline__ void keep_sums(const float *sums, u32 to) {
 }
 
 /* Those of all parts for this part's share of the rows of x. */
-__device__ __forceinline__ void add_parts(const Arguments &args, u32 memory, int top, int first, int count, int part, int me) {
+__device__ __forceinline__ void add_parts(const Weight &weight, u32 memory, int top, int first, int count, int part, int me) {
   int column = threadIdx.x % (M / 4) * 4, at = top + column;
-  if (at >= args.outs) return;
+  if (at >= weight.outs) return;
   float more[4] = {};
 #ifdef BIAS
 #pragma unroll
-  for (int j = 0; j < 4; j++) more[j] = widen(args.bias[min(at + j, (int)args.outs - 1)]);
+  for (int j = 0; j < 4; j++) more[j] = widen(weight.bias[min(at + j, (int)weight.outs - 1)]);
 #endif
   for (int n = N * part / PARTS + threadIdx.x / (M / 4); n < N * (part + 1) / PARTS; n += 8) {
     int sample = start_of(first, n / BOX, count) + n % BOX;
@@ -101,22 +108,22 @@ __device__ __forceinline__ void add_parts(const Arguments &args, u32 memory, int
                    : "r"(in_block(memory + 4 * (n * (M + 4) + column), i * CLUSTER + me)));
       sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
     }
-    u16 *y = args.y + (long long)sample * args.outs + at;
-    if (args.outs % 4 == 0)
+    u16 *y = weight.y + (long long)sample * weight.outs + at;
+    if (weight.outs % 4 == 0)
       *(uint2 *)y = make_uint2(narrow(sum[0]) | (u32)narrow(sum[1]) << 16, narrow(sum[2]) | (u32)narrow(sum[3]) << 16);
     else
       for (int j = 0; j < 4; j++)
-        if (at + j < args.outs) y[j] = narrow(sum[j]);
+        if (at + j < weight.outs) y[j] = narrow(sum[j]);
   }
 }
 #else
 /* y of a warpgroup: 64 rows of S from `top` on. Through shared memory, N rows of 128 bytes, whose eight pieces lie in another
    order in every row. */
-__device__ __forceinline__ void store_sums(const Arguments &args, float *sums, u32 memory, int top, int first, int count) {
-  int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, group = threadIdx.x / 128, outs = (int)args.outs;
+__device__ __forceinline__ void store_sums(const Weight &weight, float *sums, u32 memory, int top, int first, int count) {
+  int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, group = threadIdx.x / 128, outs = (int)weight.outs;
 #ifdef BIAS
   int row = top + 16 * warp + lane / 4;
-  float upper = widen(args.bias[min(row, outs - 1)]), lower = widen(args.bias[min(row + 8, outs - 1)]);
+  float upper = widen(weight.bias[min(row, outs - 1)]), lower = widen(weight.bias[min(row + 8, outs - 1)]);
 #pragma unroll
   for (int i = 0; i < N / 2; i++) sums[i] += i / 2 % 2 ? lower : upper;
 #endif
@@ -140,7 +147,7 @@ __device__ __forceinline__ void store_sums(const Arguments &args, float *sums, u
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "r"(memory + n * 128 + (piece ^ n % 8) * 16));
-    u16 *y = args.y + (long long)sample * outs + at;
+    u16 *y = weight.y + (long long)sample * outs + at;
     if (outs % 8 == 0) *(uint4 *)y = v;
     else {
       u32 words[4] = {v.x, v.y, v.z, v.w};
@@ -158,10 +165,14 @@ extern "C" __global__ void IN_CLUSTER __launch_bounds__(THREADS, RESIDENT) wgmma
   /* BAND neighbours along S, then the next rows of x: what is at work together is in the cache together. */
   int tile = (PARTS > 1 ? blockIdx.z : blockIdx.y) * wide + blockIdx.x / CLUSTER;
   int band = tile / (BAND * high), rest = tile - band * BAND * high, width = min(BAND, wide - band * BAND);
-  int top = ((band * BAND + rest % width) * CLUSTER + me) * M, first = rest / width * N;
+  int place = band * BAND + rest % width, number = 0, first = rest / width * N;
+#pragma unroll
+  for (int i = 1; i < WEIGHTS; i++) number += place >= args.weights[i - 1].last;
+  const Weight &weight = args.weights[number];
+  int top = ((place - (number ? (int)args.weights[number - 1].last : 0)) * CLUSTER + me) * M;
   int begin = 0, end = 0, from = 0, more = 0; /* of 256 columns; of the stages of factors */
 #ifdef RANK
-  more = (int)(args.rank + COLUMNS / 2 - 1) / (COLUMNS / 2);
+  more = (int)(weight.rank + COLUMNS / 2 - 1) / (COLUMNS / 2);
 #endif
 #ifdef RANK
   asm volatile("griddepcontrol.launch_dependents;"); /* what waits for its u may start beside this */
@@ -170,7 +181,7 @@ extern "C" __global__ void IN_CLUSTER __launch_bounds__(THREADS, RESIDENT) wgmma
   from = part * (int)args.span, more = max(min(more - from, (int)args.span), 0);
 #else
   begin = part * (int)args.span, end = min(begin + (int)args.span, ((int)args.ins + 255) / 256);
-  if (part > 0) more = 0;
+  if (part < PARTS - 1) more = 0; /* the last part has the fewest columns */
 #endif
   int steps = max(end - begin, 0) * PER;
   u32 memory = ((u32)__cvta_generic_to_shared(shared) + 1023) / 1024 * 1024;
@@ -192,7 +203,7 @@ extern "C" __global__ void IN_CLUSTER __launch_bounds__(THREADS, RESIDENT) wgmma
       if (i < steps) {
         int column = begin * 256 + i * COLUMNS;
         expect(barrier, STAGE);
-        copy_tile(at, args.values, column / 2, top, barrier);
+        copy_tile(at, weight.values, column / 2, top, barrier);
 #pragma unroll
         for (int half = 0; half < COLUMNS / 64; half++)
           bring_rows(args.x, at + VALUES + half * 128 * N, 128, column + 64 * half, first, count, me, all, barrier);
@@ -202,11 +213,11 @@ extern "C" __global__ void IN_CLUSTER __launch_bounds__(THREADS, RESIDENT) wgmma
 #ifdef RANK
       int factor = (from + i - steps) * (COLUMNS / 2);
       expect(barrier, VALUES + N * COLUMNS);
-      copy_tile(at, args.left, factor, top, barrier);
+      copy_tile(at, weight.left, factor, top, barrier);
 #ifndef WHOLE
       if (i == steps) asm volatile("griddepcontrol.wait;" ::: "memory"); /* for u, by the launch before this one */
 #endif
-      bring_rows(args.right, at + VALUES, COLUMNS, factor, first, count, me, all, barrier);
+      bring_rows(weight.right, at + VALUES, COLUMNS, factor, first, count, me, all, barrier);
 #endif
     }
     __syncwarp();
@@ -222,8 +233,8 @@ extern "C" __global__ void IN_CLUSTER __launch_bounds__(THREADS, RESIDENT) wgmma
     };
 #ifndef WHOLE
     int row = top + 16 * warp + g, words = ((int)args.ins + 63) / 64;
-    const u64 *upper = args.words + (long long)min(row, (int)args.outs - 1) * words;
-    const u64 *lower = args.words + (long long)min(row + 8, (int)args.outs - 1) * words;
+    const u64 *upper = weight.words + (long long)min(row, (int)weight.outs - 1) * words;
+    const u64 *lower = weight.words + (long long)min(row + 8, (int)weight.outs - 1) * words;
     auto mask = [&](const u64 *of, int chunk) { return 4 * chunk + t < words ? __ldg(of + 4 * chunk + t) : 0; };
     u32 codes = memory + STAGES * STAGE + warp * 1024;
     u64 now[2] = {mask(upper, begin), mask(lower, begin)}, later[2] = {mask(upper, begin + 1), mask(lower, begin + 1)};
@@ -271,12 +282,12 @@ extern "C" __global__ void IN_CLUSTER __launch_bounds__(THREADS, RESIDENT) wgmma
 #if PARTS > 1
     keep_sums(sums, memory + 4 * (2 * t * (M + 4) + 16 * warp + g));
 #else
-    store_sums(args, sums, memory + group * 128 * N, top + 64 * group, first, count);
+    store_sums(weight, sums, memory + group * 128 * N, top + 64 * group, first, count);
 #endif
   }
 #if PARTS > 1
   sync_cluster();
-  if (warp < 4 * WGS) add_parts(args, memory, top, first, count, part, me);
+  if (warp < 4 * WGS) add_parts(weight, memory, top, first, count, part, me);
 #endif
   if (CLUSTER * PARTS > 1) meet_cluster(); /* no block leaves while another reads its memory or arrives at its barriers */
 }

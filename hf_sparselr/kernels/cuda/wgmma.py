@@ -2,17 +2,18 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 
 from ..launch import DriverLaunch, Varying
-from ..launch_config import LaunchConfig
+from ..launch_config import LaunchConfig, bucket
 from ..packed_weight import PackedWeight
 from ..program import PerRows, Program
 from ..support_index import index_of
 from ..triton.decode import ceil_div
-from .low_rank import with_factors_and_parts
+from .low_rank import wide_shape, with_factors_and_parts
 from .nvrtc import load_function
 from .tensor_map import starts_with_address, tensor_map
 
@@ -61,29 +62,53 @@ def tile_of(config: LaunchConfig) -> Tile:
     return Tile(box, columns, stages, stages * widths[columns] + _CODES * config.rows + _TAKEN // 2)
 
 
+def kind_of(weight: PackedWeight) -> tuple:
+    """The properties that weights must share to share a launch."""
+    return weight.A is None, weight.bias is None
+
+
 def bind_wgmma(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Program:
-    """x S^T + (x A^T) B^T + bias of one weight, summed in FP32; x A^T is rounded once, as a product of torch's is. For
-    any number of rows of x."""
-    (weight,) = weights
-    mask, values, _, B, bias, ins = weight
-    index, rank, device, outs = index_of(mask, ins), weight.rank, values.get_device(), weight.out_features
-    tile = tile_of(config)
-    defines = [f"WGS={config.rows // 64}", f"N={config.batch}", f"COLUMNS={tile.columns}", f"STAGES={tile.stages}"]
-    defines += [f"CLUSTER={config.cluster}", f"PARTS={config.split}", f"RESIDENT={config.resident}"]
-    defines += ["HALF"] * (values.dtype == torch.float16) + ["BIAS"] * (bias is not None) + ["RANK"] * (rank > 0)
+    """x S^T + (x A^T) B^T + bias of every weight, summed in FP32; x A^T is rounded once, as a product of torch's is.
+
+    For any number of rows of x.
+
+    Args:
+        weights: at most `LaunchConfig.shares`, of one kind (`kind_of`).
+    """
+    one, ins, device = weights[0], weights[0].in_features, weights[0].values.get_device()
+    tile, count = tile_of(config), len(weights)
+    defines = [f"WEIGHTS={count}", f"WGS={config.rows // 64}", f"N={config.batch}", f"COLUMNS={tile.columns}"]
+    defines += [f"STAGES={tile.stages}", f"CLUSTER={config.cluster}", f"PARTS={config.split}"]
+    defines += [f"RESIDENT={config.resident}", *["HALF"] * (one.values.dtype == torch.float16)]
+    defines += ["BIAS"] * (one.bias is not None) + ["RANK"] * (one.rank > 0)
     function = load_function("wgmma.cu", "wgmma", tuple(defines), device, tile.shared)
-    own, x_box, u_box = (config.rows, tile.columns // 2), (tile.box, 64), (tile.box, tile.columns // 2)
-    somewhere = values.data_ptr()  # for x and u, whose addresses a call gives
-    S = tensor_map(values.data_ptr(), outs, ins // 2, own)
-    x = [Varying(0, None), *tensor_map(somewhere, None, ins, x_box)[1:]]
-    left = S if B is None else tensor_map(B.data_ptr(), outs, rank, own)
-    u = [Varying(1, None), *tensor_map(somewhere, None, max(rank, 8), u_box)[1:]]
-    span = ceil_div(ceil_div(ins, _CHUNK), config.split)
-    arguments = [
-        *S, *x, *left, *u, index.words(mask), values if bias is None else bias, Varying(2, None), Varying(3, None), ins,
-        outs, rank, span,
-    ]  # fmt: skip
-    blocks, batches = ceil_div(outs, config.rows * config.cluster) * config.cluster, PerRows(1, config.batch)
+    ends = list(accumulate(ceil_div(weight.out_features, config.rows * config.cluster) for weight in weights))
+    x = tensor_map(one.values.data_ptr(), None, ins, (tile.box, 64))  # a call gives its address
+    arguments = [Varying(0, None), *x[1:]]
+    for number, (weight, end) in enumerate(zip(weights, ends, strict=True)):
+        arguments += _arguments(weight, config, Varying(1 + number, None), Varying(1 + count + number, None), end)
+    arguments += [Varying(1 + 2 * count, None), ins, ceil_div(ceil_div(ins, _CHUNK), config.split)]
+    blocks, batches = ends[-1] * config.cluster, PerRows(1, config.batch)
     grid = (blocks, batches, 1) if config.split == 1 else (blocks, config.split, batches)
-    launch = DriverLaunch(function, (1, 1, 1), (2 * config.rows + 32,), tile.shared, arguments, overlaps=rank > 0)
-    return with_factors_and_parts(rows, weight, launch, grid, wide=True)
+    threads = 2 * config.rows + 32
+    launch = DriverLaunch(function, (1, 1, 1), (threads,), tile.shared, arguments, overlaps=one.rank > 0)
+    total, ranks = blocks * config.split * batches.at(bucket(rows)), [weight.rank for weight in weights]
+    wide = wide_shape(bucket(rows), ranks, total, torch.cuda.get_device_properties(device).multi_processor_count)
+    return with_factors_and_parts(rows, weights, launch, grid, wide=wide)
+
+
+def _arguments(weight: PackedWeight, config: LaunchConfig, u: Varying, y: Varying, end: int) -> list[Any]:
+    """A `Weight` of the source, in words.
+
+    Args:
+        u, y: their addresses.
+        end: see there, `last`.
+    """
+    mask, values, _, B, bias, ins = weight
+    tile, outs, rank = tile_of(config), weight.out_features, weight.rank
+    own = config.rows, tile.columns // 2
+    S = tensor_map(values.data_ptr(), outs, ins // 2, own)
+    left = S if B is None else tensor_map(B.data_ptr(), outs, rank, own)
+    right = tensor_map(values.data_ptr(), None, max(rank, 8), (tile.box, tile.columns // 2))
+    words = index_of(mask, ins).words(mask)
+    return [*S, *left, u, *right[1:], words, values if bias is None else bias, y, outs, rank, end, 0, 0]

@@ -69,7 +69,7 @@ struct Interface {
   word uint8;
 } api;
 
-enum { PARTS = 5, MEMBERS = 8, EXACT = 33, MOST_POWER = 13, BUCKETS = MOST_POWER + 1, DIMENSIONS = 16, SLOTS = 64, ARGUMENTS = 160 };
+enum { PARTS = 5, MEMBERS = 8, EXACT = 33, MOST_POWER = 13, BUCKETS = MOST_POWER + 1, DIMENSIONS = 16, SLOTS = 64, ARGUMENTS = 256 };
 
 struct Member {
   word tensors[PARTS][2]; /* address and number of entries of mask, values, A, B, bias; -1 for None */

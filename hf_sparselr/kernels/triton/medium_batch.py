@@ -163,4 +163,4 @@ def bind_medium_batch(rows: int, weights: Sequence[PackedWeight], config: Launch
     programs = ceil_div(outs, config.rows)
     main = TritonLaunch(_multiply, (programs, split, ceil_div(rows, batch)), arguments, constants)
     grid = (programs, split, PerRows(1, batch))
-    return with_factors_and_parts(rows, weight, main, grid, split)
+    return with_factors_and_parts(rows, [weight], main, grid, split)
