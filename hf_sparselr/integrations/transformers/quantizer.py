@@ -135,6 +135,7 @@ class SparseLRQuantizer(HfQuantizer):
         link_shared_inputs(model)
         for thread in self._compiling:  # none works on while a CUDA graph may be captured
             thread.join()
+        self._compiling = []  # models are copied with their quantizer, and threads cannot be
         model.sparselr_report = Report.load(self._directory)
         # A folder of this name would have been read instead of the Hub.
         self.hub_name = hub_id(model.config.name_or_path)
