@@ -131,9 +131,9 @@ class Fields:
         default=None,
         metadata=about(
             Share(),
-            "for each calibration window, so many more in which 30% of the tokens are replaced by random ones: with "
-            "them the layer solves, matching and distillation (of the model's own text, too) do better on text unlike "
-            'the calibration text; None is 0 with effort="published", else 0.5',
+            "for each calibration window of tokens, so many more (0 to 1) in which 30% of the tokens are replaced by "
+            "random ones: with them the layer solves, matching and distillation (of the model's own text, too) do "
+            'better on text unlike the calibration text; None is 0 with effort="published", else 0.5',
         ),
     )
     batch_size: int = field(

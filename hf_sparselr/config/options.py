@@ -15,8 +15,9 @@ class TMOptions:
     """Options of transformer matching.
 
     Attributes:
-        passes: number of passes over the calibration windows.
-        lr: first step size of Adam.
+        passes: number of passes over the calibration windows and their noisy copies.
+        lr: first step size of Adam: with `relative_lr` a share of the weights' size, 4e-3 by default; else absolute, as
+            2e-5 of effort="published". For a step of your own in absolute size, such as 3e-4, pass relative_lr=False.
         relative_lr: whether `lr` is a share of a parameter's root mean square over its nonzero entries, taken as at
             least 0.02 for norms and biases. The sizes of weights differ tenfold between models.
         factor_lr: step size of A and B, as a multiple of `lr`.
@@ -143,7 +144,7 @@ class DistillOptions:
 
     Attributes:
         passes: number of passes over the calibration windows, those of `self_samples`, and their noisy copies.
-        lr: first step size of Adam.
+        lr: first step size of Adam: with `relative_lr` a share of the weights' size, else absolute.
         relative_lr: whether `lr` is a share of a parameter's root mean square over its nonzero entries, taken as at
             least 0.02 for norms and biases, and falls with the square root of the blocks beyond six. The sizes of
             weights differ tenfold between models, and the changes of many blocks add up.

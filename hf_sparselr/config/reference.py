@@ -18,6 +18,7 @@ from .presets import PRESETS
 README = Path(__file__).parent / "README.md"
 
 _START, _END = "<!-- reference -->", "<!-- end of reference -->"
+_PRESET_FIRST = "What [`effort`](#effort) sets comes before these defaults, and what you give before both."
 _ENTRY = re.compile(r"^    (\w[\w, ]*): ")
 
 
@@ -49,6 +50,8 @@ def _parts() -> Iterator[list[str]]:
     for title, cls in groups.items():
         if dataclasses.fields(cls):
             yield [f"### {title}"]
+            if cls in (TMOptions, DistillOptions):
+                yield [_PRESET_FIRST]
             yield _options(cls)
     yield ["### `effort`"]
     yield _presets()
