@@ -18,6 +18,7 @@ class TMOptions:
         passes: number of passes over the calibration windows and their noisy copies.
         lr: first step size of Adam: with `relative_lr` a share of the weights' size, 4e-3 by default; else absolute, as
             2e-5 of effort="published". For a step of your own in absolute size, such as 3e-4, pass relative_lr=False.
+            Blocks that a too large step makes no better stay as they were; the report counts them.
         relative_lr: whether `lr` is a share of a parameter's root mean square over its nonzero entries, taken as at
             least 0.02 for norms and biases. The sizes of weights differ tenfold between models.
         factor_lr: step size of A and B, as a multiple of `lr`.
