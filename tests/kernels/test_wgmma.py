@@ -3,7 +3,9 @@
 import itertools
 
 import pytest
+import torch
 
+from hf_sparselr.kernels.cuda import low_rank
 from hf_sparselr.kernels.cuda.low_rank import wide_shape
 from hf_sparselr.kernels.cuda.wgmma import tile_of
 from hf_sparselr.kernels.launch_config import wide_config
@@ -50,3 +52,16 @@ def test_the_blocks_before_a_product_fit_a_multiprocessor(rows: int) -> None:
 def test_long_blocks_take_no_turn_of_their_own() -> None:
     assert wide_shape(2048, [64], 256, 132) == wide_shape(2048, [64, 64], 1000, 132)  # 264 of 264; 1016 of 1056
     assert wide_shape(2048, [64], 128, 132) == wide_shape(2048, [65], 256, 132) != wide_shape(2048, [64], 256, 132)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_arguments_are_as_long_as_the_driver_reads(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A struct with tensor maps is a multiple of 64 bytes; C takes 256 words."""
+    launches: list[tuple] = []
+    monkeypatch.setattr(low_rank, "load_function", lambda *_: 0)
+    monkeypatch.setattr(low_rank, "tensor_map", lambda *_: [0] * 16)
+    monkeypatch.setattr(low_rank, "DriverLaunch", lambda *args: launches.append(args))
+    wide = low_rank._Wide(0, torch.bfloat16, wide_shape(2048, [64] * count, 256, 132), None)
+    wide.launch([(0, 64, 3 + number) for number in range(count)], 1024)
+    words = 16 + 56 * count + 8
+    assert len(launches[0][4]) == words <= 256 and words % 8 == 0

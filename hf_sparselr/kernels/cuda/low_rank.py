@@ -179,7 +179,7 @@ class _Wide:
             left = tensor_map(A, rank, ins, (64, 64))
             x = [Varying(2 * number, None), *tensor_map(A, None, ins, (batch // 2, 64))[1:]]
             arguments += [*left, *left, *x, A, A, Varying(2 * number + 1, None), rank, ins, end, 0, 0]
-        arguments += [Varying(2 * len(products), None), 0, ceil_div(steps, split)]
+        arguments += [Varying(2 * len(products), None), 0, ceil_div(steps, split), *[0] * 5]
         launch = DriverLaunch(function, (1, 1, 1), (160,), shared, arguments)
         batches = PerRows(1, batch)
         grid = (ends[-1], batches, 1) if split == 1 else (ends[-1], split, batches)

@@ -28,6 +28,7 @@ struct Arguments {
   Map x;
   Weight weights[WEIGHTS]; /* 448 bytes each */
   long long count, ins, span; /* rows of x, columns; span: of a part, 256 columns or stages (WHOLE) */
+  long long unused[5];        /* to a multiple of 64 bytes, which the driver reads */
 };
 
 #define M (64 * WGS)

@@ -87,7 +87,7 @@ def bind_wgmma(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig)
     arguments = [Varying(0, None), *x[1:]]
     for number, (weight, end) in enumerate(zip(weights, ends, strict=True)):
         arguments += _arguments(weight, config, Varying(1 + number, None), Varying(1 + count + number, None), end)
-    arguments += [Varying(1 + 2 * count, None), ins, ceil_div(ceil_div(ins, _CHUNK), config.split)]
+    arguments += [Varying(1 + 2 * count, None), ins, ceil_div(ceil_div(ins, _CHUNK), config.split), *[0] * 5]
     blocks, batches = ends[-1] * config.cluster, PerRows(1, config.batch)
     grid = (blocks, batches, 1) if config.split == 1 else (blocks, config.split, batches)
     threads = 2 * config.rows + 32
