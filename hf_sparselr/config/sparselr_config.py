@@ -90,7 +90,7 @@ class SparseLRConfig(Fields, QuantizationConfigMixin):
         if "format_version" in fields:
             _check_version(fields.pop("format_version"))
             fields.pop(PACKED_LAYERS, None)  # of the files, written with them
-            fields = _known_fields(fields)
+            fields = {"noisy_windows": 0.0} | _known_fields(fields)  # a config without this field is from before it
         made = super().from_dict(fields, return_unused_kwargs, **kwargs)
         (made[0] if return_unused_kwargs else made).save_id = save_id
         return made

@@ -571,3 +571,10 @@ def test_the_id_of_a_save_is_kept_and_is_no_setting() -> None:
     assert config == SparseLRConfig() and SparseLRConfig().save_id is None
     with pytest.raises(TypeError, match="has no field 'save_id'"):
         SparseLRConfig(save_id="abc")
+
+
+def test_stored_config_from_before_noisy_windows_had_none():
+    stored = SparseLRConfig().to_dict()
+    assert SparseLRConfig.from_dict(stored).noisy_windows == NOISY_WINDOWS["default"]
+    del stored["noisy_windows"]
+    assert SparseLRConfig.from_dict(stored).noisy_windows == 0

@@ -232,11 +232,14 @@ def _usage(config: SparseLRConfig, source: str, loader: str) -> str:
 def _settings(config: SparseLRConfig, report: Report) -> list[tuple[str, str]]:
     calibration = public_source(config.to_dict()["calibration"])
     calibration = _CALIBRATIONS.get(calibration, _text(calibration))
+    windows = f"{config.num_samples} windows of up to {config.seq_len} tokens"
+    if config.noisy_windows:
+        windows += f", and copies of {config.noisy_windows:.0%} of them with some tokens replaced by random ones"
     rows = [
         ("Method", _METHODS.get(config.method, config.method)),
         *_asked(config),
         ("Refinement", ", ".join(_REFINEMENTS[step] for step in config.refine_steps) or "none"),
-        ("Calibration", f"{calibration}, {config.num_samples} windows of up to {config.seq_len} tokens"),
+        ("Calibration", f"{calibration}, {windows}"),
         ("Seed", str(config.seed)),
     ]
     rows += [("Judged", _text(line)) for line in report.refinement_lines()]
