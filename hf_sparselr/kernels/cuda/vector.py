@@ -34,7 +34,7 @@ def supports_vector(weight: PackedWeight) -> bool:
 
 def kind_of(weight: PackedWeight, index: SupportIndex) -> tuple:
     """The properties that weights must share to share a launch."""
-    return *small_batch.kind_of(weight, index), _in_eights(weight)
+    return *small_batch.kind_of(weight, index), _in_eights(weight), weight.rank > 0
 
 
 def _in_eights(weight: PackedWeight) -> bool:

@@ -64,7 +64,7 @@ def tile_of(config: LaunchConfig) -> Tile:
 
 def kind_of(weight: PackedWeight) -> tuple:
     """The properties that weights must share to share a launch."""
-    return weight.A is None, weight.bias is None
+    return weight.rank > 0, weight.bias is None
 
 
 def bind_wgmma(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Program:
@@ -108,7 +108,7 @@ def _arguments(weight: PackedWeight, config: LaunchConfig, u: Varying, y: Varyin
     tile, outs, rank = tile_of(config), weight.out_features, weight.rank
     own = config.rows, tile.columns // 2
     S = tensor_map(values.data_ptr(), outs, ins // 2, own)
-    left = S if B is None else tensor_map(B.data_ptr(), outs, rank, own)
+    left = S if B is None or not rank else tensor_map(B.data_ptr(), outs, rank, own)
     right = tensor_map(values.data_ptr(), None, max(rank, 8), (tile.box, tile.columns // 2))
     words = index_of(mask, ins).words(mask)
     return [*S, *left, u, *right[1:], words, values if bias is None else bias, y, outs, rank, end, 0, 0]
