@@ -21,7 +21,7 @@ from .packed_weight import PackedWeight
 
 logger = logging.getLogger(__name__)
 
-PROMPTS = (128, 512)  # rows of x: longer and shorter prompts mostly have the same kernels
+PROMPT, LONG_PROMPT = 128, 512  # rows of x: longer and shorter prompts mostly have the same kernels
 _WORKERS = 3
 _BAND = 1024  # rows of a stand-in that are drawn at a time
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -73,13 +73,11 @@ def _started(works: Sequence[Callable[[], object]]) -> list[threading.Thread]:
 
 def _tasks(groups: Sequence[tuple[Kind, ...]]) -> Iterator[tuple[int, tuple[Kind, ...]]]:
     """Rows of x and the weights of a launch: in a first prompt each weight is alone, then most of a group share it."""
-    for rows in PROMPTS[:1]:
-        yield from ((rows, (kind,)) for group in groups for kind in group)
+    yield from ((PROMPT, (kind,)) for group in groups for kind in group)
     for fewer in (0, 1):
         yield from ((1, group[: len(group) - fewer]) for group in groups if len(group) > fewer)
     yield from ((1, group[-1:]) for group in groups)
-    for rows in PROMPTS[1:]:
-        yield from ((rows, (kind,)) for group in groups for kind in group)
+    yield from ((LONG_PROMPT, (kind,)) for group in groups for kind in group)
 
 
 def _work(tasks: queue.SimpleQueue, device: torch.device) -> None:

@@ -151,7 +151,7 @@ def wide_config(rows: int, outs: int, ins: int, multiprocessors: int) -> LaunchC
         if blocks > room * 85 // 100:
             cluster = 2 if batch == 256 and rows * ins >= LARGE_INPUT else 1
             return LaunchConfig("wgmma", tall, resident=resident, batch=batch, cluster=cluster)
-        split = _parts(blocks, room, chunks if rows <= 64 else chunks // 2)
+        split = _parts(blocks, room, chunks // (2 if rows <= 64 else 4))
         if blocks * split >= room * 70 // 100:
             break
     return LaunchConfig("wgmma", tall, split=split, resident=resident, batch=batch)
@@ -182,9 +182,9 @@ def _parts(blocks: int, room: int, most: int) -> int:
     """Of the columns: some room stays for the kernel before, and clusters do not find a place everywhere.
 
     Args:
-        most: twice as many parts as are worth it: few columns are not.
+        most: parts that are worth it: of few columns there are few.
     """
-    return max(1, min(3, room * 85 // 100 // blocks, most // 2))
+    return max(1, min(3, room * 85 // 100 // blocks, most))
 
 
 def candidates(rows: int, weight: PackedWeight, pairs: bool, native: bool) -> tuple[LaunchConfig, ...]:

@@ -32,7 +32,7 @@ def test_a_stand_in_is_a_weight_of_its_kind(pattern: NM | Unstructured, rank: in
 def test_each_launch_of_a_model_is_made_once() -> None:
     other = PAIRS._replace(outs=80)
     tasks = list(dict.fromkeys(ahead._tasks([(other, PAIRS, PAIRS), (other,), (other, PAIRS, PAIRS)])))
-    short, long = ahead.PROMPTS
+    short, long = ahead.PROMPT, ahead.LONG_PROMPT
     one_row = [(1, (other, PAIRS, PAIRS)), (1, (other,)), (1, (other, PAIRS)), (1, (PAIRS,))]
     alone = [[(rows, (other,)), (rows, (PAIRS,))] for rows in (short, long)]
     assert tasks == [*alone[0], *one_row, *alone[1]]
@@ -98,7 +98,7 @@ def test_the_first_calls_compile_nothing(monkeypatch: pytest.MonkeyPatch, patter
     compiled: list = []
     real = nvrtc._compile
     monkeypatch.setattr(nvrtc, "_compile", lambda *args: compiled.append(args[3:]) or real(*args))
-    for rows in (1, *ahead.PROMPTS):
+    for rows in (1, ahead.PROMPT, ahead.LONG_PROMPT):
         for weights in [[made[kind] for kind in kinds]] if rows == 1 else [[made[kind]] for kind in kinds]:
             gpu.bind(weights[0].values, rows, weights, "auto", measures=False)
     assert compiled == []

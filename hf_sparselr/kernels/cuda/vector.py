@@ -9,11 +9,11 @@ import torch
 from ..launch import DriverLaunch, Varying
 from ..launch_config import LaunchConfig
 from ..packed_weight import PackedWeight
-from ..program import ROWS, Joint, Launch, Memory, Program, Step, X, y
+from ..program import Program
 from ..support_index import SupportIndex, index_of
 from ..triton.decode import ceil_div
 from . import small_batch
-from .low_rank import factor_memory, factor_step
+from .low_rank import with_factors_and_parts
 from .nvrtc import load_function
 
 _STEP = 128  # columns, as in the source
@@ -91,21 +91,13 @@ def bind_vector(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig
         defines += ["RANK"] + ["EIGHTS"] * _in_eights(one)
     blocks = list(accumulate(ceil_div(out, shape.top) for out in outs))
     function = load_function("vector.cu", "vector", tuple(defines), device, shared)
-    arguments = [Varying(0, None), Varying(1, None), ins, indices[0].shape[1]]
+    count = len(outs)
+    arguments = [Varying(0, None), Varying(1 + 2 * count, None), ins, indices[0].shape[1]]
     for number, (weight, index, end) in enumerate(zip(weights, indices, blocks, strict=True)):
         B, bias = (weight.values if tensor is None else tensor for tensor in (weight.B, weight.bias))
         arguments += [
-            index.words(weight.mask), weight.values, index.starts, index.offsets, B, Varying(2 + number, None), bias,
-            Varying(2 + len(outs) + number, None), weight.out_features, weight.rank, index.nonzeros, end,
+            index.words(weight.mask), weight.values, index.starts, index.offsets, B, Varying(1 + number, None), bias,
+            Varying(1 + count + number, None), weight.out_features, weight.rank, index.nonzeros, end,
         ]  # fmt: skip
     launch = DriverLaunch(function, (blocks[-1],), (32 * warps,), shared, arguments, overlaps=one.rank > 0)
-    results, factors = tuple(map(y, range(len(outs)))), (X,) * len(outs)
-    steps: list[Step] = []
-    memories: list[Memory] = []
-    if one.rank:
-        factors = tuple(2 + len(outs) + number for number in range(len(outs)))
-        steps = [factor_step(rows, weight, slot) for weight, slot in zip(weights, factors, strict=True)]
-        by_address = isinstance(steps[0], Launch)
-        memories = [factor_memory(rows, one.values.dtype, weight.rank, by_address) for weight in weights]
-        steps = list(steps[0].joined(steps)) if isinstance(steps[0], Joint) else steps
-    return Program(outs, tuple(memories), (*steps, Launch(launch, (X, ROWS, *factors, *results))))
+    return with_factors_and_parts(rows, weights, launch, (blocks[-1], 1, 1))
