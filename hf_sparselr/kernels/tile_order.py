@@ -1,9 +1,10 @@
 """The order in which S lies on a GPU for `cuda/tiles.cu`: tiles of 8 x 8 entries, one after the other.
 
-Strips of 16 rows follow one another; in a strip, columns by eight; of these, the upper eight rows before the lower eight.
-So four tiles are what a warp's tensor cores take of 16 x 16 entries, and a word of 64 bits of the mask is a tile, of which
-bits 2 l and 2 l + 1 are lane l's. The matrix S' of the same shape whose rows, one after the other, hold the entries in this
-order is packed as any matrix is (`format.bitmask`). Sixteen rows of S' hold the same entries as those of S.
+Strips of 16 rows follow one another; in a strip, columns by eight; of these, the upper eight rows before the lower
+eight. So four tiles are what a warp's tensor cores take of 16 x 16 entries, and a word of 64 bits of the mask is a
+tile, of which bits 2 l and 2 l + 1 are lane l's. The matrix S' of the same shape whose rows, one after the other, hold
+the entries in this order is packed as any matrix is (`format.bitmask`). Sixteen rows of S' hold the same entries as
+those of S.
 """
 
 from collections.abc import Callable
