@@ -19,6 +19,7 @@ _COSTS = {"last word": ".3f", "seconds": ".0f"}
 Row = dict[str, Any]
 Runs = dict[int, Row]  # {seed: result}
 Groups = dict[tuple, dict[str, Runs]]  # {setting: {refinement: runs}}
+Shares = dict[tuple[str, str, str], float]  # {(model, pattern, text): share}
 
 
 def markdown(rows: list[Row]) -> str:
@@ -94,7 +95,7 @@ def summary(rows: list[Row]) -> Iterator[str]:
                 worst = max(shares, key=shares.__getitem__)
                 line = (
                     f"{refine}: {title} {_mean_share(shares.values()):.3f} of published (geometric mean of "
-                    f"{len(shares)}), at most {shares[worst]:.3f} ({worst})."
+                    f"{len(shares)}), at most {shares[worst]:.3f} ({' '.join(worst)}).{_by_text(shares)}"
                 )
                 yield f"{line} {_above(shares, MOST)}" if refine != "none" else line
     for refine, other, limit in (("tm", "none", CLEAR), ("tm+distill", "tm", 1.0)):
@@ -108,14 +109,39 @@ def summary(rows: list[Row]) -> Iterator[str]:
         ratios = [ratio for refinements in groups.values() for ratio in _time_ratios(refinements, refine)]
         if ratios and refine != "none":
             yield f"{refine}: {geometric_mean(ratios):.2f} x the seconds of none (geometric mean of {len(ratios)})."
+    yield from _sizes(groups)
     ranges = [spread for refinements in groups.values() for spread in _spreads(refinements)]
     if ranges:
         yield f"Seeds: the KL of a cell varies by {median(ranges):.1%} of its mean (median of {len(ranges)} ranges)."
 
 
-def _above(shares: dict[str, float], limit: float) -> str:
-    above = [f"{name} {share:.2f}" for name, share in shares.items() if share > limit]
+def _above(shares: Shares, limit: float) -> str:
+    above = [f"{' '.join(place)} {share:.2f}" for place, share in shares.items() if share > limit]
     return f"Above {limit:g}: {', '.join(above) or 'none'}."
+
+
+def _by_text(shares: Shares) -> str:
+    """The same mean for each evaluation text, if there are several."""
+    texts = sorted({text for _, _, text in shares})
+    means = [f"{text} {_mean_share(share for (*_, of), share in shares.items() if of == text):.3f}" for text in texts]
+    return f" By text: {', '.join(means)}." if len(texts) > 1 else ""
+
+
+def _sizes(groups: Groups) -> Iterator[str]:
+    """Bytes and losses of 8 bits and of the strongest refinement, by pattern: medians over models and texts."""
+    refinements = {refine for own in groups.values() for refine in own}
+    strongest = max(refinements - {DENSE, ROUNDED}, key=_ORDER.index, default=None)
+    for pattern in sorted({setting[2] for setting in groups}):
+        refine = strongest if pattern else ROUNDED
+        runs = [own[refine].values() for setting, own in groups.items() if setting[2] == pattern and refine in own]
+        rows = [row for each in runs for row in each]
+        if rows:
+            sizes = [row["bytes"] for row in rows]
+            lost = [[value[name] for row in rows for value in row["sets"].values()] for name in ("kl", "gap")]
+            yield (
+                f"{f'{pattern} {refine}'.strip()}: {min(sizes):.2f} to {max(sizes):.2f} of the bytes, "
+                f"KL {median(lost[0]):.4f}, gap {median(lost[1]):.2f} (medians)."
+            )
 
 
 def _spreads(refinements: dict[str, Runs]) -> Iterator[float]:
@@ -164,10 +190,9 @@ def _pairs(
         yield fmean(value(mine[seed]) for seed in common), fmean(value(theirs[seed]) for seed in common)
 
 
-def _everywhere(groups: Groups, refine: str, other: str, measure: str) -> dict[str, float]:
-    """{model, pattern and text: share}."""
+def _everywhere(groups: Groups, refine: str, other: str, measure: str) -> Shares:
     return {
-        f"{setting[0]} {setting[2]} {name}": share
+        (setting[0], setting[2], name): share
         for setting, refinements in groups.items()
         for name, share in _shares(refinements, refine, other, measure).items()
     }

@@ -134,8 +134,9 @@ def test_shares_are_of_means_over_seeds() -> None:
     rows += [_row("tm", 0, a=0.5, b=1.0), _row("tm", 1, a=1.5, b=1.0), _row("tm", 2, a=90.0, b=90.0)]
     text = markdown(rows)
     # sqrt(1/2 * 1/4), over the seeds that both have
-    assert "tm: gap 0.354 of published (geometric mean of 2), at most 0.500 (m 2:4 a). Above 0.85: none." in text
-    assert "at most 1.000 (m 2:4 a). Above 0.85: m 2:4 a 1.00, m 2:4 b 1.00." in text
+    line = "tm: gap 0.354 of published (geometric mean of 2), at most 0.500 (m 2:4 a). By text: a 0.500, b 0.250. Above"
+    assert f"{line} 0.85: none." in text
+    assert "at most 1.000 (m 2:4 a). By text: a 1.000, b 1.000. Above 0.85: m 2:4 a 1.00, m 2:4 b 1.00." in text
     assert "| m | 2:4 | a |  |  | 2.00 / 0.1000 / 90.0% | 30.67 / 0.1000 / 90.0% | 2-3 |" in text
     assert "| m | 2:4 |  |  | 0.600 / 1 | 0.600 / 1 |" in text
 
@@ -147,6 +148,16 @@ def test_summary_compares_refinements() -> None:
     assert "tm: gap 0.872 of none (geometric mean of 2). Above 0.9: m 2:4 b 0.95." in text
     assert "tm+distill: gap 0.711 of tm (geometric mean of 2). Above 1: m 2:4 b 1.01." in text
     assert "tm: 2.00 x the seconds of none" in text and "tm+distill: 8.00 x the seconds of none" in text
+
+
+def test_summary_sets_8_bits_beside_the_strongest_refinement() -> None:
+    rounded = {**_row("8 bits", 0, a=0.01, b=0.03), "sparsity": "", "bytes": 0.64}
+    rows = [rounded, _row("tm", 0, a=9.0), _row("tm+distill", 0, a=0.5), {**_row("tm", 0, a=2.0), "sparsity": "0.7"}]
+    rows.append({**_row("tm+distill", 1, a=0.7), "bytes": 0.7})
+    text = markdown(rows)
+    assert "8 bits: 0.64 to 0.64 of the bytes, KL 0.1000, gap 0.02 (medians)." in text
+    assert "2:4 tm+distill: 0.60 to 0.70 of the bytes, KL 0.1000, gap 0.60 (medians)." in text
+    assert "0.7 tm" not in text.split("bytes / last word / seconds")[1]
 
 
 def test_a_gap_below_zero_has_no_share() -> None:
