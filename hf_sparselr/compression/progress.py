@@ -39,7 +39,7 @@ class Progress:
     def __init__(self, path: Path | None = None, goes_on: bool = False) -> None:
         self._path, self._goes_on = path, goes_on
         self._seconds: list[float] = []
-        self._done = self._blocks = 0
+        self._done = self._blocks = self._passes = 0
         self._bar: Any = None
 
     def start(self, blocks: int, finished: int) -> None:
@@ -77,9 +77,10 @@ class Progress:
         """Ends the line."""
         self._bar.close()
 
-    def distill(self, passes: int, loss: float) -> None:
-        """Notes a pass of distillation."""
-        self._write("distill", passes=passes, loss=loss)
+    def distill(self, loss: float) -> None:
+        """Notes a pass of distillation and its loss."""
+        self._passes += 1
+        self._write("distill", passes=self._passes, loss=loss)
 
     def end(self, seconds: float) -> None:
         """Notes that the model is packed."""

@@ -50,8 +50,8 @@ class Report:
         coverage: {"packed": weights in packed layers, "total": weights of all linear layers and experts in the blocks,
             "dense": {name of a layer or parameter that stayed dense: its weights}}.
         allocation: measurements and choices of a non-uniform allocation, {} for a uniform one.
-        distill: what `distill` returned: losses, kept_back, best_pass, loss_before, loss_after, ...; None without
-            distillation.
+        distill: what `distill` returned: losses, kept_back, best_pass, loss_before, loss_after, ...; and self_written,
+            how the text that the dense model wrote begins (`Samples.for_distillation`). None without distillation.
         blocks: a dict a block: name, tm (what `match_block` returned: loss_before, loss_after, train_loss,
             kept_back_loss, ...; None without refinement), seconds, phases ({phase: seconds}), peaks ({phase: bytes on
             the GPU}).
@@ -139,7 +139,7 @@ class Report:
     def refinement_lines(self) -> list[str]:
         """What refinement did, on which text, a line a step; none where a report file lacks it."""
         lines = []
-        for describe in (self._matching, self._distillation):
+        for describe in (self._matching, self._distillation, self._self_written):
             with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
                 lines += describe()
         return lines
@@ -177,6 +177,16 @@ class Report:
         return [
             f"distillation: the divergence from the dense model, in nats a prediction, goes from {where}; the state is "
             f"that {state}{trained}"
+        ]
+
+    def _self_written(self) -> list[str]:
+        written = (self.distill or {}).get("self_written", {})
+        if not written.get("alike"):
+            return []
+        continued, others = written["alike"]["prompted"], written["alike"]["plain"]
+        return [
+            f"self-written text: {written['prompted']:.0%} of the windows continue calibration text; the share of runs of "
+            f"four tokens that stand in the text before is {continued:.1%} in such windows and {others:.1%} in others"
         ]
 
     def experts_line(self) -> str:

@@ -138,7 +138,8 @@ def distill_in_memory(
     phases = PhaseTimer(device)
     with phases("distillation"), on_device(teacher, device, options):
         trained, judging = {}, {}
-        kinds = {CALIBRATION: calibration, SELF_WRITTEN: world.of_first(samples.for_distillation(teacher, calibration))}
+        written, beginnings = world.of_first(samples.for_distillation(teacher, calibration))
+        kinds = {CALIBRATION: calibration, SELF_WRITTEN: written}
         if device.type == "cuda":  # writing leaves behind memory of many sizes that nothing else fits into
             torch.cuda.empty_cache()
         for kind, windows in kinds.items():
@@ -159,7 +160,7 @@ def distill_in_memory(
         def on_pass(loss: float) -> None:
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}")
-            progress.distill(bar.n, loss)
+            progress.distill(loss)
 
         report.distill = distill(
             model,
@@ -172,6 +173,7 @@ def distill_in_memory(
             batches(judging),
             world,
         )
+        report.distill["self_written"] = beginnings
         bar.close()
     report.seconds += phases.seconds["distillation"]
     report.peak_memory = max(report.peak_memory or 0, *phases.peaks.values(), 0) or None

@@ -10,13 +10,16 @@ from ..config.sparselr_config import SparseLRConfig
 from ..data.calibration import CUSTOM, load_samples, reader_of
 from ..data.model_inputs import Sample, token_samples
 from ..data.origin import Origin
-from ..data.self_generation import sample_from_model
+from ..data.self_generation import repetition, sample_from_model
 from .capture import check_arguments
 from .model_structure import context_length
 
 logger = logging.getLogger("hf_sparselr")
 
 PROMPT = 16  # tokens of a calibration sample that a prompted window begins with
+PROMPTED = 0.5  # of the windows, where those that begin with nothing differ from each other
+COMPARED = 64  # windows of each kind
+MORE_ALIKE = 0.1  # by which the repetition in windows that begin with nothing may be above that in prompted ones
 MOST_AT_A_TIME = 2048  # windows that the dense model writes at a time for distillation
 WIDTH_TIMES_WINDOWS = 2**20  # bounds the memory of keys and values, which grows with the model's width
 
@@ -80,26 +83,49 @@ class Samples:
         )
         return token_samples(windows)
 
-    def for_distillation(self, model: PreTrainedModel, calibration: list[Sample]) -> list[Sample]:
-        """The samples that `distill.self_samples` asks the dense model to write beside the calibration samples, a share
-        of them as continuations of these."""
-        options, bos_id = self.config.distill, self._bos_id()
-        length, seed = _bounded(options.self_len, model), self.config.seed + 1
-        count = round(options.self_samples * options.prompted) if self.loaded is not None else 0
-        prompts = _prompts(calibration, count, min(PROMPT, length // 2), bos_id, seed)
-        windows = []
-        for starts, wanted in ((prompts, len(prompts)), (None, options.self_samples - len(prompts))):
-            if wanted:
-                windows += sample_from_model(
-                    model,
-                    bos_id,
-                    num_samples=wanted,
-                    seq_len=length,
-                    seed=seed,
-                    batch_size=_at_a_time(model),
-                    prompts=starts,
-                )
-        return token_samples(windows)
+    def for_distillation(self, model: PreTrainedModel, calibration: list[Sample]) -> tuple[list[Sample], dict]:
+        """The samples that `distill.self_samples` asks the dense model to write beside the calibration samples.
+
+        Returns:
+            The samples, and how they begin: {"prompted": the share of them that continue a calibration sample,
+            "alike": {"prompted": ..., "plain": the share of runs of four tokens that stand in the text before}}, the
+            latter where it chose the share.
+        """
+        options = self.config.distill
+        share = PROMPTED if options.prompted is None else options.prompted
+        count = round(options.self_samples * share) if self.loaded is not None else 0
+        prompted = self._continued(model, calibration, count, self.config.seed + 1)
+        plain = self._written(model, options.self_samples - len(prompted), None, self.config.seed + 1)
+        found: dict = {}
+        if options.prompted is None and prompted and plain:
+            few = min(len(prompted), len(plain), COMPARED)
+            found = {"prompted": repetition(torch.cat(prompted[:few])), "plain": repetition(torch.cat(plain[:few]))}
+            if found["plain"] > found["prompted"] + MORE_ALIKE:
+                plain = self._continued(model, calibration, len(plain), self.config.seed + 2)
+                prompted, plain = prompted + plain, []
+        share = len(prompted) / max(1, options.self_samples)
+        return token_samples(prompted + plain), {"prompted": share, "alike": found}
+
+    def _continued(self, model: PreTrainedModel, calibration: list[Sample], count: int, seed: int) -> list[torch.Tensor]:
+        """Windows that begin like places in the calibration samples; none where those are too short."""
+        length = _bounded(self.config.distill.self_len, model)
+        prompts = _prompts(calibration, count, min(PROMPT, length // 2), self._bos_id(), seed)
+        return self._written(model, len(prompts), prompts, seed)
+
+    def _written(
+        self, model: PreTrainedModel, count: int, prompts: torch.Tensor | None, seed: int
+    ) -> list[torch.Tensor]:
+        if not count:
+            return []
+        return sample_from_model(
+            model,
+            self._bos_id(),
+            num_samples=count,
+            seq_len=_bounded(self.config.distill.self_len, model),
+            seed=seed,
+            batch_size=_at_a_time(model),
+            prompts=prompts,
+        )
 
     def _bos_id(self) -> int | None:
         """The tokenizer's BOS; None leaves it to the model's own."""

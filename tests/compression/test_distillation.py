@@ -448,6 +448,35 @@ def test_a_share_of_its_windows_continue_calibration_windows(monkeypatch) -> Non
     assert [tuple(row[:6].tolist()) in places for row in windows] == [True] * 3 + [False] * 3
 
 
+@pytest.mark.parametrize(("scale", "share"), [(300, 1.0), (1, 0.5)])
+def test_all_windows_continue_calibration_text_where_others_repeat_each_other(scale: float, share: float) -> None:
+    teacher = dense()
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(scale)  # sure of its next token, it writes nearly the same after one first token
+    config = tiny.settings(refine="distill", distill={**FAST, "self_samples": 16, "self_len": 24}, seed=3)
+    samples = Samples(config, Origin(""), token_samples(list(tiny.IDS)))
+    windows, found = samples.for_distillation(teacher, samples.loaded)
+    assert found["prompted"] == share and len(windows) == 16
+    assert (found["alike"]["plain"] > found["alike"]["prompted"] + 0.1) == (share == 1)
+    places = {tuple(place.tolist()) for row in tiny.IDS for place in row.unfold(0, 12, 1)}
+    starts = [tuple(window["input_ids"][0, :12].tolist()) for window in windows]
+    assert [start in places for start in starts] == [True] * round(16 * share) + [False] * round(16 * (1 - share))
+    assert len(set(starts)) > 12 * share
+
+
+def test_the_report_says_how_self_written_text_begins() -> None:
+    own = {**FAST, "self_samples": 8, "self_len": 16}
+    report = compress(dense(), tiny.settings(refine="distill", distill=own)).sparselr_report
+    alike = report.distill["self_written"]["alike"]
+    assert report.refinement_lines()[-1] == (
+        f"self-written text: 50% of the windows continue calibration text; the share of runs of four tokens that stand "
+        f"in the text before is {alike['prompted']:.1%} in such windows and {alike['plain']:.1%} in others"
+    )
+    given = compress(dense(), tiny.settings(refine="distill", distill={**own, "prompted": 0.25})).sparselr_report
+    assert given.distill["self_written"] == {"prompted": 0.25, "alike": {}}
+    assert len(given.refinement_lines()) == len(report.refinement_lines()) - 1
+
+
 def test_prompts_are_real_tokens_after_the_first_one() -> None:
     ids, mask = torch.arange(100, 110)[None], torch.ones(1, 10, dtype=torch.int64)
     mask[0, 6:] = 0

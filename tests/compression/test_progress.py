@@ -27,3 +27,11 @@ def test_another_run_starts_the_file_anew(tmp_path):
     for goes_on, lines in ((False, 1), (True, 2), (False, 1)):
         Progress(tmp_path / "run.jsonl", goes_on).end(1.0)
         assert len((tmp_path / "run.jsonl").read_text().splitlines()) == lines
+
+
+def test_passes_of_distillation_are_counted(tmp_path):
+    progress = Progress(tmp_path / "run.jsonl")
+    progress.distill(0.5)
+    progress.distill(0.25)
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [(line["passes"], line["loss"]) for line in lines] == [(1, 0.5), (2, 0.25)]

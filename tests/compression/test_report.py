@@ -193,4 +193,4 @@ def test_a_run_reports_training_and_kept_back_losses() -> None:
     assert set(report.distill["kept_back"]) == {"calibration", "self-written"}
     first = [losses[0] for losses in report.distill["kept_back"].values()]
     assert report.distill["loss_before"] == pytest.approx(sum(first) / 2)
-    assert len(report.refinement_lines()) == 2
+    assert len(report.refinement_lines()) == 3
