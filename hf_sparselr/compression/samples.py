@@ -106,7 +106,9 @@ class Samples:
         share = len(prompted) / max(1, options.self_samples)
         return token_samples(prompted + plain), {"prompted": share, "alike": found}
 
-    def _continued(self, model: PreTrainedModel, calibration: list[Sample], count: int, seed: int) -> list[torch.Tensor]:
+    def _continued(
+        self, model: PreTrainedModel, calibration: list[Sample], count: int, seed: int
+    ) -> list[torch.Tensor]:
         """Windows that begin like places in the calibration samples; none where those are too short."""
         length = _bounded(self.config.distill.self_len, model)
         prompts = _prompts(calibration, count, min(PROMPT, length // 2), self._bos_id(), seed)
