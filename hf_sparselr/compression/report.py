@@ -185,8 +185,9 @@ class Report:
             return []
         continued, others = written["alike"]["prompted"], written["alike"]["plain"]
         return [
-            f"self-written text: {written['prompted']:.0%} of the windows continue calibration text; the share of runs of "
-            f"four tokens that stand in the text before is {continued:.1%} in such windows and {others:.1%} in others"
+            f"self-written text: {written['prompted']:.0%} of the windows continue calibration text; the share of runs "
+            "of four tokens that stand in the text before is "
+            f"{continued:.1%} in such windows and {others:.1%} in others"
         ]
 
     def experts_line(self) -> str:
