@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
                 subject = None  # its memory is free before the next one's is taken
                 subject = _Subject(args, model)
             try:
-                row = {**cell._asdict(), **subject.result(args, cell)}
+                row = {**cell._asdict(), "device": _device_name(args.device), **subject.result(args, cell)}
             except Exception as error:  # hours of other results must not hang on one, which may only lack memory
                 traceback.print_exc(limit=-3)
                 failed.append(f"{cell}: {error}")
@@ -109,6 +109,11 @@ def run(args: argparse.Namespace) -> None:
     print(markdown(results.rows()))
     if failed:
         raise ValueError(f"{len(failed)} results are missing. {'; '.join(failed)}")
+
+
+def _device_name(device: str) -> str:
+    """Results of different devices stand in one table: their last bits, and their seconds, differ."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 def _path(model: str) -> str:

@@ -1,5 +1,6 @@
 """The tables of `bench quality`, and how its results stand to one another."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import compress
 from statistics import fmean, geometric_mean, median
@@ -113,6 +114,8 @@ def summary(rows: list[Row]) -> Iterator[str]:
     ranges = [spread for refinements in groups.values() for spread in _spreads(refinements)]
     if ranges:
         yield f"Seeds: the KL of a cell varies by {median(ranges):.1%} of its mean (median of {len(ranges)} ranges)."
+    devices = Counter(row["device"] for row in rows)
+    yield f"Results by device: {', '.join(f'{name} {count}' for name, count in sorted(devices.items()))}."
 
 
 def _above(shares: Shares, limit: float) -> str:

@@ -110,7 +110,7 @@ def test_quality_goes_on_where_it_ended(tmp_path, capsys) -> None:
     assert main([*command, "none", "published"]) == 0
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert rows[:4] == [json.loads(line) for line in first] and [row["refine"] for row in rows[4:]] == ["published"] * 2
-    assert rows[0]["sets"]["heldout"]["gap"] == 0 and rows[0]["bytes"] == 1
+    assert rows[0]["sets"]["heldout"]["gap"] == 0 and rows[0]["bytes"] == 1 and rows[0]["device"]
     assert rows[2]["bytes"] < 1 and rows[1]["sets"]["heldout"]["kl"] < rows[2]["sets"]["heldout"]["kl"]
     assert (out / "results.md").read_text().strip() in capsys.readouterr().out
 
@@ -126,6 +126,7 @@ def test_quality_needs_texts_or_tokens(tmp_path, capsys) -> None:
 def _row(refine: str, seed: int, **gaps: float) -> dict:
     sets = {name: {"perplexity": 10 + gap, "gap": gap, "kl": 0.1, "agreement": 0.9} for name, gap in gaps.items()}
     key = {"model": "m", "calibration": "c", "sparsity": "2:4", "rank": 16, "refine": refine, "seed": seed}
+    key["device"] = "cpu"
     return {**key, "bytes": 0.6, "seconds": 1.0, "sets": sets}
 
 
@@ -153,11 +154,12 @@ def test_summary_compares_refinements() -> None:
 def test_summary_sets_8_bits_beside_the_strongest_refinement() -> None:
     rounded = {**_row("8 bits", 0, a=0.01, b=0.03), "sparsity": "", "bytes": 0.64}
     rows = [rounded, _row("tm", 0, a=9.0), _row("tm+distill", 0, a=0.5), {**_row("tm", 0, a=2.0), "sparsity": "0.7"}]
-    rows.append({**_row("tm+distill", 1, a=0.7), "bytes": 0.7})
+    rows.append({**_row("tm+distill", 1, a=0.7), "bytes": 0.7, "device": "card"})
     text = markdown(rows)
     assert "8 bits: 0.64 to 0.64 of the bytes, KL 0.1000, gap 0.02 (medians)." in text
     assert "2:4 tm+distill: 0.60 to 0.70 of the bytes, KL 0.1000, gap 0.60 (medians)." in text
     assert "0.7 tm" not in text.split("bytes / last word / seconds")[1]
+    assert "Results by device: card 1, cpu 4." in text
 
 
 def test_a_gap_below_zero_has_no_share() -> None:
