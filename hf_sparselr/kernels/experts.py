@@ -1,5 +1,7 @@
 """The kernels for all experts of a stack at once, kept ready for their weights."""
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -14,6 +16,8 @@ from .tensor_cache import TensorCache, apart
 
 if TYPE_CHECKING:
     from .cuda.experts import ExpertTable
+
+logger = logging.getLogger(__name__)
 
 _pointer = torch.Tensor.data_ptr
 _requires_grad, _version = attrgetter("requires_grad"), attrgetter("_version")
@@ -64,6 +68,7 @@ def expert_table(
 
 def _build(weights: list[PackedWeight]) -> "ExpertTable | None":
     from .cuda.experts import ExpertTable, supports
+    from .cuda.nvrtc import CompileError
 
     for weight in weights:
         weight.check()
@@ -75,4 +80,15 @@ def _build(weights: list[PackedWeight]) -> "ExpertTable | None":
             return None
         for weight in weights:
             check_count(weight, index_of(weight.mask, weight.in_features).nonzeros)
-        return apart(lambda: ExpertTable(weights), weights[0].values.device)
+        table = apart(lambda: ExpertTable(weights), weights[0].values.device)
+        try:
+            table.compile()
+        except CompileError as error:
+            _say_slow(str(error))
+            return None
+        return table
+
+
+@functools.cache
+def _say_slow(reason: str) -> None:
+    logger.warning("experts are computed one by one, which is slower: %s", reason)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from .bindings import Binding, binding_of
 from .cuda import small_batch, vector, wgmma
 from .cuda.bitmask import bind_bitmask, supports_bitmask
 from .cuda.medium_batch import bind_tiles, supports_tiles
+from .cuda.nvrtc import CompileError
 from .cuda.wgmma import supports_wgmma
 from .launch import drives
 from .launch_config import (
@@ -37,6 +39,8 @@ from .triton.decode import bind_decode, kind_of
 from .triton.medium_batch import bind_medium_batch
 from .triton.unpack import bind_densify
 from .triton.unpack_then_gemm import bind_gradient, bind_unpacked
+
+logger = logging.getLogger(__name__)
 
 _BINDERS = {
     "gemv": bind_decode,
@@ -112,6 +116,13 @@ def bind(
     Raises:
         ValueError: a mask that keeps another number of values than there are.
     """
+    for _ in _BINDERS:  # without those that NVRTC refuses, one after the other
+        with contextlib.suppress(CompileError):
+            return _bind(inputs, rows, weights, kernel, measures)
+    return _bind(inputs, rows, weights, kernel, measures)
+
+
+def _bind(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight], kernel: str, measures: bool) -> Program:
     configs = [select(inputs, rows, weight, kernel, measures) for weight in weights]
     groups = defaultdict(list)
     for number, (weight, config) in enumerate(zip(weights, configs, strict=True)):
@@ -137,24 +148,42 @@ def _kind_of(weight: PackedWeight, config: LaunchConfig) -> tuple:
 
 
 def run(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Program:
-    """The product of these weights by one configuration."""
+    """The product of these weights by one configuration.
+
+    Raises:
+        CompileError: NVRTC refuses its source, which `select` does not choose again on this device.
+    """
     for weight in weights:
         check_count(weight, index_of(weight.mask, weight.in_features).nonzeros)
-    return _BINDERS[config.kernel](rows, weights, config)
+    try:
+        return _BINDERS[config.kernel](rows, weights, config)
+    except CompileError as error:
+        device = weights[0].values.device
+        if (config.kernel, device) not in _REFUSED:
+            _REFUSED.add((config.kernel, device))
+            logger.warning('packed layers run without the kernel "%s", by slower ones: %s', config.kernel, error)
+        raise
+
+
+_REFUSED: set[tuple[str, torch.device]] = set()  # kernels that cannot be compiled, as NVRTC is older, say
 
 
 def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str, measures: bool = True) -> LaunchConfig:
     """The fastest configuration for a weight: known, measured on such cards before, or measured now."""
     index = index_of(weight.mask, weight.in_features)
     native = small_batch.supports(weight, index)
-    outs, ins = weight.out_features, weight.in_features
-    if native and rows > (FEW_ROWS if outs * ins < LARGE else 1) and supports_wgmma(weight):
+    outs, ins, device = weight.out_features, weight.in_features, weight.values.device
+    refused = {name for name, where in _REFUSED if where == device}
+    wide = rows > (FEW_ROWS if outs * ins < LARGE else 1) and "wgmma" not in refused
+    if native and wide and supports_wgmma(weight):
         return wide_config(rows, outs, ins, _multiprocessors(inputs))
-    if native and not index.pairs and takes_vector(rows, outs, ins) and vector.supports_vector(weight):
+    other = native and not index.pairs
+    if other and "vector" not in refused and takes_vector(rows, outs, ins) and vector.supports_vector(weight):
         return VECTOR
-    if native and not index.pairs and takes_bitmask(rows, outs, ins) and supports_bitmask(weight):
+    if other and "bitmask" not in refused and takes_bitmask(rows, outs, ins) and supports_bitmask(weight):
         return bitmask_config(rows, outs, _multiprocessors(inputs))
-    native = native and (rows <= FEW_ROWS or not index.pairs or supports_tiles(weight))
+    tiles = rows <= FEW_ROWS or not index.pairs or ("tiles" not in refused and supports_tiles(weight))
+    native = native and "mma" not in refused and tiles
     options = candidates(rows, weight, index.pairs, native)
     if kernel == "packed" and rows <= FEW_ROWS:
         return options[0]

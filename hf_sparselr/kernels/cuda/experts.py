@@ -95,6 +95,14 @@ class ExpertTable:
         unpacks = not self.bias and self.dtype == torch.bfloat16  # torch's product waits for the device in FP16
         return best_config(rows, self.experts, self.ins, self.takes_many, unpacks)
 
+    def compile(self) -> None:
+        """The kernel for one row of x.
+
+        Raises:
+            CompileError: NVRTC refuses the source.
+        """
+        self.bind(self._config(1), by_row=self.experts > 1)
+
     def takes(self, rows: int) -> bool:
         """Whether there is a fast way for so many rows of x."""
         return self.dtype == torch.bfloat16 or rows <= 48 * self.experts
