@@ -139,10 +139,10 @@ def _sizes(groups: Groups) -> Iterator[str]:
         runs = [own[refine].values() for setting, own in groups.items() if setting[2] == pattern and refine in own]
         rows = [row for each in runs for row in each]
         if rows:
-            sizes = [row["bytes"] for row in rows]
+            sizes = sorted({f"{row['bytes']:.2f}" for row in rows})
             lost = [[value[name] for row in rows for value in row["sets"].values()] for name in ("kl", "gap")]
             yield (
-                f"{f'{pattern} {refine}'.strip()}: {min(sizes):.2f} to {max(sizes):.2f} of the bytes, "
+                f"{f'{pattern} {refine}'.strip()}: {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} of the bytes, "
                 f"KL {median(lost[0]):.4f}, gap {median(lost[1]):.2f} (medians)."
             )
 

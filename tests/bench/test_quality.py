@@ -156,7 +156,7 @@ def test_summary_sets_8_bits_beside_the_strongest_refinement() -> None:
     rows = [rounded, _row("tm", 0, a=9.0), _row("tm+distill", 0, a=0.5), {**_row("tm", 0, a=2.0), "sparsity": "0.7"}]
     rows.append({**_row("tm+distill", 1, a=0.7), "bytes": 0.7, "device": "card"})
     text = markdown(rows)
-    assert "8 bits: 0.64 to 0.64 of the bytes, KL 0.1000, gap 0.02 (medians)." in text
+    assert "8 bits: 0.64 of the bytes, KL 0.1000, gap 0.02 (medians)." in text
     assert "2:4 tm+distill: 0.60 to 0.70 of the bytes, KL 0.1000, gap 0.60 (medians)." in text
     assert "0.7 tm" not in text.split("bytes / last word / seconds")[1]
     assert "Results by device: card 1, cpu 4." in text
