@@ -1,7 +1,6 @@
 """Weights that were used before: the result of their checks, and the kernels that are ready for them."""
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ import torch
 from .packed_weight import PackedWeight
 from .tensor_cache import TensorCache, version
 
-_pointer, _size, _tiled = torch.Tensor.data_ptr, torch.Tensor.numel, attrgetter("tiled")
+_pointer, _size = torch.Tensor.data_ptr, torch.Tensor.numel
 _ABSENT = torch.empty(0)
 ON_CPU = ("CPU",)  # among the products of a binding, that for every number of rows
 
@@ -67,7 +66,7 @@ def binding_of(weights: Sequence[PackedWeight], tensors: list[torch.Tensor] | No
     """
     if tensors is None:
         tensors = tensors_of(weights)
-    key = (weights[0].in_features, *map(_tiled, weights), *map(_pointer, tensors))
+    key = (weights[0].in_features, *map(_pointer, tensors))
     binding = _BINDINGS.get(key)
     sizes, versions = list(map(_size, tensors)), list(map(version, tensors[::5]))
     if binding is not None and binding.sizes == sizes and binding.versions == versions:

@@ -117,8 +117,8 @@ def _traced(inputs: torch.Tensor, weights: Sequence[PackedWeight], kernel: str) 
         return [reference_linear(inputs, weight) for weight in weights]
     if differentiated or kind == "cpu" or len(weights) == 1:
         return [ops.linear(inputs, *weight, _unless_trained(kernel, weight)) for weight in weights]
-    *parts, widths, tiled = (list(part) for part in zip(*weights, strict=True))
-    return ops.linears(inputs, *parts, widths[0], tiled, kernel)
+    *parts, widths = (list(part) for part in zip(*weights, strict=True))
+    return ops.linears(inputs, *parts, widths[0], kernel)
 
 
 def _called(inputs: torch.Tensor, weight: PackedWeight, kernel: str, calls: LayerCalls) -> torch.Tensor:

@@ -4,7 +4,6 @@ import torch
 from torch.nn import functional as F
 
 from .packed_weight import PackedWeight
-from .tile_order import from_tiles
 
 
 def exportable_linear(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
@@ -15,10 +14,9 @@ def exportable_linear(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tenso
 
 
 def _unpack(weight: PackedWeight) -> torch.Tensor:
-    mask, values, in_features = weight.mask, weight.values, weight.in_features
+    mask, values, *_, in_features = weight
     # A table, as shifts of uint8 are translated wrongly (torch 2.13: the result is int8).
     table = torch.tensor([[byte >> place & 1 for place in range(8)] for byte in range(256)], device=mask.device)
     kept = table.index_select(0, mask.flatten().int()).view(len(mask), -1)[:, :in_features].flatten()
     padded = torch.cat([values.new_zeros(1), values])  # place 0 is for entries that are not kept
-    S = padded.index_select(0, kept.cumsum(0) * kept).view(len(mask), in_features)
-    return from_tiles(S) if weight.tiled else S
+    return padded.index_select(0, kept.cumsum(0) * kept).view(len(mask), in_features)

@@ -92,7 +92,7 @@ def _first(
     if rows == 0 or not all(weight.out_features for weight in weights) or not inputs.shape[-1]:
         return [no_product(inputs, weight) for weight in weights]
     with _on_device_of(inputs):
-        plain = [weight.contiguous().in_rows() for weight in weights]
+        plain = [weight.contiguous() for weight in weights]
         program = bind(ready(inputs), rows, plain, kernel)
         kept = drives() and all(a is b for a, b in zip(plain, weights, strict=True))
         if kept and not torch.cuda.is_current_stream_capturing():  # where nothing could be measured
@@ -213,7 +213,7 @@ def input_gradient(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     Raises:
         ValueError: a mask that keeps another number of values than there are.
     """
-    plain, rows = weight.contiguous().in_rows(), grad.numel() // max(1, grad.shape[-1])
+    plain, rows = weight.contiguous(), grad.numel() // max(1, grad.shape[-1])
     if not (rows and plain.out_features and plain.in_features):
         return grad.new_zeros((*grad.shape[:-1], plain.in_features))
     binding = binding_of((plain,))
@@ -228,7 +228,7 @@ def densify(weight: PackedWeight) -> torch.Tensor:
     Raises:
         ValueError: a mask that keeps another number of values than there are.
     """
-    plain = weight.contiguous().in_rows()
+    plain = weight.contiguous()
     binding = binding_of((plain,))
     with _on_device_of(weight.values):
         return unpack.densify(plain, _kept(binding, "densify", bind_densify, plain, weight))
@@ -240,7 +240,7 @@ def _kept(
     """What a binding keeps under a name, bound at first use, after the number of values was checked.
 
     Args:
-        plain: `weight`, contiguous, in rows. Of a copy nothing is kept.
+        plain: `weight`, contiguous. Of a copy nothing is kept.
     """
     found = getattr(binding, name)
     if found is None:

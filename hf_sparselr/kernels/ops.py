@@ -11,7 +11,6 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..format.bitmask import unpack_mask
 from ..utils.availability import TRITON
 from . import cpu
 from .bindings import ON_CPU, Binding, Product, binding_of, tensors_of
@@ -20,7 +19,6 @@ from .packed_weight import PackedWeight, check_inputs
 from .reference import count_values, dense_weight, no_product, reference_linear
 from .resident import resident_weight
 from .support_index import index_of
-from .tile_order import to_tiles
 
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -36,15 +34,14 @@ def linear(
     B: _Optional,
     bias: _Optional,
     in_features: int,
-    tiled: bool,
     kernel: str,
 ) -> torch.Tensor:
     """`product` as an operator."""
-    return product(inputs, PackedWeight(mask, values, A, B, bias, in_features, tiled), kernel)
+    return product(inputs, PackedWeight(mask, values, A, B, bias, in_features), kernel)
 
 
 @linear.register_fake
-def _(inputs, mask, values, A, B, bias, in_features, tiled, kernel):
+def _(inputs, mask, values, A, B, bias, in_features, kernel):
     return inputs.new_empty((*inputs.shape[:-1], mask.shape[0]))
 
 
@@ -57,16 +54,15 @@ def linears(
     B: Sequence[_Optional],
     biases: Sequence[_Optional],
     in_features: int,
-    tiled: Sequence[bool],
     kernel: str,
 ) -> list[torch.Tensor]:
     """`products` as an operator."""
-    parts = zip(masks, values, A, B, biases, [in_features] * len(masks), tiled, strict=True)
-    return products(inputs, [PackedWeight(*part) for part in parts], chosen_kernel(kernel))
+    parts = zip(masks, values, A, B, biases, strict=True)
+    return products(inputs, [PackedWeight(*part, in_features) for part in parts], chosen_kernel(kernel))
 
 
 @linears.register_fake
-def _(inputs, masks, values, A, B, biases, in_features, tiled, kernel):
+def _(inputs, masks, values, A, B, biases, in_features, kernel):
     return [inputs.new_empty((*inputs.shape[:-1], mask.shape[0])) for mask in masks]
 
 
@@ -94,8 +90,6 @@ def products(
         for weight in weights:
             check_inputs(inputs, weight)
     if kernel != "dense" and inputs.numel():
-        if any(weight.tiled for weight in weights) and not _uses_triton(inputs):
-            return products(inputs, [weight.in_rows() for weight in weights], kernel)
         if inputs.is_cpu:
             count = inputs.numel() // binding.in_features
             if product := _product_in_c(inputs, count, weights, binding, tensors):
@@ -172,46 +166,43 @@ def input_gradient(
     A: _Optional,
     B: _Optional,
     in_features: int,
-    tiled: bool,
     kernel: str,
 ) -> torch.Tensor:
     """`_input_gradient` as an operator."""
-    return _input_gradient(grad, PackedWeight(mask, values, A, B, None, in_features, tiled), kernel)
+    return _input_gradient(grad, PackedWeight(mask, values, A, B, None, in_features), kernel)
 
 
 @input_gradient.register_fake
-def _(grad, mask, values, A, B, in_features, tiled, kernel):
+def _(grad, mask, values, A, B, in_features, kernel):
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
 @torch.library.custom_op("hf_sparselr::value_gradient", mutates_args=())
-def value_gradient(
-    grad: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor, tiled: bool, nonzeros: int
-) -> torch.Tensor:
+def value_gradient(grad: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor, nonzeros: int) -> torch.Tensor:
     """`_value_gradient` as an operator."""
-    return _value_gradient(grad, inputs, mask, tiled)
+    return _value_gradient(grad, inputs, mask)
 
 
 @value_gradient.register_fake
-def _(grad, inputs, mask, tiled, nonzeros):
+def _(grad, inputs, mask, nonzeros):
     return grad.new_empty(nonzeros)
 
 
 def _save(ctx, inputs, output) -> None:
-    x, mask, values, A, B, _, ctx.in_features, ctx.tiled, ctx.kernel = inputs
+    x, mask, values, A, B, _, ctx.in_features, ctx.kernel = inputs
     trains = any(tensor is not None and tensor.requires_grad for tensor in (values, A, B))
     ctx.save_for_backward(x if trains else None, mask, values, A, B)
 
 
 def _backward(ctx, grad):
     x, mask, values, A, B = ctx.saved_tensors
-    weight = PackedWeight(mask, values, A, B, None, ctx.in_features, ctx.tiled)
+    weight = PackedWeight(mask, values, A, B, None, ctx.in_features)
 
     def of_input(grad: torch.Tensor) -> torch.Tensor:
-        return input_gradient(grad, *weight[:4], ctx.in_features, ctx.tiled, ctx.kernel)
+        return input_gradient(grad, *weight[:4], ctx.in_features, ctx.kernel)
 
     def of_values(rows: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        return value_gradient(rows, inputs, mask, ctx.tiled, values.shape[0])
+        return value_gradient(rows, inputs, mask, values.shape[0])
 
     return _gradients(ctx.needs_input_grad, grad, x, weight, of_input, of_values)
 
@@ -236,7 +227,6 @@ def _gradients(
         rows.sum(0) if need[5] else None,
         None,
         None,
-        None,
     )
 
 
@@ -250,10 +240,8 @@ def _input_gradient(grad: torch.Tensor, weight: PackedWeight, kernel: str) -> to
     return _gpu().input_gradient(grad, weight) if _uses_triton(grad) else grad @ unpacked(weight)
 
 
-def _value_gradient(grad: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor, tiled: bool) -> torch.Tensor:
-    """grad^T x on the support: (rows, out), (rows, in) to (nonzeros,), in the order of the values."""
-    if tiled:
-        return to_tiles(grad.T @ inputs)[unpack_mask(mask, inputs.shape[1])]
+def _value_gradient(grad: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """grad^T x on the support: (rows, out), (rows, in) to (nonzeros,)."""
     from .triton.unpack import collect
 
     with torch.cuda.device_of(grad):
@@ -267,11 +255,11 @@ class Differentiable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, inputs, mask, values, A, B, bias, in_features, tiled, kernel, calls):
-        ctx.in_features, ctx.tiled, ctx.kernel, ctx.calls = in_features, tiled, kernel, calls
+    def forward(ctx, inputs, mask, values, A, B, bias, in_features, kernel, calls):
+        ctx.in_features, ctx.kernel, ctx.calls = in_features, kernel, calls
         trains = any(ctx.needs_input_grad[2:5])
         ctx.save_for_backward(inputs if trains else None, mask, values, A, B)
-        weight = PackedWeight(mask, values, A, B, bias, in_features, tiled)
+        weight = PackedWeight(mask, values, A, B, bias, in_features)
 
         return product(inputs, weight, kernel) if calls is None else calls.product(inputs, weight, kernel, product)
 
@@ -279,12 +267,12 @@ class Differentiable(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, mask, values, A, B = ctx.saved_tensors
-        weight = PackedWeight(mask, values, A, B, None, ctx.in_features, ctx.tiled)
+        weight = PackedWeight(mask, values, A, B, None, ctx.in_features)
 
         def of_input(grad: torch.Tensor) -> torch.Tensor:
             if ctx.calls is None:
                 return _input_gradient(grad, weight, ctx.kernel)
             return ctx.calls.gradient(grad, weight, ctx.kernel, _input_gradient)
 
-        of_values = functools.partial(_value_gradient, mask=mask, tiled=ctx.tiled)
+        of_values = functools.partial(_value_gradient, mask=mask)
         return *_gradients(ctx.needs_input_grad, grad, x, weight, of_input, of_values), None

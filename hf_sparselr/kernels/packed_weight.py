@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-from .tile_order import packed_from_tiles
-
 
 class PackedWeight(NamedTuple):
     """S + B A and a bias, by the tensors that hold them.
@@ -17,7 +15,6 @@ class PackedWeight(NamedTuple):
         A, B: (rank, in) and (out, rank), or None.
         bias: (out,) or None.
         in_features: in.
-        tiled: whether mask and values are those of S in the order of tiles (`tile_order`).
     """
 
     mask: torch.Tensor
@@ -26,7 +23,6 @@ class PackedWeight(NamedTuple):
     B: torch.Tensor | None
     bias: torch.Tensor | None
     in_features: int
-    tiled: bool = False
 
     @property
     def out_features(self) -> int:
@@ -43,21 +39,14 @@ class PackedWeight(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "PackedWeight":
         """With values, factors and bias in another dtype."""
-        mask, *floats = self[:5]
-        return PackedWeight(mask, *(t if t is None else t.to(dtype) for t in floats), *self[5:])
+        mask, *floats, in_features = self
+        return PackedWeight(mask, *(t if t is None else t.to(dtype) for t in floats), in_features)
 
     def contiguous(self) -> "PackedWeight":
         """With every tensor contiguous; itself where they are."""
         if all(tensor.is_contiguous() for tensor in self.tensors):
             return self
-        return PackedWeight(*(t if t is None else t.contiguous() for t in self[:5]), *self[5:])
-
-    def in_rows(self) -> "PackedWeight":
-        """With mask and values in the order of rows, in new memory if they are in that of tiles."""
-        if not self.tiled:
-            return self
-        mask, values = packed_from_tiles(self.mask, self.values, self.in_features)
-        return self._replace(mask=mask, values=values, tiled=False)
+        return PackedWeight(*(t if t is None else t.contiguous() for t in self[:5]), self.in_features)
 
     def check(self) -> None:
         """Shapes, dtypes and devices; no value is read.
@@ -66,7 +55,7 @@ class PackedWeight(NamedTuple):
             ValueError: a shape or a device, naming the tensor, its value and the expected one.
             TypeError: a dtype, likewise, or no mask or values at all.
         """
-        mask, values, A, B, bias, in_features = self[:6]
+        mask, values, A, B, bias, in_features = self
         if mask is None or values is None:
             raise TypeError(f"{'mask' if mask is None else 'values'} is None, expected a tensor")
         if (A is None) != (B is None):

@@ -7,28 +7,27 @@ from ..format.bitmask import unpack, unpack_mask
 from ..utils.precision import multiplies_natively
 from . import cpu
 from .packed_weight import PackedWeight, check_count
-from .tile_order import from_tiles, to_tiles
 
 
 class _SparseLinear(torch.autograd.Function):
     """y = x S^T. Saves the packed S only, so no dense copy outlives a call."""
 
     @staticmethod
-    def forward(ctx, inputs, mask, values, in_features, tiled):
-        ctx.in_features, ctx.tiled = in_features, tiled
+    def forward(ctx, inputs, mask, values, in_features):
+        ctx.in_features = in_features
         ctx.save_for_backward(inputs if ctx.needs_input_grad[2] else None, mask, values)
-        return _multiply(inputs, _unpack(mask, values, in_features, tiled).T)
+        return _multiply(inputs, _unpack(mask, values, in_features).T)
 
     @staticmethod
     def backward(ctx, grad):
         inputs, mask, values = ctx.saved_tensors
         grad_inputs = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_inputs = _multiply(grad, _unpack(mask, values, ctx.in_features, ctx.tiled))
+            grad_inputs = _multiply(grad, _unpack(mask, values, ctx.in_features))
         if ctx.needs_input_grad[2]:
             dense = _multiply(grad.reshape(-1, grad.shape[-1]).T, inputs.reshape(-1, ctx.in_features))
-            grad_values = (to_tiles(dense) if ctx.tiled else dense)[unpack_mask(mask, ctx.in_features)]
-        return grad_inputs, None, grad_values, None, None
+            grad_values = dense[unpack_mask(mask, ctx.in_features)]
+        return grad_inputs, None, grad_values, None
 
 
 def _multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -56,17 +55,15 @@ class _ProductInFP32(torch.autograd.Function):
         return of_left, _multiply(left.reshape(-1, left.shape[-1]).T, grad.reshape(-1, grad.shape[-1]))
 
 
-def _unpack(mask: torch.Tensor, values: torch.Tensor, in_features: int, tiled: bool) -> torch.Tensor:
-    """S, in C where nothing has to follow it: no second derivative, no compiler, no mode."""
+def _unpack(mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:
+    """`unpack`, in C where nothing has to follow it: no second derivative, no compiler, no mode."""
     weight = PackedWeight(mask, values, None, None, None, in_features)
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     if torch.is_grad_enabled() or watched or not cpu.takes((mask, values)) or not cpu.supports(values.dtype):
         if not watched:
             count_values(weight)
-        S = unpack(mask, values, in_features)
-    else:
-        S = cpu.unpack(weight)
-    return from_tiles(S) if tiled else S
+        return unpack(mask, values, in_features)
+    return cpu.unpack(weight)
 
 
 def count_values(weight: PackedWeight) -> None:
@@ -79,9 +76,7 @@ def count_values(weight: PackedWeight) -> None:
         check_count(weight, int(unpack_mask(weight.mask, weight.in_features).sum()))
 
 
-def sparse_linear(
-    inputs: torch.Tensor, mask: torch.Tensor, values: torch.Tensor, in_features: int, tiled: bool = False
-) -> torch.Tensor:
+def sparse_linear(inputs: torch.Tensor, mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:
     """x S^T from the packed S, differentiable in x and the values. Follows autocast, as F.linear does.
 
     Args:
@@ -89,7 +84,6 @@ def sparse_linear(
         mask: uint8 (out, ceil(in / 8)), see `format.bitmask`.
         values: (nonzeros,), same dtype and device as the inputs.
         in_features: in.
-        tiled: see `PackedWeight`.
 
     Returns:
         (..., out).
@@ -97,7 +91,7 @@ def sparse_linear(
     dtype = autocast_dtype(inputs)
     if dtype is not None:
         inputs, values = inputs.to(dtype), values.to(dtype)
-    return _SparseLinear.apply(inputs, mask, values, in_features, tiled)
+    return _SparseLinear.apply(inputs, mask, values, in_features)
 
 
 def autocast_dtype(inputs: torch.Tensor) -> torch.dtype | None:
@@ -118,8 +112,8 @@ def reference_linear(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor
 
     In this order: replacing adapters, which add their part last, stay exact.
     """
-    mask, values, A, B, bias, in_features, tiled = weight
-    out = sparse_linear(inputs, mask, values, in_features, tiled)
+    mask, values, A, B, bias, in_features = weight
+    out = sparse_linear(inputs, mask, values, in_features)
     if bias is not None:
         out = out + bias.to(out.dtype)
     if A is not None:
@@ -135,7 +129,6 @@ def plain_linear(inputs: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 def dense_weight(weight: PackedWeight) -> torch.Tensor:
     """S + B A (out, in), by torch's own operators alone."""
     S = unpack(weight.mask, weight.values, weight.in_features)
-    S = from_tiles(S) if weight.tiled else S
     return S if weight.A is None else S + weight.B @ weight.A
 
 

@@ -24,7 +24,7 @@ def resident_weight(weight: PackedWeight, build: Callable[[PackedWeight], torch.
     if weight.values.is_cuda and torch.cuda.is_current_stream_capturing():
         return build(weight)
     sources = [tensor.detach() for tensor in weight[:4] if tensor is not None]
-    key = weight.tiled, *((tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device) for tensor in sources)
+    key = tuple((tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device) for tensor in sources)
 
     def make() -> tuple[list[torch.Tensor], torch.Tensor]:
         _say_once()

@@ -86,12 +86,6 @@ def build_index(mask: torch.Tensor, in_features: int) -> SupportIndex:
     )
 
 
-def count_bits(mask: torch.Tensor) -> tuple[int, bool]:
-    """How many values a mask without bits beyond its columns keeps; whether every four columns keep two."""
-    bits = _bits_by_nibble(mask.detach())
-    return int(((bits + (bits >> 4)) & 0x0F).sum()), bool((bits == 0x22).all())
-
-
 def _bits_by_nibble(bytes_: torch.Tensor) -> torch.Tensor:
     pairs = bytes_ - ((bytes_ >> 1) & 0x55)
     return (pairs & 0x33) + ((pairs >> 2) & 0x33)

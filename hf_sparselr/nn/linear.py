@@ -7,27 +7,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..format.bitmask import pack
+from ..format.bitmask import pack, unpack
 from ..format.decomposition import Decomposition
 from ..kernels import PackedWeight, exportable_linear, packed_linear
 from ..kernels.fast_calls import Call, FastCall, not_ready, updated
 from ..kernels.fast_calls.layer_calls import MOST_PREPARED, LayerCalls
-from ..kernels.order import may_suit_tiles, support_suits_tiles
-from ..kernels.reference import dense_weight
 from .hierarchical import HierarchicalLowRank
 from .lazy_weight import LazyDenseWeight
-from .tile_order import TileOrdered
 
 _PARTS = itemgetter("mask", "values", "A", "B", "bias")
-_READY = ("fast_call", "fast_call_alone", "_fast", "_prepared", "_calls")
-_OF_THIS_RUN = (*_READY, "_returns", "_is_captured", "_captured")
+_OF_THIS_RUN = ("fast_call", "fast_call_alone", "_fast", "_prepared", "_calls")
 _NOT_ASSIGNED = (
     "the weight S + B A of a compressed layer is computed and cannot be assigned: assign or train its values, A and B, "
     "or make the model dense first (model.dequantize(), or layer.to_dense())"
 )
 
 
-class SparseLRLinear(TileOrdered, nn.Linear):
+class SparseLRLinear(nn.Linear):
     """y = x S^T + (x A^T) B^T + bias, computed from the packed S.
 
     A subclass of `nn.Linear`, so that code that looks for linear layers finds it, but without a weight
@@ -82,7 +78,6 @@ class SparseLRLinear(TileOrdered, nn.Linear):
         self.register_parameter("B", frozen(out_features, rank) if rank else None)
         self.register_parameter("bias", frozen(out_features) if bias else None)
         self.hierarchy: HierarchicalLowRank | None = None  # set where the layer has one
-        self.is_tiled = False
         self._is_hf_initialized = True  # transformers must not draw a random weight for it
 
     @classmethod
@@ -113,14 +108,13 @@ class SparseLRLinear(TileOrdered, nn.Linear):
     @property
     def packed_weight(self) -> PackedWeight:
         """S + B A and the bias, as the kernels take them."""
-        if torch.compiler.is_compiling():
-            own = self.__dict__["_parameters"]
-            parts = own["mask"], own["values"], own["A"], own["B"], own["bias"]
-            return PackedWeight(*parts, self.in_features, self.is_tiled)
-        own, tiled = self.own_parameters()
-        if not own:  # the copies of DataParallel have no parameters
-            return PackedWeight(self.mask, self.values, self.A, self.B, self.bias, self.in_features)
-        return PackedWeight(*_PARTS(own), self.in_features, tiled)  # ten times as fast as a Module's attributes
+        if not torch.compiler.is_compiling():
+            try:
+                # Ten times as fast as a Module's attributes.
+                return PackedWeight(*_PARTS(self._parameters), self.in_features)
+            except KeyError:  # the copies of DataParallel have no parameters
+                pass
+        return PackedWeight(self.mask, self.values, self.A, self.B, self.bias, self.in_features)
 
     @property
     def rank(self) -> int:
@@ -138,7 +132,7 @@ class SparseLRLinear(TileOrdered, nn.Linear):
         if torch.compiler.is_compiling():  # the compiler cannot make the view, and drops unused tensors
             return self._dense()
         shape = (self.out_features, self.in_features)
-        view = LazyDenseWeight(shape[::-1] if self.transposed else shape, self.packed_weight.values, self._dense)
+        view = LazyDenseWeight(shape[::-1] if self.transposed else shape, self.values, self._dense)
         view._is_hf_initialized = True
         return view
 
@@ -155,18 +149,16 @@ class SparseLRLinear(TileOrdered, nn.Linear):
         super().register_parameter(name, param)
 
     def _dense(self) -> torch.Tensor:
-        dense = dense_weight(self.packed_weight)
+        dense = unpack(self.mask, self.values, self.in_features)
+        if self.rank:
+            dense = dense + self.B @ self.A
         if self.hierarchy is not None:
             dense = dense + self.hierarchy.dense()
         return dense.T.contiguous() if self.transposed else dense
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.packed_weight.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.packed_weight.values.device
+        return self.values.dtype
 
     compute_dtype = dtype  # PEFT's name for it
 
@@ -178,16 +170,11 @@ class SparseLRLinear(TileOrdered, nn.Linear):
         if factors is None and not differentiates and not torch.compiler.is_compiling():
             out = None
             if inputs.is_inference():  # no group serves these, and it would take an error to find out
-                out = self.fast_call_alone(vars(self)["_parameters"], inputs, self.kernel)
+                out = self.fast_call_alone(self._parameters, inputs, self.kernel)
             if out is None:
-                out = self.fast_call(vars(self)["_parameters"], inputs, self.kernel)
+                out = self.fast_call(self._parameters, inputs, self.kernel)
             if out is not None:
                 return out if hierarchy is None else hierarchy(inputs, out)
-        if not torch.compiler.is_compiling() and self.may_be_tiled:
-            if factors is None and not differentiates:
-                self.choose_order()
-            else:
-                self.note_capture()
         if hierarchy is not None and factors is None and self._is_hierarchy_alone:
             return hierarchy(inputs)
         if factors is not None:
@@ -207,7 +194,7 @@ class SparseLRLinear(TileOrdered, nn.Linear):
     @property
     def _is_hierarchy_alone(self) -> bool:
         """Whether S is empty, and nothing else stands beside a hierarchical part."""
-        return self.A is None and self.bias is None and not self.packed_weight.values.numel()
+        return self.A is None and self.bias is None and not self.values.numel()
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """`forward` of this layer alone, without the hierarchical part."""
@@ -227,10 +214,9 @@ class SparseLRLinear(TileOrdered, nn.Linear):
         Args:
             alone: only where the layers with the same input cannot be computed together.
         """
-        own = vars(self)["_parameters"]
-        if torch.compiler.is_compiling() or self._prepared > MOST_PREPARED or not own:
+        if torch.compiler.is_compiling() or self._prepared > MOST_PREPARED or not self._parameters:
             return
-        fast = updated(self._fast, (self.packed_weight,), (own,), self.kernel, inputs)
+        fast = updated(self._fast, (self.packed_weight,), (self._parameters,), self.kernel, inputs)
         if fast is not None and fast is not self._fast:
             self._fast, self._prepared = fast, self._prepared + 1
             if alone:
@@ -238,23 +224,8 @@ class SparseLRLinear(TileOrdered, nn.Linear):
             else:
                 self.fast_call = fast.call
 
-    def choose_order(self) -> None:
-        """Puts mask and values into the order of tiles where that is faster, unless a CUDA graph is being captured."""
-        if self.note_capture() or self.is_tiled or self.kernel == "dense" or not self.is_free_to_tile():
-            return
-        if may_suit_tiles(self.packed_weight):
-            if support_suits_tiles(self.packed_weight):
-                self.to_tiles()
-            else:
-                self.may_be_tiled = False
-
-    def _forget_calls(self) -> None:
-        for name in _READY:
-            vars(self).pop(name, None)
-
     def __getstate__(self) -> dict[str, Any]:
-        """In the order of rows, without what belongs to this process and these parameters."""
-        self.to_rows()
+        """Without what belongs to this process and these parameters."""
         return {name: value for name, value in self.__dict__.items() if name not in _OF_THIS_RUN}
 
     def to_dense(self) -> nn.Module:
@@ -273,7 +244,7 @@ class SparseLRLinear(TileOrdered, nn.Linear):
         return layer
 
     def extra_repr(self) -> str:
-        kept = self.packed_weight.values.numel() / (self.in_features * self.out_features)
+        kept = self.values.numel() / (self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"sparsity={1 - kept:.4g}, rank={self.rank}, bias={self.bias is not None}"

@@ -118,7 +118,7 @@ class SharedInputGroup:
         """Lets C take the next such calls of a group."""
         if self._prepared > MOST_PREPARED:
             return
-        old, parameters = self._fast.get(first), [member.__dict__["_parameters"] for member in members]
+        old, parameters = self._fast.get(first), [member._parameters for member in members]
         fast = updated(old, weights, parameters, members[0].kernel, inputs)
         if fast is not None and fast is not old:
             self._fast[first] = fast
@@ -156,7 +156,7 @@ def link_shared_inputs(model: nn.Module) -> None:
     for layers in layers_by_width(model):
         group = SharedInputGroup(layers) if len(layers) > 1 else None
         for number, layer in enumerate(layers):
-            layer.shared_input, layer.number, layer.may_be_tiled = group, number, True
+            layer.shared_input, layer.number = group, number
             vars(layer).pop("fast_call", None)
 
 
@@ -197,7 +197,7 @@ def _is_at_hand(member: SparseLRLinear | None, layer: SparseLRLinear) -> bool:
         return True
     if member is None or member.kernel != layer.kernel:
         return False
-    mine, other = layer.__dict__["_parameters"].get("values"), member.__dict__["_parameters"].get("values")
+    mine, other = layer._parameters.get("values"), member._parameters.get("values")
     if mine is None or other is None:
         return False
     return type(mine) is type(other) and mine.device == other.device and mine.dtype == other.dtype

@@ -52,9 +52,7 @@ def test_the_operators_are_well_defined() -> None:
     x = draw(2, 12, seed=6, dtype=torch.float32)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.linear, (x, *weight, "packed"), test_utils=tests)
-    torch.library.opcheck(
-        ops.linears, (x, *([part] * 2 for part in weight[:5]), 12, [False] * 2, "packed"), test_utils=tests
-    )
+    torch.library.opcheck(ops.linears, (x, *([part] * 2 for part in weight[:5]), 12, "packed"), test_utils=tests)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -375,6 +373,6 @@ def test_the_gradients_that_a_gpu_takes(trained: str, calls: LayerCalls | None) 
 
     def product(*parts: torch.Tensor) -> torch.Tensor:
         x, A, B, bias = parts
-        return ops.Differentiable.apply(x, weight.mask, weight.values, A, B, bias, 24, False, "auto", calls)
+        return ops.Differentiable.apply(x, weight.mask, weight.values, A, B, bias, 24, "auto", calls)
 
     assert torch.autograd.gradcheck(product, tuple(given.values()))

@@ -184,15 +184,15 @@ class SparseLRLoraLayer(LoraLinear):
 
     @torch.no_grad()
     def _merged_factors(self, original: _Factors, names: list[str]) -> _Factors:
-        own = self.base_layer
+        values = self.base_layer.values
         own_A, own_B, bias = original
         A_parts, B_parts = [], []
         if self._replacing(names) is None and own_A is not None and own_B is not None:
             A_parts, B_parts = [own_A], [own_B]
         for name in names:
             A, B = self.pair(name)
-            A_parts.append(A.weight.to(own.device, own.dtype))
-            B_parts.append((B.weight * self.scaling[name]).to(own.device, own.dtype))
+            A_parts.append(A.weight.to(values))
+            B_parts.append((B.weight * self.scaling[name]).to(values))
             if not self.lora_bias[name]:
                 continue
             if bias is None:
@@ -239,7 +239,7 @@ class SparseLRLoraLayer(LoraLinear):
         base = self.base_layer
         for field, tensor in zip(("A", "B", "bias"), self._original, strict=True):
             if tensor is not None:
-                tensor.data = tensor.data.to(base.device, base.dtype)  # the model may have moved since the merge
+                tensor.data = tensor.data.to(base.values)  # the model may have moved since the merge
             setattr(base, field, tensor)
         self._original = None
         self.merged_adapters.clear()

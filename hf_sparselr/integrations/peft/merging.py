@@ -127,7 +127,7 @@ def _factor_grams(
     model: Any, layers: list[SparseLRLinear], rows: list[torch.Tensor]
 ) -> dict[SparseLRLinear, torch.Tensor]:
     """A H A^T of layers (rank, rank), from the inputs that they see in the model."""
-    sums = {layer: GramAccumulator(layer.rank, layer.device) for layer in layers}
+    sums = {layer: GramAccumulator(layer.rank, layer.values.device) for layer in layers}
 
     def record(layer: SparseLRLinear, inputs: tuple[torch.Tensor, ...]) -> None:
         sums[layer].add(F.linear(inputs[0].float(), _factors(layer)[0].float()))

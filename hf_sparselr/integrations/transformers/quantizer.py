@@ -125,7 +125,10 @@ class SparseLRQuantizer(HfQuantizer):
             report = compress_in_memory(model, self._plan, config, self._samples)
             attach(model, config.stored(), report).hf_quantizer.new_modules = self.new_modules
             return model
-        self._cast(model)
+        for name, parameter in model.named_parameters():
+            # 5.17 gives tensors whose key was renamed the file's dtype.
+            if parameter.is_floating_point() and not parameter.is_meta and parameter.dtype != self._dtypes[name]:
+                parameter.data = parameter.data.to(self._dtypes[name])
         for module in packed_layers(model).values():
             module.requires_grad_(False)
             module.kernel = self.quantization_config.kernel
@@ -133,19 +136,10 @@ class SparseLRQuantizer(HfQuantizer):
         for thread in self._compiling:  # none works on while a CUDA graph may be captured
             thread.join()
         self._compiling = []  # models are copied with their quantizer, and threads cannot be
-        for module in packed_layers(model).values():
-            if module.may_be_tiled:
-                module.choose_order()
         model.sparselr_report = Report.load(self._directory)
         # A folder of this name would have been read instead of the Hub.
         self.hub_name = hub_id(model.config.name_or_path)
         return model
-
-    def _cast(self, model: nn.Module) -> None:
-        """5.17 gives tensors whose key was renamed the file's dtype."""
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and not parameter.is_meta and parameter.dtype != self._dtypes[name]:
-                parameter.data = parameter.data.to(self._dtypes[name])
 
     # -- saving and the rest of the interface
 

@@ -73,7 +73,7 @@ def bind_bitmask(rows: int, weights: Sequence[PackedWeight], config: LaunchConfi
         ValueError: a block of this configuration has no room for so many.
     """
     (weight,) = weights
-    mask, values, _, B, bias, ins = weight[:6]
+    mask, values, _, B, bias, ins = weight
     index, rank, device, outs = index_of(mask, ins), weight.rank, values.get_device(), weight.out_features
     filled = min(_MOST_ROWS, 1 << (rows - 1).bit_length())
     batch, boxes, stride = max(8, filled), min(filled, max(2, config.cluster)), stride_of(index.densest)

@@ -28,7 +28,7 @@ def bind_tiles(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig)
     """x S^T + (x A^T) B^T + bias of one weight, summed in FP32; x A^T is rounded once, as a product of torch's is. For
     up to `rows` rows of x, raised to a power of two."""
     (weight,) = weights
-    mask, values, _, B, bias, ins = weight[:6]
+    mask, values, _, B, bias, ins = weight
     index, rank, device, outs = index_of(mask, ins), weight.rank, values.get_device(), weight.out_features
     tiles = min(_MOST_TILES, max(4, (1 << (rows - 1).bit_length()) // 8))
     span, split = spread(ins // 64, 1, config.split)

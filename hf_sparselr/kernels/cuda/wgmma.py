@@ -104,7 +104,7 @@ def _arguments(weight: PackedWeight, config: LaunchConfig, u: Varying, y: Varyin
         u, y: their addresses.
         end: see there, `last`.
     """
-    mask, values, _, B, bias, ins = weight[:6]
+    mask, values, _, B, bias, ins = weight
     tile, outs, rank = tile_of(config), weight.out_features, weight.rank
     own = config.rows, tile.columns // 2
     S = tensor_map(values.data_ptr(), outs, ins // 2, own)

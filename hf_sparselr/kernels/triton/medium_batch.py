@@ -143,7 +143,7 @@ def bind_medium_batch(rows: int, weights: Sequence[PackedWeight], config: Launch
     """x S^T + (x A^T) B^T + bias of one weight of 16 bits, summed in FP32; x A^T is rounded once, as a product of
     torch's is. For up to `rows` rows of x, raised to a power of two."""
     (weight,) = weights
-    mask, values, A, B, bias, ins = weight[:6]
+    mask, values, A, B, bias, ins = weight
     index, rank = index_of(mask, ins), weight.rank
     outs, blocks = index.shape
     span, split = spread(ins, _WIDTH, config.split)

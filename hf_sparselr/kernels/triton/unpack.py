@@ -177,7 +177,7 @@ def bind_densify(weight: PackedWeight) -> TritonLaunch | None:
     Args:
         weight: contiguous.
     """
-    mask, values, A, B, _, ins = weight[:6]
+    mask, values, A, B, _, ins = weight
     index, rank = index_of(mask, ins), weight.rank
     outs, blocks = index.shape
     if not (outs and ins):
