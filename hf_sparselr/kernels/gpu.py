@@ -19,14 +19,15 @@ from .cuda.wgmma import supports_wgmma
 from .launch import drives
 from .launch_config import (
     FEW_ROWS,
-    LARGE,
     VECTOR,
     LaunchConfig,
     bitmask_config,
+    bucket,
     candidates,
     row_key,
     takes_bitmask,
     takes_vector,
+    takes_wide,
     wide_config,
 )
 from .measured import measured
@@ -61,7 +62,7 @@ def multiply(
     """x S^T + (x A^T) B^T + bias of every weight; weights that are alike share a launch.
 
     Each comes out as it would alone: weights whose sums differ in order do not share one. To the bit, but for "wgmma",
-    before which x A^T of several may be summed in another order.
+    which several weights have summed in other parts.
 
     Args:
         inputs: x (..., in).
@@ -123,7 +124,8 @@ def bind(
 
 
 def _bind(inputs: torch.Tensor, rows: int, weights: Sequence[PackedWeight], kernel: str, measures: bool) -> Program:
-    configs = [select(inputs, rows, weight, kernel, measures) for weight in weights]
+    outs = sum(weight.out_features for weight in weights)
+    configs = [select(inputs, rows, weight, kernel, measures, outs) for weight in weights]
     groups = defaultdict(list)
     for number, (weight, config) in enumerate(zip(weights, configs, strict=True)):
         alone = len(weights) == 1 or config.shares == 1
@@ -168,15 +170,28 @@ def run(rows: int, weights: Sequence[PackedWeight], config: LaunchConfig) -> Pro
 _REFUSED: set[tuple[str, torch.device]] = set()  # kernels that cannot be compiled, as NVRTC is older, say
 
 
-def select(inputs: torch.Tensor, rows: int, weight: PackedWeight, kernel: str, measures: bool = True) -> LaunchConfig:
-    """The fastest configuration for a weight: known, measured on such cards before, or measured now."""
+def select(
+    inputs: torch.Tensor,
+    rows: int,
+    weight: PackedWeight,
+    kernel: str,
+    measures: bool = True,
+    together: int | None = None,
+) -> LaunchConfig:
+    """The fastest configuration for a weight: known, measured on such cards before, or measured now.
+
+    Args:
+        measures: whether it may be measured.
+        together: rows of S of all weights that share x; None: of this one.
+    """
     index = index_of(weight.mask, weight.in_features)
     native = small_batch.supports(weight, index)
     outs, ins, device = weight.out_features, weight.in_features, weight.values.device
     refused = {name for name, where in _REFUSED if where == device}
-    wide = rows > (FEW_ROWS if outs * ins < LARGE else 1) and "wgmma" not in refused
-    if native and wide and supports_wgmma(weight):
-        return wide_config(rows, outs, ins, _multiprocessors(inputs))
+    if native and "wgmma" not in refused and supports_wgmma(weight):
+        size = together or outs, ins, _multiprocessors(inputs)
+        if takes_wide(rows, *size):
+            return wide_config(bucket(rows), *size)
     other = native and not index.pairs
     if other and "vector" not in refused and takes_vector(rows, outs, ins) and vector.supports_vector(weight):
         return VECTOR

@@ -8,7 +8,8 @@ FEW_ROWS = 16  # of x that "gemv" and "small_batch" take
 NATIVE_ROWS = 32  # of x that "mma" takes
 MEDIUM_ROWS = 256  # of x for which "medium_batch" is worth trying, as it unpacks S for each 128
 TILE_ROWS = 256  # for which "tiles" is
-LARGE = 2**25  # entries of S, from which on "wgmma" is faster than "mma" from two rows of x on
+LARGE = 2**25  # entries of S, from which on "vector" and "bitmask" take fewer rows of x
+WIDE = 2**22  # entries of S, from which on "wgmma" is faster than "mma" for some numbers of rows that both take
 LARGE_INPUT = 2**24  # entries of x, from which on clusters of "wgmma" share them
 VECTOR_ROWS = 4  # of x that "vector" takes
 VECTOR_ENTRIES = 2**20  # of S from which on it was measured
@@ -135,6 +136,18 @@ TABLE = {
         (MOST_ROWS, (JOINED, BESIDE)),
     ),
 }
+
+
+def takes_wide(rows: int, outs: int, ins: int, multiprocessors: int) -> bool:
+    """Whether "wgmma" is the fastest for a product at 2:4, where it runs. "mma" is for few rows of x, if all of its
+    blocks find a place at once and have few columns.
+
+    Args:
+        outs: rows of S of all weights that share x.
+    """
+    if rows > FEW_ROWS or outs * ins < WIDE:
+        return rows > FEW_ROWS
+    return rows > FEW_ROWS // 2 or (rows > 1 and (outs > 48 * multiprocessors or ins > 4096))
 
 
 def wide_config(rows: int, outs: int, ins: int, multiprocessors: int) -> LaunchConfig:

@@ -8,7 +8,7 @@ import torch
 from hf_sparselr.kernels.cuda import low_rank
 from hf_sparselr.kernels.cuda.low_rank import wide_shape
 from hf_sparselr.kernels.cuda.wgmma import tile_of
-from hf_sparselr.kernels.launch_config import wide_config
+from hf_sparselr.kernels.launch_config import takes_wide, wide_config
 
 MULTIPROCESSOR = 228 * 1024  # bytes of shared memory, of which the system takes 1024 for each block
 
@@ -31,6 +31,24 @@ def test_few_rows_of_a_weight_keep_the_gpu_busy() -> None:
         config = wide_config(rows, outs, ins, 132)
         blocks = -(-outs // config.rows) * -(-rows // config.batch) * config.split
         assert blocks >= 64
+
+
+@pytest.mark.parametrize(
+    ("outs", "ins", "rows"),
+    [
+        (14336, 4096, 2),
+        (4096, 14336, 2),
+        (16384, 2048, 2),
+        (2048, 8192, 2),
+        (6144, 4096, 9),
+        (4096, 4096, 9),
+        (576, 576, 17),
+    ],
+)
+def test_wgmma_takes_so_many_rows_and_more(outs: int, ins: int, rows: int) -> None:
+    """As measured on an H200: NOTES.md."""
+    assert all(takes_wide(many, outs, ins, 132) for many in (rows, 17, 10**6))
+    assert not takes_wide(rows - 1, outs, ins, 132) and not takes_wide(1, outs, ins, 132)
 
 
 def test_few_columns_of_many_rows_are_shared_by_more_blocks() -> None:

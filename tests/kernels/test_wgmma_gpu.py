@@ -157,3 +157,17 @@ def test_groups_of_layers(outs: tuple[int, ...], rows: int) -> None:
         ys = packed_linears(x, weights)
         for case, y in zip(cases, ys, strict=True):
             assert_near(y, case.expected(x), torch.bfloat16)
+
+
+def test_weights_that_share_x_have_blocks_by_all_their_rows() -> None:
+    device = torch.device(DEVICE)
+    layers = [bench.random_layer((out, 4096), parse("2:4"), 64, torch.bfloat16, device) for out in (4096, 1024, 1024)]
+    weights = [layer.packed_weight for layer in layers]
+    for rows in (12, 30, 100, 300):
+        x = draw(rows, 4096, seed=6, dtype=torch.bfloat16)
+        program = gpu.bind(x, rows, weights, "auto")
+        assert len(program.steps) == 2  # x A^T of all, and the products
+        for y, layer in zip(program(x, rows, weights), layers, strict=True):
+            assert_near(y, x.double() @ layer.to_dense().weight.double().T, torch.bfloat16)
+        other = draw(rows + 1, 4096, seed=7, dtype=torch.bfloat16)  # the same configuration for a power of two
+        assert gpu.select(other, rows + 1, weights[0], "auto") == gpu.select(x, rows, weights[0], "auto")

@@ -28,11 +28,12 @@ _CHUNK = 256  # columns whose mask is read together
 def supports_wgmma(weight: PackedWeight) -> bool:
     """Whether a weight that `small_batch.supports` is one that the kernel reads: on compute capability 9.0, at 2:4,
     rows of values, inputs and factors that begin at multiples of 16 bytes."""
-    if torch.cuda.get_device_capability(weight.values.get_device()) != (9, 0):
+    pairs = index_of(weight.mask, weight.in_features).pairs
+    if not pairs or torch.cuda.get_device_capability(weight.values.get_device()) != (9, 0):
         return False
     whole = weight.in_features % 16 == 0 and weight.rank % 8 == 0
     aligned = weight.B is None or weight.B.data_ptr() % 16 == 0
-    return whole and aligned and index_of(weight.mask, weight.in_features).pairs and starts_with_address()
+    return whole and aligned and starts_with_address()
 
 
 class Tile(NamedTuple):
