@@ -182,7 +182,8 @@ class Fields:
         metadata=about(
             Choice(ALLOCATIONS),
             '"uniform"; "owl" (arXiv 2310.05175): blocks whose Wanda scores have more outliers stay denser; "global": '
-            "each layer's sparsity and rank by its measured errors, at no more parameters than uniform settings keep. "
+            "each layer's sparsity and rank by its measured errors, at no more parameters than uniform settings keep, "
+            "for the price of a longer run; often the largest gain at equal bytes (compression/README.md). "
             'An "n:m" pattern stays as it is: "global" then moves ranks alone, and "owl" is an error',
         ),
     )
