@@ -202,8 +202,14 @@ def _everywhere(groups: Groups, refine: str, other: str, measure: str) -> Shares
 
 
 def _time_ratios(refinements: dict[str, Runs], refine: str) -> Iterator[float]:
-    if all("seconds" in row for name in (refine, "none") for row in refinements.get(name, {}).values()):
-        for mine, theirs in _pairs(refinements, refine, "none", lambda row: row["seconds"]):
+    """Seconds as a multiple of those of no refinement, on each device that has both."""
+    devices = {row["device"] for row in refinements.get(refine, {}).values() if "seconds" in row}
+    for device in sorted(devices):
+        own = {
+            name: {seed: row for seed, row in runs.items() if row["device"] == device}
+            for name, runs in refinements.items()
+        }
+        for mine, theirs in _pairs(own, refine, "none", lambda row: row["seconds"]):
             yield mine / theirs
 
 

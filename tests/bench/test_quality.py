@@ -162,6 +162,12 @@ def test_summary_sets_8_bits_beside_the_strongest_refinement() -> None:
     assert "Results by device: card 1, cpu 4." in text
 
 
+def test_seconds_are_compared_on_one_device() -> None:
+    rows = [_row("none", 0, a=1.0), _row("none", 1, a=1.0), _row("tm", 0, a=0.8), _row("tm", 1, a=0.8)]
+    rows[0]["seconds"], rows[2]["seconds"], rows[3]["device"] = 4.0, 12.0, "card"
+    assert "tm: 3.00 x the seconds of none (geometric mean of 1)." in markdown(rows)
+
+
 def test_a_gap_below_zero_has_no_share() -> None:
     rows = [_row("published", 0, a=-5.0, b=2.0), _row("tm", 0, a=-4.0, b=-1.0)]
     assert "tm: gap 0.100 of published (geometric mean of 1), at most 0.000 (m 2:4 b)." in markdown(rows)
