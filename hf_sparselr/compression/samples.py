@@ -1,6 +1,7 @@
 """The calibration samples of one run: loaded before the weights, or written by the dense model."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ COMPARED = 64  # windows of each kind
 MORE_ALIKE = 0.1  # by which the repetition in windows that begin with nothing may be above that in prompted ones
 MOST_AT_A_TIME = 2048  # windows that the dense model writes at a time for distillation
 WIDTH_TIMES_WINDOWS = 2**20  # bounds the memory of keys and values, which grows with the model's width
+OVER = 1.25  # times these two, where that saves a part
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Samples:
             num_samples=count,
             seq_len=_bounded(self.config.distill.self_len, model),
             seed=seed,
-            batch_size=_at_a_time(model),
+            batch_size=_at_a_time(model, count),
             prompts=prompts,
         )
 
@@ -166,10 +168,11 @@ def _real_tokens(sample: Sample) -> torch.Tensor:
     return ids if mask is None else ids[mask[0].bool()]
 
 
-def _at_a_time(model: PreTrainedModel) -> int:
-    """A small model takes as long for a few windows as for many."""
+def _at_a_time(model: PreTrainedModel, count: int) -> int:
+    """Windows in each of few equal parts of `count`: a small model takes as long for a few windows as for many."""
     width = model.get_input_embeddings().weight.shape[1]
-    return max(64, min(MOST_AT_A_TIME, WIDTH_TIMES_WINDOWS // width))
+    most = max(64, min(MOST_AT_A_TIME, WIDTH_TIMES_WINDOWS // width))
+    return math.ceil(count / math.ceil(count / (most * OVER)))
 
 
 def warn_of_few_tokens(samples: list[Sample], widths: dict[str, int]) -> None:

@@ -464,6 +464,15 @@ def test_all_windows_continue_calibration_text_where_others_repeat_each_other(sc
     assert len(set(starts)) > 12 * share
 
 
+@pytest.mark.parametrize(
+    ("count", "width", "size"), [(2048, 576, 2048), (3, 64, 3), (2048, 4096, 293), (80, 2**20, 80)]
+)
+def test_windows_are_written_in_few_equal_parts(count: int, width: int, size: int) -> None:
+    model = nn.Module()
+    model.get_input_embeddings = lambda: nn.Embedding(1, width, device="meta")
+    assert samples_module._at_a_time(model, count) == size
+
+
 def test_the_report_says_how_self_written_text_begins() -> None:
     own = {**FAST, "self_samples": 8, "self_len": 16}
     report = compress(dense(), tiny.settings(refine="distill", distill=own)).sparselr_report
