@@ -77,7 +77,7 @@ def test_experts_that_nvrtc_refuses_are_computed_one_by_one(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = [random_layer((96, 128), parse("2:4"), 8, torch.bfloat16, torch.device(DEVICE), seed=n) for n in (0, 1)]
-    stack = ExpertStack(layers)
+    stack = ExpertStack(layers, (2, 96, 128))
     monkeypatch.setattr(cuda_experts, "load_function", refused_source)
     x = draw(3, 128, seed=6, dtype=torch.bfloat16)
     with torch.no_grad():
