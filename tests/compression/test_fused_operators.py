@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 from hf_sparselr.compression import fused_operators as module
 from hf_sparselr.compression.fused_operators import FusedAttention, fused_operators, rms_norms
@@ -25,6 +24,13 @@ class Scaled(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.weight * hidden
+
+
+class Gated(LlamaRMSNorm):
+    """Multiplies what it normalises by a gate, if it gets one."""
+
+    def forward(self, hidden: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(hidden if gate is None else hidden * F.silu(gate))
 
 
 @pytest.mark.parametrize("norm", [LlamaRMSNorm(16, 1e-5), GemmaRMSNorm(16, 1e-6), nn.RMSNorm(16, 1e-3)])
@@ -55,8 +61,8 @@ def test_half_precision_norms_stay_as_they_are() -> None:
 
 
 def test_a_gated_norm_keeps_its_gate() -> None:
-    """Mamba-2's norm is an RMS norm where it gets no gate, and more where it gets one."""
-    norm, hidden, gate = MambaRMSNormGated(16, 16), torch.randn(3, 16), torch.randn(3, 16)
+    """A norm as Mamba-2's is an RMS norm where it gets no gate, and more where it gets one."""
+    norm, hidden, gate = Gated(16), torch.randn(3, 16), torch.randn(3, 16)
     (forward,) = rms_norms(nn.ModuleList([norm])).values()
     for outputs in (forward(hidden, gate), forward(hidden, gate=gate)):
         assert torch.equal(outputs, norm(hidden, gate))
