@@ -68,6 +68,18 @@ __device__ __forceinline__ uint4 stream16(const void *at) {
   return v;
 }
 
+/* 16 bytes to shared memory, in the background: copies up to the next `end_copies` are waited for together. */
+__device__ __forceinline__ void copy_if(u32 to, const void *from, bool wanted) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(to), "l"(from),
+               "r"((int)wanted) : "memory");
+}
+
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int LATER> __device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+
 extern __shared__ __align__(16) unsigned char shared[];
 
 /* Bits 0..3 of each byte of a word of `mask >> 4 t`, for 16 groups of four columns: the places of the two kept columns

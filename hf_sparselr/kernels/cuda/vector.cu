@@ -36,13 +36,6 @@ struct Arguments {
 #define STAGE (2 * STRIDE)      /* bytes: the values of two rows */
 #define OWN (STAGES * STAGE + 512) /* of a warp: stages, and where the values of each 32 columns lie */
 
-__device__ __forceinline__ void copy_if(u32 to, const void *from, bool wanted) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(to), "l"(from),
-               "r"((int)wanted) : "memory");
-}
-
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
 /* Lane i has these of the warp's row i and its slice. */
 struct Places {
   u32 start;       /* the row's first value */
@@ -205,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(BATCH < 4 && THREADS < 640 ? 640 : 
   float2 *result = results + (group * SLICES + slice) * 8 + lane / 4;
 #pragma unroll 1
   for (int i = 0; group + GROUPS * i < pairs; i++) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+    wait_for_copies<STAGES - 2>();
     __syncwarp(); /* this stage has come, and all have read the one before it */
     if (group + GROUPS * (i + STAGES - 1) < pairs)
       bring(values, nonzeros, places, tail, i + STAGES - 1, to + next * STAGE, lane);
