@@ -61,10 +61,11 @@ def test_they_bring_a_model_nearer_to_its_dense_self_on_other_text(refine: str |
     narrow = torch.randint(3, 6, (16, 48), generator=torch.Generator().manual_seed(4))
     wide = torch.randint(6, tiny.VOCAB, (8, 48), generator=torch.Generator().manual_seed(5))
     dense = tiny.build("llama")
+    settings = {"calibration": narrow, "num_samples": 16, "seq_len": 48, "refine": refine}
+    settings["tm"] = {"batch_size": 8, "lr": 3e-4, "relative_lr": False}
     errors = []
     for share in (0.0, 1.0):
-        settings = {"calibration": narrow, "num_samples": 16, "seq_len": 48, "noisy_windows": share, "refine": refine}
-        packed = compress(tiny.build("llama"), tiny.settings(**settings))
+        packed = compress(tiny.build("llama"), tiny.settings(**settings, noisy_windows=share))
         with torch.no_grad():
             errors.append(float((packed(wide).logits - dense(wide).logits).square().mean()))
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.8 * errors[0]
